@@ -1,0 +1,1 @@
+"""Objectives, bounds and training for LLM reinforcement learning in JAX."""
