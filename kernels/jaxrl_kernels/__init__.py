@@ -1,0 +1,1 @@
+"""Per-token statistics of large vocabularies: one pass, closed-form gradients."""
