@@ -1,0 +1,116 @@
+"""Keys and values of the tokens already read, so that each new token is computed once."""
+
+from dataclasses import dataclass
+from dataclasses import replace
+from typing import NamedTuple
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_llm.models.config import TransformerConfig
+from jaxrl_llm.typing import Array
+from jaxrl_llm.typing import Bool
+from jaxrl_llm.typing import Float
+from jaxrl_llm.typing import Int
+
+
+class LayerCache(NamedTuple):
+    """One layer's share of the cache, with the slot at which the next token is written."""
+
+    keys: Float[Array, "B S KV hd"]
+    values: Float[Array, "B S KV hd"]
+    start: Int[Array, ""]
+
+    def write(self, keys: Float[Array, "B T KV hd"], values: Float[Array, "B T KV hd"]) -> Self:
+        """Put the keys and values of T new tokens into slots start .. start + T."""
+        origin = (0, self.start, 0, 0)
+        return self._replace(
+            keys=jax.lax.dynamic_update_slice(self.keys, keys.astype(self.keys.dtype), origin),
+            values=jax.lax.dynamic_update_slice(self.values, values.astype(self.values.dtype), origin),
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values per layer, in separate arrays so that a compiled loop updates each in place.
+
+    All rows are written at the same slot: a left-padded prompt fills slots 0 .. P, the response the slots after it.
+    `slot_mask` says which slots hold a real token; `length` counts the slots written. Writing past the capacity is not
+    seen at trace time (`length` is traced): allocate prompt plus response.
+    """
+
+    keys: tuple[Float[Array, "B S KV hd"], ...]
+    values: tuple[Float[Array, "B S KV hd"], ...]
+    slot_mask: Bool[Array, "B S"]
+    length: Int[Array, ""]
+
+    @classmethod
+    def empty(cls, config: TransformerConfig, batch: int, capacity: int, dtype: jnp.dtype | type = jnp.float32) -> Self:
+        """A cache of `capacity` slots for `batch` rows with nothing in it."""
+        if batch < 1 or capacity < 1:
+            raise ValueError(f"batch and capacity must be at least 1, got {batch} and {capacity}")
+        shape = (batch, capacity, config.num_kv_heads, config.head_dim)
+        return cls(
+            keys=tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)),
+            values=tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)),
+            slot_mask=jnp.zeros((batch, capacity), bool),
+            length=jnp.zeros((), jnp.int32),
+        )
+
+    @property
+    def batch(self) -> int:
+        """Number of rows."""
+        return self.slot_mask.shape[0]
+
+    @property
+    def capacity(self) -> int:
+        """Number of slots per row."""
+        return self.slot_mask.shape[1]
+
+    def layer(self, index: int) -> LayerCache:
+        """The share of one layer."""
+        return LayerCache(self.keys[index], self.values[index], self.length)
+
+    def next_positions(self, token_mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+        """Positions of the next T tokens: the number of real tokens before each in its row."""
+        seen = jnp.sum(self.slot_mask, axis=1, dtype=jnp.int32)
+        return jnp.maximum(seen[:, None] + jnp.cumsum(token_mask, axis=1, dtype=jnp.int32) - 1, 0)
+
+    def advance(self, token_mask: Bool[Array, "B T"]) -> Self:
+        """Count T new slots, of which `token_mask` are real tokens; the layers write theirs separately."""
+        tokens = token_mask.shape[1]
+        if tokens > self.capacity:
+            raise ValueError(f"{tokens} new tokens do not fit into a cache of capacity {self.capacity}")
+        slot_mask = jax.lax.dynamic_update_slice(self.slot_mask, token_mask.astype(bool), (0, self.length))
+        return replace(self, slot_mask=slot_mask, length=self.length + tokens)
+
+    def attention_mask(self, tokens: int) -> Bool[Array, "B T S"]:
+        """Slots that each of the last `tokens` written may attend to: real, and not after itself."""
+        slots = jnp.arange(self.capacity)
+        last = self.length - tokens + jnp.arange(tokens)
+        return (slots[None, None, :] <= last[None, :, None]) & self.slot_mask[:, None, :]
+
+    def repeat(self, count: int) -> Self:
+        """`count` copies of every row, neighbours of each other: row = prompt * count + sample."""
+        if count < 1:
+            raise ValueError(f"count must be at least 1, got {count}")
+        return replace(
+            self,
+            keys=tuple(jnp.repeat(keys, count, axis=0) for keys in self.keys),
+            values=tuple(jnp.repeat(values, count, axis=0) for values in self.values),
+            slot_mask=jnp.repeat(self.slot_mask, count, axis=0),
+        )
+
+    def grow(self, capacity: int) -> Self:
+        """The same content with room for `capacity` slots."""
+        extra = capacity - self.capacity
+        if extra < 0:
+            raise ValueError(f"capacity must be at least the present {self.capacity}, got {capacity}")
+        return replace(
+            self,
+            keys=tuple(jnp.pad(keys, ((0, 0), (0, extra), (0, 0), (0, 0))) for keys in self.keys),
+            values=tuple(jnp.pad(values, ((0, 0), (0, extra), (0, 0), (0, 0))) for values in self.values),
+            slot_mask=jnp.pad(self.slot_mask, ((0, 0), (0, extra))),
+        )

@@ -1,0 +1,136 @@
+"""What distinguishes one Llama-family decoder from another, as data."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Llama 3's stretch of the rotary wavelengths to a longer context.
+
+    Wavelengths above `original_max_positions / low_frequency_factor` grow by `factor`, those below
+    `original_max_positions / high_frequency_factor` stay, and those between are interpolated linearly in frequency.
+    """
+
+    factor: float = 8.0
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    original_max_positions: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.factor < 1:
+            raise ValueError(f"factor stretches the wavelengths and must be at least 1, got {self.factor}")
+        if not 0 < self.low_frequency_factor < self.high_frequency_factor:
+            raise ValueError(
+                "low_frequency_factor must be positive and below high_frequency_factor, got "
+                f"{self.low_frequency_factor} and {self.high_frequency_factor}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Sizes and constants of a decoder with rotary positions, grouped-query attention and a SwiGLU feed-forward.
+
+    `qkv_bias` adds the biases of Qwen2, `qk_norm` the per-head norms of Qwen3. Queries of `num_heads / num_kv_heads`
+    neighbouring heads share one key-value head.
+
+    Raises:
+        ValueError: for sizes that no decoder can have, naming the field.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = True
+    max_positions: int = 2048
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    rope_scaling: RopeScaling | None = None
+
+    def __post_init__(self) -> None:
+        sizes = (
+            "vocab_size",
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "intermediate_size",
+            "max_positions",
+        )
+        for name in sizes:
+            size = getattr(self, name)
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} must be a positive integer, got {size!r}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} query heads "
+                f"for {self.num_kv_heads} key-value heads"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even because rotary positions turn pairs, got {self.head_dim}")
+        for name in ("rope_theta", "norm_eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of parameters, tied embeddings counted once."""
+        query, memory = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        attention = self.hidden_size * (2 * query + 2 * memory)
+        attention += self.qkv_bias * (query + 2 * memory) + self.qk_norm * 2 * self.head_dim
+        block = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        tables = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+        return tables + self.num_layers * block + self.hidden_size
+
+
+def smollm2_135m() -> TransformerConfig:
+    """SmolLM2-135M: 134,515,008 parameters."""
+    return TransformerConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        intermediate_size=1536,
+        rope_theta=100_000.0,
+        norm_eps=1e-5,
+        tie_embeddings=True,
+        max_positions=8192,
+    )
+
+
+def tiny(
+    *,
+    vocab_size: int = 64,
+    hidden_size: int = 32,
+    num_layers: int = 2,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    head_dim: int = 8,
+    intermediate_size: int = 64,
+    max_positions: int = 256,
+    tie_embeddings: bool = True,
+    qkv_bias: bool = False,
+    qk_norm: bool = False,
+) -> TransformerConfig:
+    """A decoder that compiles in a second, for tests and quick looks."""
+    return TransformerConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        intermediate_size=intermediate_size,
+        max_positions=max_positions,
+        tie_embeddings=tie_embeddings,
+        qkv_bias=qkv_bias,
+        qk_norm=qk_norm,
+    )

@@ -1,0 +1,114 @@
+"""Where each axis of a parameter or activation lives on a mesh: a table of rules, and its application."""
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import jax
+from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+
+from jaxrl_llm.typing import Array
+
+Rules = Mapping[str, str | tuple[str, ...] | None]
+"""Logical axis name to mesh axis name or names; None keeps the axis whole on every device."""
+
+Tree = TypeVar("Tree")
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+RULES: Rules = {
+    # Parameters: the width is split over `fsdp` (gathered when used), the wide side of each product over `tensor`.
+    "vocabulary": "tensor",
+    "hidden": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "intermediate": "tensor",
+    "norm": None,
+    "rank": None,
+    # Activations: sequences over both data axes; the width stays whole, or every norm would have to communicate.
+    "batch": ("data", "fsdp"),
+    "sequence": None,
+    "activation": None,
+}
+"""Data parallelism over `data`, sharded parameters over `fsdp`, tensor parallelism over `tensor`."""
+
+
+def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh of data * fsdp * tensor devices with automatic layouts (jax.make_mesh alone would make them explicit).
+
+    Raises:
+        ValueError: when there are too few devices.
+    """
+    needed = data * fsdp * tensor
+    devices = jax.devices()
+    if needed > len(devices):
+        raise ValueError(
+            f"a mesh of data={data} x fsdp={fsdp} x tensor={tensor} needs {needed} devices, there are {len(devices)}"
+        )
+    return jax.make_mesh((data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:needed])
+
+
+def _spec(axes: tuple[str, ...], shape: tuple[int, ...], mesh_shape: Mapping[str, int], rules: Rules) -> PartitionSpec:
+    """Rules applied to one array; an axis that the mesh does not divide evenly stays whole."""
+    entries = []
+    for axis, size in zip(axes, shape, strict=True):
+        if axis not in rules:
+            raise ValueError(f"logical axis {axis!r} has no sharding rule; the rules name {', '.join(sorted(rules))}")
+        rule = rules[axis]
+        names = (rule,) if isinstance(rule, str) else tuple(rule or ())
+        names = tuple(name for name in names if name in mesh_shape)
+        parts = 1
+        for name in names:
+            parts *= mesh_shape[name]
+        entries.append(names if parts > 1 and size % parts == 0 else None)
+    return PartitionSpec(*entries)
+
+
+def partition_specs(state: Tree, mesh: Mesh, rules: Rules = RULES) -> Tree:
+    """The same tree with a PartitionSpec for each array.
+
+    Args:
+        state: parameters, gradients or optimiser state: any tree in which the model's variables carry `logical_axes`.
+            Arrays outside such variables (step counters, keys) are replicated.
+        mesh: the mesh; an array axis whose length it does not divide stays whole.
+        rules: logical axis to mesh axes.
+    """
+
+    def variable_specs(leaf):
+        if not isinstance(leaf, nnx.Variable):
+            return PartitionSpec()
+        value = leaf.get_value()
+        axes = leaf.get_metadata().get("logical_axes", (None,) * value.ndim)
+        if all(axis is None for axis in axes):
+            return leaf.replace(PartitionSpec())
+        return leaf.replace(_spec(axes, value.shape, mesh.shape, rules))
+
+    return jax.tree.map(variable_specs, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def shardings(state: Tree, mesh: Mesh, rules: Rules = RULES) -> Tree:
+    """The same tree with a NamedSharding for each array, as `jax.jit` and checkpoint readers take it."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(state, mesh, rules))
+
+
+def shard(state: Tree, mesh: Mesh, rules: Rules = RULES) -> Tree:
+    """Place every array of the tree on the mesh according to the rules."""
+    return jax.device_put(state, shardings(state, mesh, rules))
+
+
+def constrain(array: Array, axes: tuple[str, ...], rules: Rules = RULES) -> Array:
+    """Say how an activation is laid out, if a mesh is set (`with jax.set_mesh(mesh)`); the array itself otherwise."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return array
+    automatic = {
+        name: size
+        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+        if kind == AxisType.Auto
+    }
+    if not automatic:
+        return array
+    return jax.lax.with_sharding_constraint(array, _spec(axes, array.shape, automatic, rules))

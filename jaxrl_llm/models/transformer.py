@@ -1,0 +1,209 @@
+"""A Llama-family decoder that hands out hidden states; the head is applied where its statistics are needed."""
+
+from dataclasses import replace
+from typing import Literal
+from typing import overload
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxrl_llm.models.cache import KVCache
+from jaxrl_llm.models.config import TransformerConfig
+from jaxrl_llm.models.layers import Block
+from jaxrl_llm.models.layers import Numerics
+from jaxrl_llm.models.layers import RMSNorm
+from jaxrl_llm.models.layers import Rotation
+from jaxrl_llm.models.sharding import constrain
+from jaxrl_llm.typing import Array
+from jaxrl_llm.typing import Bool
+from jaxrl_llm.typing import Float
+from jaxrl_llm.typing import Int
+
+ACTIVATION_AXES = ("batch", "sequence", "activation")
+
+
+def positions_of(token_mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+    """Position of each token in its own text: the number of real tokens before it; 0 on left padding."""
+    return jnp.maximum(jnp.cumsum(token_mask, axis=1, dtype=jnp.int32) - 1, 0)
+
+
+def causal_mask(token_mask: Bool[Array, "B T"]) -> Bool[Array, "B T T"]:
+    """mask[b, t, s]: token t may attend to token s, which is real and not after t."""
+    length = token_mask.shape[1]
+    return jnp.tril(jnp.ones((length, length), bool))[None] & token_mask.astype(bool)[:, None, :]
+
+
+class Transformer(nnx.Module):
+    """Embedding, blocks and final norm, with the steps open to the caller.
+
+    A forward pass is `final_norm(blocks(embed(tokens), positions, token_mask))`; log-probabilities come from
+    `token_statistics(hidden, *head())`. Parameters are `[in, out]` and carry `logical_axes` for `models.sharding`.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: jnp.dtype | type = jnp.float32,
+        compute_dtype: jnp.dtype | type = jnp.float32,
+    ):
+        numerics = Numerics(jnp.dtype(param_dtype), jnp.dtype(compute_dtype))
+        self.config = config
+        self.numerics = numerics
+        table = 0.02 * jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size))
+        self.embedding = nnx.Param(table.astype(param_dtype), logical_axes=("vocabulary", "hidden"))
+        self.layers = nnx.List([Block(config, numerics, rngs) for _ in range(config.num_layers)])
+        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps, numerics)
+        self.unembedding = nnx.data(None)
+        if not config.tie_embeddings:
+            head = config.hidden_size**-0.5 * jax.random.normal(rngs.params(), table.shape[::-1])
+            self.unembedding = nnx.Param(head.astype(param_dtype), logical_axes=("hidden", "vocabulary"))
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Rows of the embedding table in the compute dtype."""
+        rows = self.embedding[...][tokens].astype(self.numerics.compute_dtype)
+        return constrain(rows, ACTIVATION_AXES)
+
+    @overload
+    def blocks(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        token_mask: Bool[Array, "B T"],
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        remat: bool = False,
+        cache: None = None,
+    ) -> Float[Array, "B T D"]: ...
+
+    @overload
+    def blocks(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        token_mask: Bool[Array, "B T"],
+        *,
+        start: Literal[0] = 0,
+        stop: None = None,
+        remat: bool = False,
+        cache: KVCache,
+    ) -> tuple[Float[Array, "B T D"], KVCache]: ...
+
+    def blocks(self, x, positions, token_mask, *, start=0, stop=None, remat=False, cache=None):
+        """Apply layers start .. stop.
+
+        Args:
+            x: embeddings, or what the layers before `start` returned (a frozen trunk is computed once and kept).
+            positions: position of each token in its text.
+            token_mask: which tokens are real; the others are attended to by nobody and their outputs mean nothing.
+            start: first layer.
+            stop: one past the last layer; None for all.
+            remat: recompute each layer in the backward pass instead of keeping its activations.
+            cache: append these tokens to the cache and attend to all of it; all layers at once only.
+
+        Returns:
+            x after the layers; with a cache, the pair (x, cache).
+
+        Raises:
+            ValueError: for an impossible range of layers, or a part of the layers with a cache.
+        """
+        count = len(self.layers)
+        stop = count if stop is None else stop
+        if not 0 <= start <= stop <= count:
+            raise ValueError(f"start and stop must satisfy 0 <= start <= stop <= {count}, got {start} and {stop}")
+        rotation = Rotation.at(positions, self.config)
+        if cache is not None:
+            if (start, stop) != (0, count):
+                raise ValueError(f"a cache covers all {count} layers; start and stop were {start} and {stop}")
+            return self._append(x, rotation, token_mask, cache)
+        mask = causal_mask(token_mask)
+        for index in range(start, stop):
+            x = constrain(self._block(index, x, rotation, mask, remat), ACTIVATION_AXES)
+        return x
+
+    def _block(self, index: int, x, rotation: Rotation, mask, remat: bool):
+        def apply(x):
+            return self.layers[index](x, rotation, mask)[0]
+
+        return jax.checkpoint(apply)(x) if remat else apply(x)
+
+    def _append(self, x, rotation: Rotation, token_mask, cache: KVCache):
+        advanced = cache.advance(token_mask)
+        mask = advanced.attention_mask(x.shape[1])
+        keys, values = [], []
+        for index, layer in enumerate(self.layers):
+            x, written = layer(x, rotation, mask, cache.layer(index))
+            x = constrain(x, ACTIVATION_AXES)
+            keys.append(written.keys)
+            values.append(written.values)
+        return x, replace(advanced, keys=tuple(keys), values=tuple(values))
+
+    def __call__(
+        self, tokens: Int[Array, "B T"], token_mask: Bool[Array, "B T"] | None = None, *, remat: bool = False
+    ) -> Float[Array, "B T D"]:
+        """Hidden states of a batch of left-padded texts; the one at t - 1 predicts token t.
+
+        Args:
+            tokens: token ids; at the padding any id of the vocabulary.
+            token_mask: which tokens are real; None for all.
+            remat: recompute each layer in the backward pass.
+        """
+        token_mask = self._checked_mask(tokens, token_mask)
+        x = self.blocks(self.embed(tokens), positions_of(token_mask), token_mask, remat=remat)
+        return self.final_norm(x)
+
+    def extend(
+        self, tokens: Int[Array, "B T"], cache: KVCache, token_mask: Bool[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        """Hidden states of the next T tokens of every row, and the cache with them in it."""
+        token_mask = self._checked_mask(tokens, token_mask)
+        if tokens.shape[0] != cache.batch:
+            raise ValueError(f"tokens has {tokens.shape[0]} rows, the cache has {cache.batch}; they must be equal")
+        x, cache = self.blocks(self.embed(tokens), cache.next_positions(token_mask), token_mask, cache=cache)
+        return self.final_norm(x), cache
+
+    def prefill(
+        self, tokens: Int[Array, "B P"], token_mask: Bool[Array, "B P"] | None = None, *, capacity: int | None = None
+    ) -> tuple[Float[Array, "B P D"], KVCache]:
+        """Hidden states of left-padded prompts and a cache of them with room for `capacity` slots (None: no more)."""
+        batch, length = tokens.shape
+        cache = KVCache.empty(self.config, batch, length, self.numerics.compute_dtype)
+        hidden, cache = self.extend(tokens, cache, token_mask)
+        return hidden, cache if capacity is None else cache.grow(capacity)
+
+    def head(self) -> tuple[Array, int]:
+        """The matrix that makes logits, in the compute dtype, and which of its axes is the vocabulary.
+
+        Tied embeddings are handed out as they lie, `[V, D]` with axis 0; a separate head is `[D, V]` with axis 1.
+        """
+        tied = self.unembedding is None
+        matrix = self.embedding[...] if tied else self.unembedding[...]
+        return matrix.astype(self.numerics.compute_dtype), 0 if tied else 1
+
+    def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """Logits in float32 or wider, for samplers and tests; training uses `token_statistics(hidden, *head())`."""
+        matrix, vocabulary_axis = self.head()
+        contracted = (((hidden.ndim - 1,), (1 - vocabulary_axis,)), ((), ()))
+        return jax.lax.dot_general(
+            hidden,
+            matrix,
+            contracted,
+            precision=self.numerics.precision,
+            preferred_element_type=jnp.promote_types(hidden.dtype, jnp.float32),
+        )
+
+    def _checked_mask(self, tokens, token_mask):
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(f"tokens must be integers of shape [B, T], got {tokens.dtype} of shape {tokens.shape}")
+        if tokens.shape[1] > self.config.max_positions:
+            raise ValueError(
+                f"tokens has {tokens.shape[1]} columns, more than max_positions={self.config.max_positions} of the model"
+            )
+        if token_mask is None:
+            return jnp.ones(tokens.shape, bool)
+        if token_mask.shape != tokens.shape:
+            raise ValueError(f"token_mask must have the shape of tokens, {tokens.shape}, got {token_mask.shape}")
+        return token_mask.astype(bool)
