@@ -1,0 +1,92 @@
+"""Statistics of categorical distributions given by their logits, in plain jax.numpy.
+
+This is the route for places where logits exist already: samplers, enumerable worlds, a user's own arrays. From hidden
+states use `jaxrl_kernels.token_statistics`, which never holds `[N, V]`. Both give the same numbers.
+
+Every function works on `[..., V]` in the dtype of its input (float64 when jax is told so), accepts logits of -inf
+(probability zero) without NaN, and leaves a temperature to the caller (divide the logits). All divergences are in nats;
+l_k = log p_k - log q_k below.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+from jaxtyping import Bool
+from jaxtyping import Float
+from jaxtyping import Int
+from jaxtyping import ScalarLike
+
+
+def log_probs(logits: Float[Array, "*batch V"]) -> Float[Array, "*batch V"]:
+    """log softmax: z_k - log sum_j exp z_j [nats]; -inf where the logit is -inf."""
+    return jax.nn.log_softmax(logits, axis=-1)
+
+
+def _finite(log_p: Float[Array, "*batch V"], other: Float[Array, "*batch V"]) -> Float[Array, "*batch V"]:
+    # log_p where `other` is a positive probability, 0 elsewhere: keeps 0 * -inf, and its gradient, out of every sum.
+    return jnp.where(jnp.isneginf(other), jnp.zeros((), log_p.dtype), log_p)
+
+
+def log_prob(logits: Float[Array, "*batch V"], targets: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
+    """log p_a of the target a [nats]."""
+    return jnp.take_along_axis(log_probs(logits), targets[..., None], axis=-1)[..., 0]
+
+
+def max_log_prob(logits: Float[Array, "*batch V"]) -> Float[Array, "*batch"]:
+    """max_k log p_k [nats]."""
+    return jnp.max(log_probs(logits), axis=-1)
+
+
+def entropy(logits: Float[Array, "*batch V"]) -> Float[Array, "*batch"]:
+    """Shannon entropy -sum_k p_k log p_k [nats]."""
+    log_p = log_probs(logits)
+    return -jnp.sum(jnp.exp(log_p) * _finite(log_p, log_p), axis=-1)
+
+
+def collision(logits: Float[Array, "*batch V"]) -> Float[Array, "*batch"]:
+    """Collision probability C = sum_k p_k^2 [prob]; the Renyi-2 entropy is -log C."""
+    return jnp.sum(jnp.exp(2 * log_probs(logits)), axis=-1)
+
+
+def kl(logits: Float[Array, "*batch V"], logits_ref: Float[Array, "*batch V"]) -> Float[Array, "*batch"]:
+    """KL(p || q) = sum_k p_k (log p_k - log q_k) [nats], p from `logits`, q from `logits_ref`; +inf where p_k > 0 =
+    q_k.
+    """
+    log_p, log_q = log_probs(logits), log_probs(logits_ref)
+    return jnp.sum(jnp.exp(log_p) * (_finite(log_p, log_p) - _finite(log_q, log_p)), axis=-1)
+
+
+def total_variation(logits: Float[Array, "*batch V"], logits_ref: Float[Array, "*batch V"]) -> Float[Array, "*batch"]:
+    """TV(p, q) = 1/2 sum_k |p_k - q_k| [prob]."""
+    return jnp.sum(jnp.abs(jnp.exp(log_probs(logits)) - jnp.exp(log_probs(logits_ref))), axis=-1) / 2
+
+
+def chi_square(logits: Float[Array, "*batch V"], logits_ref: Float[Array, "*batch V"]) -> Float[Array, "*batch"]:
+    """chi^2(p || q) = sum_k (p_k - q_k)^2 / q_k = sum_k p_k^2 / q_k - 1; +inf where p_k > 0 = q_k.
+
+    Summed as (p_k - q_k)(p_k / q_k - 1), which does not cancel when p is near q.
+    """
+    log_p, log_q = log_probs(logits), log_probs(logits_ref)
+    log_ratio = _finite(log_p, log_p) - _finite(log_q, log_p)
+    difference = (jnp.exp(log_p) - jnp.exp(log_q)) * jnp.expm1(log_ratio)
+    return jnp.sum(jnp.where(jnp.isneginf(log_p), jnp.exp(log_q), difference), axis=-1)
+
+
+def safe_set(logits: Float[Array, "*batch V"], *, log_min_p: ScalarLike) -> Bool[Array, "*batch V"]:
+    """The vocabulary entries kept by min-p: p_k >= exp(log_min_p) max_j p_j, that is z_k >= max_j z_j + log_min_p.
+
+    A constant to the gradient, and unchanged when a constant is added to all logits. The arg-max is always kept if
+    log_min_p <= 0.
+    """
+    fixed = jax.lax.stop_gradient(logits)
+    return fixed >= jnp.max(fixed, axis=-1, keepdims=True) + log_min_p
+
+
+def restrict(logits: Float[Array, "*batch V"], keep: Bool[Array, "*batch V"]) -> Float[Array, "*batch V"]:
+    """Logits of the distribution renormalised on `keep`: -inf outside (gradient exactly 0 there), unchanged inside."""
+    return jnp.where(keep, logits, jnp.array(-jnp.inf, logits.dtype))
+
+
+def kept_mass(logits: Float[Array, "*batch V"], keep: Bool[Array, "*batch V"]) -> Float[Array, "*batch"]:
+    """Z = sum_{k in keep} p_k [prob]."""
+    return jnp.sum(jnp.where(keep, jnp.exp(log_probs(logits)), jnp.zeros((), logits.dtype)), axis=-1)

@@ -1,0 +1,126 @@
+"""Checks of arguments: each raises one sentence that names the argument, what it was and what it must be.
+
+Ranks, shapes and dtypes are known at trace time, so these checks cost nothing under jit. Values are not:
+`require_batch_values` looks at them and is meant for concrete arrays, before anything is compiled.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from jaxtyping import Bool
+from jaxtyping import Float
+from jaxtyping import Int
+
+
+def _describe(value: object) -> str:
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{value.dtype}{list(value.shape)}"  # pyright: ignore[reportAttributeAccessIssue]
+    return f"{type(value).__name__} {value!r}"
+
+
+def require_rank(rank: int, axes: str, **arrays: object) -> None:
+    """Every given array must have `rank` axes; `axes` says which, for the message. None is skipped.
+
+    Raises:
+        TypeError: if one of them is not an array.
+        ValueError: if the rank of one of them differs.
+    """
+    for name, array in arrays.items():
+        if array is None:
+            continue
+        if not hasattr(array, "ndim"):
+            raise TypeError(f"{name} is {_describe(array)}; it must be an array with axes [{axes}].")
+        if array.ndim != rank:  # pyright: ignore[reportAttributeAccessIssue]
+            raise ValueError(f"{name} is {_describe(array)}; it must have {rank} axes [{axes}].")
+
+
+def require_same_shape(**arrays: object) -> None:
+    """Every given array must have the shape of the first one. None is skipped.
+
+    Raises:
+        ValueError: if two shapes differ.
+    """
+    present = {name: array for name, array in arrays.items() if array is not None}
+    names = list(present)
+    for name in names[1:]:
+        if present[name].shape != present[names[0]].shape:  # pyright: ignore[reportAttributeAccessIssue]
+            raise ValueError(
+                f"{name} is {_describe(present[name])} and {names[0]} is {_describe(present[names[0]])}; "
+                "their shapes must be equal."
+            )
+
+
+def require_dtype(kind: str, **arrays: object) -> None:
+    """Every given array must be of the kind "floating", "integer" or "boolean". None is skipped.
+
+    Raises:
+        TypeError: if the dtype of one of them is of another kind.
+    """
+    types = {"floating": jnp.floating, "integer": jnp.integer, "boolean": jnp.bool_}
+    for name, array in arrays.items():
+        if array is not None and not jnp.issubdtype(array.dtype, types[kind]):  # pyright: ignore[reportAttributeAccessIssue]
+            raise TypeError(f"{name} is {_describe(array)}; its dtype must be {kind}.")
+
+
+def require_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """`value` must be one of `choices`.
+
+    Raises:
+        ValueError: naming the nearest choice, where one is near.
+    """
+    known = list(choices)
+    if value in known:
+        return
+    near = difflib.get_close_matches(str(value), known, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}.{hint}")
+
+
+def require_between(name: str, value: float, low: float, high: float) -> None:
+    """The Python number `value` must lie in [low, high].
+
+    Raises:
+        ValueError: if it does not, NaN included.
+    """
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value}; it must lie in [{low}, {high}].")
+
+
+def require_batch_values(
+    *,
+    rewards: Float[Array, " B"],
+    response_mask: Bool[Array, "B T"],
+    group_ids: Int[Array, " B"],
+    minimum_group_size: int = 1,
+) -> None:
+    """Look at the values of one batch before it is used: finite rewards, no empty response, no group that is too small.
+
+    Not for use under jit, where values are not known; call it once on the rollout.
+
+    Raises:
+        TypeError: if an argument is a tracer.
+        ValueError: with the first row or group that breaks a rule.
+    """
+    for name, array in (("rewards", rewards), ("response_mask", response_mask), ("group_ids", group_ids)):
+        if isinstance(array, jax.core.Tracer):
+            raise TypeError(f"{name} is a tracer; values can only be checked outside jit, vmap and grad.")
+    finite = np.isfinite(np.asarray(rewards))
+    if not finite.all():
+        row = int(np.argmin(finite))
+        raise ValueError(f"rewards[{row}] is {float(rewards[row])}; every reward must be finite.")
+    lengths = np.asarray(response_mask).sum(axis=1)
+    if (lengths == 0).any():
+        raise ValueError(
+            f"response_mask[{int(np.argmin(lengths))}] is empty; every sequence must have at least one response token."
+        )
+    ids, sizes = np.unique(np.asarray(group_ids), return_counts=True)
+    if (sizes < minimum_group_size).any():
+        smallest = int(np.argmin(sizes))
+        raise ValueError(
+            f"group_ids has a group (id {int(ids[smallest])}) of {int(sizes[smallest])} sequences; "
+            f"this advantage compares at least {minimum_group_size}."
+        )
