@@ -1,0 +1,8 @@
+"""Per-token statistics from hidden states and a head."""
+
+from jaxrl_kernels._token_statistics.api import token_loss
+from jaxrl_kernels._token_statistics.api import token_statistics
+from jaxrl_kernels._token_statistics.types import Reference
+from jaxrl_kernels._token_statistics.types import TokenStatistics
+
+__all__ = ["Reference", "TokenStatistics", "token_loss", "token_statistics"]

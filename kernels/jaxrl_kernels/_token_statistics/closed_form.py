@@ -1,0 +1,163 @@
+"""From accumulated sums to statistics, and from row cotangents to the gradient of a block of logits.
+
+With p the policy (renormalised on its safe set if there is one), q the reference, l = log p - log q, and g_x the cotangent of statistic x,
+
+    dz = g_logp (e_a - p) - g_H p (log p + H) + 2 g_C p (p - C)
+       + g_KL p (l - KL) + g_KLr (p - q) + (1/2) g_TV p (sign l - E_p[sign l])
+
+Each difference is taken between quantities of the same arithmetic: log p + H is (z - m) - E_p[z - m], and l - KL is d - E_p[d], so that rows
+of dz sum to zero and nothing cancels when policy and reference are close.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+from jaxtyping import Float
+from jaxtyping import Int
+
+from jaxrl_kernels._token_statistics.streaming import Rows
+from jaxrl_kernels._token_statistics.streaming import Summary
+from jaxrl_kernels._token_statistics.streaming import chi_square
+from jaxrl_kernels._token_statistics.streaming import divergence
+from jaxrl_kernels._token_statistics.types import TokenStatistics
+
+
+class Constants(NamedTuple):
+    """Row constants that the gradient of a block needs."""
+
+    maximum: Rows
+    total: Rows
+    shift: Rows
+    collision: Rows
+    floor: Rows | None = None
+    maximum_ref: Rows | None = None
+    total_ref: Rows | None = None
+    centre: Rows | None = None
+    gap: Rows | None = None
+    sign: Rows | None = None
+
+
+class Variation(NamedTuple):
+    """Sums of the total-variation sweep: (1/2) sum |p - q|, and E_p[sign(p - q)]."""
+
+    distance: Rows
+    sign: Rows
+
+
+def variation(z: Float[Array, "N B"], z_ref: Float[Array, "N B"], constants: Constants) -> Variation:
+    """Contribution of one block to the total variation; needs the normalisers of both distributions.
+
+    |p - q| = max(p, q) (1 - e^{-|l|}): no cancellation however close the two are.
+    """
+    assert constants.gap is not None
+    assert constants.maximum_ref is not None
+    assert constants.total_ref is not None
+    log_ratio = (z - z_ref) - constants.gap[:, None]
+    log_p = (z - constants.maximum[:, None]) - jnp.log(constants.total)[:, None]
+    p = jnp.exp(log_p)
+    q = jnp.exp((z_ref - constants.maximum_ref[:, None]) - jnp.log(constants.total_ref)[:, None])
+    difference = -lax.max(p, q) * jnp.expm1(-jnp.abs(log_ratio))
+    signed = p * jnp.sign(log_ratio)
+    if constants.floor is not None:
+        kept = z >= constants.floor[:, None]
+        difference = jnp.where(kept, difference, q)
+        signed = jnp.where(kept, signed, jnp.zeros((), z.dtype))
+    return Variation(0.5 * jnp.sum(difference, axis=-1), jnp.sum(signed, axis=-1))
+
+
+def conclude(
+    summary: Summary,
+    wanted: tuple[str, ...],
+    targets: Int[Array, " N"],
+    vocabulary: int,
+    floor: Rows | None,
+    whole: Rows | None,
+) -> tuple[TokenStatistics, Constants]:
+    """Statistics and gradient constants of a whole vocabulary, all but the total variation."""
+    policy, other = summary.policy, summary.reference
+    log_total = jnp.log(policy.total)
+    shift = summary.shift / policy.total
+    collision = summary.square / policy.total**2
+    values: dict[str, Array] = {
+        "entropy": log_total - shift,
+        "collision": collision,
+        "max_log_prob": -log_total,
+    }
+    log_prob = (summary.target - policy.maximum) - log_total
+    if summary.target_kept is not None and whole is not None:
+        log_prob = jnp.where(summary.target_kept > 0, log_prob, -jnp.inf)
+        values["kept_mass"] = policy.total / whole
+        values["target_kept"] = summary.target_kept > 0
+    in_range = (targets >= 0) & (targets < vocabulary)
+    values["log_prob"] = jnp.where(in_range, log_prob, jnp.nan)
+    constants = Constants(policy.maximum, policy.total, shift, collision, floor)
+    if other is None:
+        return _select(values, wanted), constants
+    missing = None
+    if summary.reference_outside is not None:
+        missing = -jnp.log1p(-summary.reference_outside / other.total)
+    constants = constants._replace(maximum_ref=other.maximum, total_ref=other.total)
+    if policy.spread is not None and policy.centre is not None:
+        kl = divergence(policy, other, missing)
+        values["kl"] = kl
+        constants = constants._replace(centre=policy.centre, gap=policy.centre - kl)
+        if summary.ratio is not None:
+            values["chi_square"] = chi_square(policy, other, summary.ratio, kl)
+    if other.spread is not None:
+        values["kl_reverse"] = divergence(other, policy, None)
+    return _select(values, wanted), constants
+
+
+def _select(values: dict[str, Array], wanted: tuple[str, ...]) -> TokenStatistics:
+    return TokenStatistics(**{name: value for name, value in values.items() if name in wanted})
+
+
+def logit_gradient(
+    z: Float[Array, "N B"],
+    z_ref: Float[Array, "N B"] | None,
+    targets: Int[Array, " N"],
+    start: int | Int[Array, ""],
+    constants: Constants,
+    cotangent: dict[str, Rows],
+) -> Float[Array, "N B"]:
+    """Gradient of sum_x g_x statistic_x with respect to a block of (temperature-scaled) logits; absent cotangents are zero."""
+    column = {name: value[:, None] for name, value in constants._asdict().items() if value is not None}
+    g = {name: value[:, None] for name, value in cotangent.items()}
+    centred = z - column["maximum"]
+    weight = jnp.exp(centred)
+    bracket = jnp.zeros_like(centred)
+    if "log_prob" in g:
+        bracket = bracket - g["log_prob"]
+    if "entropy" in g:
+        bracket = bracket - g["entropy"] * (centred - column["shift"])
+    p = weight / column["total"]
+    if "collision" in g:
+        bracket = bracket + 2 * g["collision"] * (p - column["collision"])
+    if z_ref is not None and "kl" in g:
+        bracket = bracket + g["kl"] * ((z - z_ref) - column["centre"])
+    if z_ref is not None and "total_variation" in g:
+        bracket = bracket + 0.5 * g["total_variation"] * (jnp.sign((z - z_ref) - column["gap"]) - column["sign"])
+    if "kl_reverse" in g:
+        bracket = bracket + g["kl_reverse"]
+    out = p * bracket
+    if z_ref is not None and "kl_reverse" in g:
+        out = out - g["kl_reverse"] * jnp.exp(z_ref - column["maximum_ref"]) / column["total_ref"]
+    if "log_prob" in g:
+        hit = lax.broadcasted_iota(targets.dtype, z.shape, 1) == (targets - start)[:, None]
+        out = out + jnp.where(hit, g["log_prob"], jnp.zeros((), z.dtype))
+    if "floor" in column:
+        out = jnp.where(z >= column["floor"], out, jnp.zeros((), z.dtype))
+    return out
+
+
+def usable(cotangents: TokenStatistics, differentiable: tuple[str, ...]) -> dict[str, Rows]:
+    """The cotangents that carry a gradient: of statistics with a VJP, and not known to be zero."""
+    named = cotangents._asdict()
+    return {
+        name: named[name]
+        for name in differentiable
+        if named[name] is not None and not isinstance(named[name], jax.custom_derivatives.SymbolicZero)
+    }

@@ -1,0 +1,111 @@
+"""token_statistics and token_loss in plain jax.numpy with plain autodiff: every logit is held, nothing is clever. The oracle."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from jaxrl_kernels._token_statistics.blocks import accumulator
+from jaxrl_kernels._token_statistics.blocks import matmul
+from jaxrl_kernels._token_statistics.types import Reference
+from jaxrl_kernels._token_statistics.types import TokenStatistics
+
+
+def _logits(
+    hidden: Array, head: Array, vocabulary_axis: int, inverse_temperature: Array | None, dtype: jnp.dtype
+) -> Array:
+    z = matmul(hidden, head, (1, 1 - vocabulary_axis), dtype)
+    return z if inverse_temperature is None else z * inverse_temperature
+
+
+def _compare(log_p: Array, kept: Array, log_q: Array) -> dict[str, Array]:
+    """Divergences between p (zero outside `kept`) and q; the sums are over non-negative terms, so nothing cancels."""
+    p, q = jnp.where(kept, jnp.exp(log_p), 0.0), jnp.exp(log_q)
+    log_ratio = jnp.where(kept, log_p - log_q, 0.0)
+    outside = jnp.sum(jnp.where(kept, 0.0, q), axis=-1)
+    # sum_S p (l + e^{-l} - 1) = KL + q(S) - 1 = KL - q(outside S)
+    small = jnp.abs(log_ratio) < 0.5
+    tame = jnp.where(small, log_ratio, 0.0)
+    near = p * (tame + jnp.expm1(-tame))
+    kl = jnp.sum(jnp.where(small & kept, near, jnp.where(kept, p * log_ratio + q - p, 0.0)), axis=-1) + outside
+    near_reverse = q * (jnp.expm1(tame) - tame)
+    kl_reverse = jnp.sum(jnp.where(small, near_reverse, p - q - q * log_ratio), axis=-1)
+    near_distance = p * jnp.abs(jnp.expm1(-tame))
+    distance = jnp.where(kept, jnp.where(small, near_distance, jnp.abs(p - q)), q)
+    chi = jnp.where(kept, jnp.where(small, q * jnp.square(jnp.expm1(tame)), jnp.exp(2 * log_p - log_q) - 2 * p + q), q)
+    return {
+        "kl": kl,
+        "kl_reverse": kl_reverse,
+        "total_variation": 0.5 * jnp.sum(distance, axis=-1),
+        "chi_square": lax.stop_gradient(jnp.sum(chi, axis=-1)),
+    }
+
+
+def statistics(
+    hidden: Array,
+    head: Array,
+    targets: Array,
+    reference: Reference | None,
+    inverse_temperature: Array | None,
+    log_min_p: Array | None,
+    *,
+    vocabulary_axis: int,
+    wanted: tuple[str, ...],
+) -> TokenStatistics:
+    """Statistics of every row; see `jaxrl_kernels.token_statistics`."""
+    dtype = accumulator(*(x.dtype for x in jax.tree.leaves((hidden, head, reference))))
+    z = _logits(hidden, head, vocabulary_axis, inverse_temperature, dtype)
+    top = lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True))
+    whole = jnp.sum(jnp.exp(z - top), axis=-1)
+    kept = jnp.ones(z.shape, bool) if log_min_p is None else lax.stop_gradient(z) >= top + log_min_p.astype(dtype)
+    centred = jnp.where(kept, z - top, 0.0)
+    total = jnp.sum(jnp.where(kept, jnp.exp(centred), 0.0), axis=-1)
+    log_p = centred - jnp.log(total)[:, None]
+    p = jnp.where(kept, jnp.exp(log_p), 0.0)
+    inside = (targets >= 0) & (targets < z.shape[1])
+    index = jnp.clip(targets, 0, z.shape[1] - 1)[:, None]
+    log_prob = jnp.take_along_axis(log_p, index, axis=-1)[:, 0]
+    values: dict[str, Array] = {
+        "entropy": -jnp.sum(p * log_p, axis=-1),
+        "collision": jnp.sum(p * p, axis=-1),
+        "max_log_prob": lax.stop_gradient(-jnp.log(total)),
+    }
+    if log_min_p is not None:
+        target_kept = inside & jnp.take_along_axis(kept, index, axis=-1)[:, 0]
+        log_prob = jnp.where(target_kept, log_prob, -jnp.inf)
+        values["kept_mass"] = lax.stop_gradient(total / whole)
+        values["target_kept"] = target_kept
+    values["log_prob"] = jnp.where(inside, log_prob, jnp.nan)
+    if reference is not None:
+        fixed = lax.stop_gradient(reference)
+        log_q = jax.nn.log_softmax(_logits(*fixed, vocabulary_axis, inverse_temperature, dtype), axis=-1)
+        values |= _compare(log_p, kept, log_q)
+    return TokenStatistics(**{name: value for name, value in values.items() if name in wanted})
+
+
+def loss(
+    hidden: Array,
+    head: Array,
+    targets: Array,
+    reference: Reference | None,
+    inverse_temperature: Array | None,
+    mask: Array,
+    side_arrays: tuple[Array, ...],
+    *,
+    vocabulary_axis: int,
+    wanted: tuple[str, ...],
+    per_token_loss: Callable[..., Array],
+) -> Array:
+    """Sum of the losses of the rows in the mask; see `jaxrl_kernels.token_loss`."""
+    row = mask[:, None]
+    hidden = jnp.where(row, hidden, 0.0)
+    if reference is not None:
+        reference = reference._replace(hidden=jnp.where(row, reference.hidden, 0.0))
+    values = statistics(
+        hidden, head, targets, reference, inverse_temperature, None, vocabulary_axis=vocabulary_axis, wanted=wanted
+    )
+    values = jax.tree.map(lambda x: jnp.where(mask, x, 0.0), values)
+    losses = per_token_loss(values, *lax.stop_gradient(side_arrays))
+    return jnp.sum(jnp.where(mask, losses, 0.0))
