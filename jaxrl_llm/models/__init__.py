@@ -1,4 +1,10 @@
 from jaxrl_llm.models.cache import KVCache as KVCache
 from jaxrl_llm.models.config import RopeScaling as RopeScaling
 from jaxrl_llm.models.config import TransformerConfig as TransformerConfig
+from jaxrl_llm.models.lora import LoraSettings as LoraSettings
+from jaxrl_llm.models.lora import add_lora as add_lora
+from jaxrl_llm.models.lora import merge_lora as merge_lora
+from jaxrl_llm.models.trainable import Trainable as Trainable
+from jaxrl_llm.models.trainable import combine as combine
+from jaxrl_llm.models.trainable import first_trained_layer as first_trained_layer
 from jaxrl_llm.models.transformer import Transformer as Transformer

@@ -50,12 +50,17 @@ class RMSNorm(nnx.Module):
 
 
 class LowRank(nnx.Module):
-    """The low-rank update scaling * x @ a @ b of a dense product (LoRA); zero at the start because b is."""
+    """The low-rank update scaling * x @ a @ b of a dense product; zero at the start because b is.
+
+    LoRA, Hu et al. 2021 (arXiv:2106.09685), section 4.1: a is normal, b zero, scaling = alpha / rank. Kept in float32.
+    """
 
     def __init__(self, axes: tuple[str, str], sizes: tuple[int, int], rank: int, scaling: float, key: Array):
         inputs, outputs = sizes
-        self.a = nnx.Param(jax.random.normal(key, (inputs, rank)) / rank, logical_axes=(axes[0], "rank"))
-        self.b = nnx.Param(jnp.zeros((rank, outputs)), logical_axes=("rank", axes[1]))
+        self.a = nnx.Param(
+            inputs**-0.5 * jax.random.normal(key, (inputs, rank), jnp.float32), logical_axes=(axes[0], "rank")
+        )
+        self.b = nnx.Param(jnp.zeros((rank, outputs), jnp.float32), logical_axes=("rank", axes[1]))
         self.scaling = scaling
 
     def __call__(self, x: Float[Array, "*batch I"], precision: jax.lax.Precision) -> Float[Array, "*batch O"]:
@@ -85,7 +90,7 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(kernel.astype(numerics.param_dtype), logical_axes=axes)
         bias = nnx.Param(jnp.zeros(sizes[1:], numerics.param_dtype), logical_axes=axes[1:]) if use_bias else None
         self.bias = nnx.data(bias)
-        self.low_rank = nnx.data(None)
+        self.low_rank: LowRank | None = nnx.data(None)
         self.numerics = numerics
 
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
@@ -134,8 +139,8 @@ class Rotation(NamedTuple):
 
 def grouped_query_attention(
     query: Float[Array, "B T H hd"],
-    keys: Float[Array, "B S KV hd"],
-    values: Float[Array, "B S KV hd"],
+    keys: Float[Array, "B KV S hd"],
+    values: Float[Array, "B KV S hd"],
     mask: Bool[Array, "B T S"],
     precision: jax.lax.Precision | None = None,
 ) -> Float[Array, "B T H hd"]:
@@ -144,14 +149,17 @@ def grouped_query_attention(
     Scores and softmax are float32 or wider. A query that may attend to nothing returns the mean of all values.
     """
     batch, length, heads, size = query.shape
-    shared = keys.shape[2]
-    grouped = query.reshape(batch, length, shared, heads // shared, size)
+    shared, slots = keys.shape[1:3]
+    group = heads // shared
+    # The queries of a group are rows of one product per key-value head: keys and values are read once, uncopied.
+    rows = query.reshape(batch, length, shared, group, size).swapaxes(1, 2).reshape(batch, shared, length * group, size)
     wide = jnp.promote_types(query.dtype, jnp.float32)
-    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, keys, precision=precision, preferred_element_type=wide)
-    scores = jnp.where(mask[:, None, None], scores * size**-0.5, MASKED_SCORE)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    mixed = jnp.einsum("bkgts,bskd->btkgd", weights, values, precision=precision)
-    return mixed.reshape(batch, length, heads, size).astype(query.dtype)
+    scores = jnp.matmul(rows, keys.swapaxes(2, 3), precision=precision, preferred_element_type=wide)
+    scores = scores.reshape(batch, shared, length, group, slots) * size**-0.5
+    weights = jax.nn.softmax(jnp.where(mask[:, None, :, None], scores, MASKED_SCORE), axis=-1)
+    weights = weights.astype(values.dtype).reshape(batch, shared, length * group, slots)
+    mixed = jnp.matmul(weights, values, precision=precision).reshape(batch, shared, length, group, size)
+    return mixed.swapaxes(1, 2).reshape(batch, length, heads, size).astype(query.dtype)
 
 
 class Attention(nnx.Module):
@@ -169,7 +177,7 @@ class Attention(nnx.Module):
         norms = [RMSNorm(config.head_dim, config.norm_eps, numerics) if config.qk_norm else None for _ in range(2)]
         self.query_norm, self.key_norm = nnx.data(norms[0]), nnx.data(norms[1])
         self.head_dim = config.head_dim
-        self.precision = numerics.precision
+        self.numerics = numerics
 
     def __call__(
         self,
@@ -185,10 +193,11 @@ class Attention(nnx.Module):
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         query, key = rotation(query), rotation(key)
+        key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
         if cache is not None:
             cache = cache.write(key, value)
             key, value = cache.keys, cache.values
-        mixed = grouped_query_attention(query, key, value, mask, self.precision)
+        mixed = grouped_query_attention(query, key, value, mask, self.numerics.precision)
         return self.output(mixed.reshape(*x.shape[:2], -1)), cache
 
 

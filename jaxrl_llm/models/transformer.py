@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from typing import Literal
+from typing import Self
 from typing import overload
 
 import jax
@@ -52,13 +53,13 @@ class Transformer(nnx.Module):
         numerics = Numerics(jnp.dtype(param_dtype), jnp.dtype(compute_dtype))
         self.config = config
         self.numerics = numerics
-        table = 0.02 * jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size))
+        table = 0.02 * jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size), jnp.float32)
         self.embedding = nnx.Param(table.astype(param_dtype), logical_axes=("vocabulary", "hidden"))
         self.layers = nnx.List([Block(config, numerics, rngs) for _ in range(config.num_layers)])
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps, numerics)
         self.unembedding = nnx.data(None)
         if not config.tie_embeddings:
-            head = config.hidden_size**-0.5 * jax.random.normal(rngs.params(), table.shape[::-1])
+            head = config.hidden_size**-0.5 * jax.random.normal(rngs.params(), table.shape[::-1], jnp.float32)
             self.unembedding = nnx.Param(head.astype(param_dtype), logical_axes=("hidden", "vocabulary"))
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -76,6 +77,7 @@ class Transformer(nnx.Module):
         start: int = 0,
         stop: int | None = None,
         remat: bool = False,
+        attention_mask: Bool[Array, "B T T"] | None = None,
         cache: None = None,
     ) -> Float[Array, "B T D"]: ...
 
@@ -89,10 +91,11 @@ class Transformer(nnx.Module):
         start: Literal[0] = 0,
         stop: None = None,
         remat: bool = False,
+        attention_mask: None = None,
         cache: KVCache,
     ) -> tuple[Float[Array, "B T D"], KVCache]: ...
 
-    def blocks(self, x, positions, token_mask, *, start=0, stop=None, remat=False, cache=None):
+    def blocks(self, x, positions, token_mask, *, start=0, stop=None, remat=False, attention_mask=None, cache=None):
         """Apply layers start .. stop.
 
         Args:
@@ -102,13 +105,14 @@ class Transformer(nnx.Module):
             start: first layer.
             stop: one past the last layer; None for all.
             remat: recompute each layer in the backward pass instead of keeping its activations.
+            attention_mask: which token [b, t] may attend to which [b, s], for packed rows; None: the real ones up to t.
             cache: append these tokens to the cache and attend to all of it; all layers at once only.
 
         Returns:
             x after the layers; with a cache, the pair (x, cache).
 
         Raises:
-            ValueError: for an impossible range of layers, or a part of the layers with a cache.
+            ValueError: for an impossible range of layers, or a part of the layers or an attention_mask with a cache.
         """
         count = len(self.layers)
         stop = count if stop is None else stop
@@ -118,8 +122,12 @@ class Transformer(nnx.Module):
         if cache is not None:
             if (start, stop) != (0, count):
                 raise ValueError(f"a cache covers all {count} layers; start and stop were {start} and {stop}")
+            if attention_mask is not None:
+                raise ValueError(
+                    "attention_mask must be None with a cache, whose slot_mask says what may be attended to"
+                )
             return self._append(x, rotation, token_mask, cache)
-        mask = causal_mask(token_mask)
+        mask = causal_mask(token_mask) if attention_mask is None else attention_mask
         for index in range(start, stop):
             x = constrain(self._block(index, x, rotation, mask, remat), ACTIVATION_AXES)
         return x
@@ -133,13 +141,26 @@ class Transformer(nnx.Module):
     def _append(self, x, rotation: Rotation, token_mask, cache: KVCache):
         advanced = cache.advance(token_mask)
         mask = advanced.attention_mask(x.shape[1])
-        keys, values = [], []
+        written = []
         for index, layer in enumerate(self.layers):
-            x, written = layer(x, rotation, mask, cache.layer(index))
+            x, layer_cache = layer(x, rotation, mask, cache.layer(index))
             x = constrain(x, ACTIVATION_AXES)
-            keys.append(written.keys)
-            values.append(written.values)
-        return x, replace(advanced, keys=tuple(keys), values=tuple(values))
+            written.append(layer_cache)
+        keys, values = tuple(part.keys for part in written), tuple(part.values for part in written)
+        return x, replace(advanced, keys=keys, values=values)
+
+    def trunk(
+        self, tokens: Int[Array, "B T"], token_mask: Bool[Array, "B T"] | None = None, *, stop: int, remat: bool = False
+    ) -> Float[Array, "B T D"]:
+        """Embedding and the first `stop` layers; where these are frozen, computed once per batch of texts."""
+        token_mask = self._checked_mask(tokens, token_mask)
+        return self.blocks(self.embed(tokens), positions_of(token_mask), token_mask, stop=stop, remat=remat)
+
+    def from_trunk(
+        self, x: Float[Array, "B T D"], token_mask: Bool[Array, "B T"], *, start: int, remat: bool = False
+    ) -> Float[Array, "B T D"]:
+        """Hidden states from what `trunk(..., stop=start)` returned: the other layers and the final norm."""
+        return self.final_norm(self.blocks(x, positions_of(token_mask), token_mask, start=start, remat=remat))
 
     def __call__(
         self, tokens: Int[Array, "B T"], token_mask: Bool[Array, "B T"] | None = None, *, remat: bool = False
@@ -152,8 +173,7 @@ class Transformer(nnx.Module):
             remat: recompute each layer in the backward pass.
         """
         token_mask = self._checked_mask(tokens, token_mask)
-        x = self.blocks(self.embed(tokens), positions_of(token_mask), token_mask, remat=remat)
-        return self.final_norm(x)
+        return self.from_trunk(self.embed(tokens), token_mask, start=0, remat=remat)
 
     def extend(
         self, tokens: Int[Array, "B T"], cache: KVCache, token_mask: Bool[Array, "B T"] | None = None
@@ -179,9 +199,8 @@ class Transformer(nnx.Module):
 
         Tied embeddings are handed out as they lie, `[V, D]` with axis 0; a separate head is `[D, V]` with axis 1.
         """
-        tied = self.unembedding is None
-        matrix = self.embedding[...] if tied else self.unembedding[...]
-        return matrix.astype(self.numerics.compute_dtype), 0 if tied else 1
+        table, vocabulary_axis = (self.embedding, 0) if self.unembedding is None else (self.unembedding, 1)
+        return table[...].astype(self.numerics.compute_dtype), vocabulary_axis
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Logits in float32 or wider, for samplers and tests; training uses `token_statistics(hidden, *head())`."""
@@ -195,12 +214,27 @@ class Transformer(nnx.Module):
             preferred_element_type=jnp.promote_types(hidden.dtype, jnp.float32),
         )
 
+    def astype(
+        self, *, param_dtype: jnp.dtype | type | None = None, compute_dtype: jnp.dtype | type | None = None
+    ) -> Self:
+        """The same model with its parameters, its products or both in another dtype; arrays that fit are shared."""
+        present = self.numerics
+        numerics = Numerics(
+            jnp.dtype(param_dtype or present.param_dtype), jnp.dtype(compute_dtype or present.compute_dtype)
+        )
+        graphdef, state = nnx.split(self)
+        model = nnx.merge(graphdef, jax.tree.map(lambda array: array.astype(numerics.param_dtype), state))
+        for _, module in nnx.iter_modules(model):
+            if hasattr(module, "numerics"):
+                setattr(module, "numerics", numerics)  # noqa: B010 - the kinds of modules that have it are not listed here
+        return model
+
     def _checked_mask(self, tokens, token_mask):
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"tokens must be integers of shape [B, T], got {tokens.dtype} of shape {tokens.shape}")
         if tokens.shape[1] > self.config.max_positions:
             raise ValueError(
-                f"tokens has {tokens.shape[1]} columns, more than max_positions={self.config.max_positions} of the model"
+                f"tokens must have at most max_positions={self.config.max_positions} columns, got {tokens.shape[1]}"
             )
         if token_mask is None:
             return jnp.ones(tokens.shape, bool)
