@@ -1,0 +1,307 @@
+"""GGUF files of llama.cpp: read as tensors in the Hugging Face layout, and written so that llama.cpp loads them.
+
+llama.cpp rotates neighbouring pairs of a head's elements where Hugging Face rotates halves, so its `llama` architecture
+stores the rows of the query and key projections in another order; `interleave` and `deinterleave` convert it.
+"""
+
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from typing import Literal
+from typing import NamedTuple
+
+import gguf
+import numpy as np
+
+from jaxrl_llm.models.config import RopeScaling
+from jaxrl_llm.models.config import TransformerConfig
+from jaxrl_llm.models.files import whole_file
+from jaxrl_llm.models.hf_config import ARCHITECTURES
+from jaxrl_llm.models.hf_config import architecture_of
+from jaxrl_llm.models.layers import rotary_frequencies
+
+GGUFType = Literal["F32", "F16", "BF16", "Q8_0"]
+
+SUPPORTED = ("llama", "qwen2", "qwen3")
+
+LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_LAYER_NAMES_BACK = {hf: name for name, hf in LAYER_NAMES.items()}
+_TOP_NAMES_BACK = {hf: name for name, hf in TOP_NAMES.items()}
+EMBEDDING = "model.embed_tokens.weight"
+ROPE_FACTORS = "rope_freqs.weight"
+
+
+class GGUFFile(Mapping[str, np.ndarray]):
+    """The tensors of a GGUF file under their Hugging Face names; each is dequantised to float32 when it is asked for.
+
+    Attributes:
+        metadata: the key-value entries of the file.
+        config: the configuration they describe.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a truncated file, none in the GGUF format, or an unsupported architecture.
+    """
+
+    def __init__(self, path: Path) -> None:
+        reader = _open(path)
+        self.metadata: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        factors = tensors.pop(ROPE_FACTORS, None)
+        self._tensors = {_hf_name(name): tensor for name, tensor in tensors.items()}
+        self.config = _config(self.metadata, self._tensors, source=str(path))
+        if factors is not None:
+            self.config = _with_rope_factors(self.config, np.asarray(factors.data, np.float32), source=str(path))
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        tensor = self._tensors[name]
+        # GGUF counts dimensions from the innermost, numpy from the outermost.
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        values = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+        heads = _heads_to_reorder(name, self.config)
+        return deinterleave(values, heads) if heads else values
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def deinterleave(weight: np.ndarray, num_heads: int) -> np.ndarray:
+    """Undo `interleave`: bring the rows of every head from the order of `llama` GGUF into that of Hugging Face."""
+    rows = weight.shape[0] // num_heads
+    return weight.reshape(num_heads, rows // 2, 2, -1).swapaxes(1, 2).reshape(weight.shape)
+
+
+def interleave(weight: np.ndarray, num_heads: int) -> np.ndarray:
+    """Rows 0, 1, ... h - 1 of every head in the order 0, h/2, 1, h/2 + 1, ..., so that rotated pairs are neighbours."""
+    rows = weight.shape[0] // num_heads
+    return weight.reshape(num_heads, 2, rows // 2, -1).swapaxes(1, 2).reshape(weight.shape)
+
+
+class _Stored(NamedTuple):
+    """How a tensor lies in the file: its format, and shape and dtype of the array of stored numbers or bytes."""
+
+    kind: gguf.GGMLQuantizationType
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+    @classmethod
+    def of(cls, name: str, shape: Sequence[int], dtype: GGUFType) -> "_Stored":
+        kind = gguf.GGMLQuantizationType[dtype if len(shape) > 1 else "F32"]
+        if kind.name in ("F32", "F16"):
+            return cls(kind, tuple(shape), np.dtype(np.float32 if kind.name == "F32" else np.float16))
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        if shape[-1] % block:
+            raise ValueError(f"{name} has rows of {shape[-1]} elements; {dtype} needs a multiple of {block}.")
+        return cls(kind, (*shape[:-1], shape[-1] // block * block_bytes), np.dtype(np.uint8))
+
+
+def write_gguf(
+    path: Path,
+    config: TransformerConfig,
+    tensors: Mapping[str, np.ndarray],
+    *,
+    dtype: GGUFType,
+    metadata: Mapping[str, Any],
+) -> None:
+    """Write a GGUF file; it appears under its name only when it is complete.
+
+    Args:
+        path: the file, replaced if it exists.
+        config: the model's configuration.
+        tensors: all tensors under their Hugging Face names.
+        dtype: of the matrices; vectors are float32 always.
+        metadata: further key-value entries, those of the tokenizer among them.
+
+    Raises:
+        ValueError: a matrix whose rows the blocks of `dtype` do not divide, or a model that GGUF cannot describe.
+        OSError: the place cannot be written or has no room.
+    """
+    layout = {name: _Stored.of(name, tensor.shape, dtype) for name, tensor in tensors.items()}
+    architecture = ARCHITECTURES[architecture_of(config)]
+    with whole_file(path, size=sum(stored.size for stored in layout.values())) as draft:
+        writer = gguf.GGUFWriter(draft, architecture)
+        try:
+            for key, value in {**_entries(config, architecture, dtype), **metadata}.items():
+                _add_entry(writer, key, value)
+            if config.rope_scaling is not None:
+                writer.add_tensor_info(ROPE_FACTORS, (config.head_dim // 2,), np.dtype(np.float32), config.head_dim * 2)
+            for name, stored in layout.items():
+                writer.add_tensor_info(_gguf_name(name), stored.shape, stored.dtype, stored.size, stored.kind)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            if config.rope_scaling is not None:
+                writer.write_tensor_data(rope_factors(config))
+            for name, tensor in tensors.items():
+                heads = _heads_to_reorder(name, config)
+                values = interleave(tensor, heads) if heads else tensor
+                writer.write_tensor_data(gguf.quantize(np.ascontiguousarray(values, np.float32), layout[name].kind))
+        finally:
+            writer.close()
+
+
+def rope_factors(config: TransformerConfig) -> np.ndarray:
+    """What llama.cpp divides the rotary frequencies by [head_dim / 2], float32: 1 without scaling."""
+    plain = rotary_frequencies(replace(config, rope_scaling=None))
+    return np.asarray(plain / rotary_frequencies(config), np.float32)
+
+
+def _with_rope_factors(config: TransformerConfig, factors: np.ndarray, *, source: str) -> TransformerConfig:
+    """The configuration with the scaling that the stored factors came from; they are those of Llama 3.1 and later."""
+    guess = replace(config, rope_scaling=RopeScaling(factor=round(float(factors.max()), 4)))
+    if factors.shape != (config.head_dim // 2,) or not np.allclose(rope_factors(guess), factors, rtol=1e-3):
+        raise ValueError(
+            f"{source} scales rotary positions by {ROPE_FACTORS} in another way than Llama 3; "
+            "load such a model from its Hugging Face folder."
+        )
+    return guess
+
+
+def _open(path: Path) -> gguf.GGUFReader:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; expected a GGUF file.")
+    try:
+        return gguf.GGUFReader(path)
+    except (ValueError, IndexError, KeyError, OverflowError) as error:
+        size = path.stat().st_size
+        raise ValueError(
+            f"{path} ({size} bytes) is truncated or not a GGUF file ({error}); copy or install it again."
+        ) from error
+
+
+def _config(metadata: Mapping[str, Any], tensors: Mapping[str, Any], *, source: str) -> TransformerConfig:
+    architecture = metadata.get("general.architecture")
+    if architecture not in SUPPORTED:
+        raise ValueError(f"{source} has the architecture {architecture!r}; supported are {', '.join(SUPPORTED)}.")
+
+    def entry(name: str, default: Any = None) -> Any:
+        value = metadata.get(f"{architecture}.{name}", default)
+        if value is None:
+            raise ValueError(f"{source} lacks the entry {architecture}.{name}.")
+        return value
+
+    if entry("expert_count", 0):
+        raise ValueError(f"{source} is a mixture of {entry('expert_count')} experts; supported are dense models.")
+    if entry("rope.scaling.type", "none") != "none":
+        raise ValueError(f"{source} scales rotary positions ({entry('rope.scaling.type')}), which is not supported.")
+    heads, width = entry("attention.head_count"), entry("embedding_length")
+    head_dim = entry("attention.key_length", width // heads)
+    if entry("rope.dimension_count", head_dim) != head_dim:
+        raise ValueError(f"{source} rotates {entry('rope.dimension_count')} of {head_dim} elements; supported is all.")
+    if EMBEDDING not in tensors:
+        raise ValueError(f"{source} has no tensor {_gguf_name(EMBEDDING)}.")
+    return TransformerConfig(
+        vocab_size=int(tensors[EMBEDDING].shape[-1]),
+        hidden_size=width,
+        num_layers=entry("block_count"),
+        num_heads=heads,
+        num_kv_heads=entry("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        intermediate_size=entry("feed_forward_length"),
+        rope_theta=_decimal(entry("rope.freq_base", 10_000.0)),
+        norm_eps=_decimal(entry("attention.layer_norm_rms_epsilon")),
+        tie_embeddings="lm_head.weight" not in tensors,
+        max_positions=entry("context_length"),
+        qkv_bias=architecture == "qwen2",
+        qk_norm=architecture == "qwen3",
+    )
+
+
+def _entries(config: TransformerConfig, architecture: str, dtype: GGUFType) -> dict[str, Any]:
+    """The entries that llama.cpp reads the sizes from; the inverse of `_config`."""
+    sizes = {
+        "vocab_size": config.vocab_size,
+        "context_length": config.max_positions,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_heads,
+        "attention.head_count_kv": config.num_kv_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "rope.dimension_count": config.head_dim,
+        "rope.freq_base": float(config.rope_theta),
+        "attention.layer_norm_rms_epsilon": float(config.norm_eps),
+    }
+    file_type = gguf.LlamaFileType["ALL_F32" if dtype == "F32" else f"MOSTLY_{dtype}"]
+    general = {"general.type": "model", "general.file_type": int(file_type), "general.quantization_version": 2}
+    return {**general, **{f"{architecture}.{name}": value for name, value in sizes.items()}}
+
+
+def _add_entry(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    """Add a key-value entry in the type that llama.cpp expects of it."""
+    match value:
+        case bool():
+            writer.add_bool(key, value)
+        case int():
+            writer.add_uint32(key, value)
+        case float():
+            writer.add_float32(key, value)
+        case str():
+            writer.add_string(key, value)
+        case list():
+            writer.add_array(key, value)
+        case _:
+            raise TypeError(
+                f"{key} is a {type(value).__name__}; entries are numbers, texts, booleans or lists of them."
+            )
+
+
+def _heads_to_reorder(name: str, config: TransformerConfig) -> int:
+    """Number of heads whose rows `llama` GGUF interleaves; 0 for other tensors and architectures."""
+    if config.qkv_bias or config.qk_norm:
+        return 0
+    if name.endswith(".q_proj.weight"):
+        return config.num_heads
+    return config.num_kv_heads if name.endswith(".k_proj.weight") else 0
+
+
+def _hf_name(name: str) -> str:
+    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight; unknown names are kept, to be reported."""
+    stem, _, kind = name.rpartition(".")
+    if stem in TOP_NAMES:
+        return f"{TOP_NAMES[stem]}.{kind}"
+    parts = stem.split(".", 2)
+    if len(parts) == 3 and parts[0] == "blk" and parts[2] in LAYER_NAMES:
+        return f"model.layers.{parts[1]}.{LAYER_NAMES[parts[2]]}.{kind}"
+    return name
+
+
+def _gguf_name(name: str) -> str:
+    """The inverse of `_hf_name`."""
+    stem, _, kind = name.rpartition(".")
+    parts = stem.split(".", 3)
+    if len(parts) == 4 and parts[:2] == ["model", "layers"]:
+        return f"blk.{parts[2]}.{_LAYER_NAMES_BACK[parts[3]]}.{kind}"
+    return f"{_TOP_NAMES_BACK[stem]}.{kind}"
+
+
+def _decimal(value: float) -> float:
+    """The shortest decimal that is this float32: 1e-05 for 9.999999747378752e-06."""
+    return float(str(np.float32(value)))

@@ -1,0 +1,343 @@
+"""Models from checkpoints and back: Hugging Face folders and GGUF files, without torch.
+
+A tensor is known here by its Hugging Face name. `hf_io` and `gguf_io` turn files into mappings from those names to
+arrays; this module turns such a mapping into a `Transformer`, and a `Transformer` into such a mapping.
+"""
+
+import hashlib
+import shutil
+import warnings
+from collections.abc import Iterable
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import Sharding
+from jax.typing import DTypeLike
+
+from jaxrl_llm.models.config import TransformerConfig
+from jaxrl_llm.models.files import cache_folder
+from jaxrl_llm.models.files import read_json
+from jaxrl_llm.models.files import whole_folder
+from jaxrl_llm.models.gguf_io import GGUFFile
+from jaxrl_llm.models.gguf_io import GGUFType
+from jaxrl_llm.models.gguf_io import write_gguf
+from jaxrl_llm.models.hf_config import config_from_hf
+from jaxrl_llm.models.hf_io import SafetensorsFolder
+from jaxrl_llm.models.hf_io import shortened
+from jaxrl_llm.models.hf_io import write_hf
+from jaxrl_llm.models.layers import LowRank
+from jaxrl_llm.models.layers import RMSNorm
+from jaxrl_llm.models.sharding import shardings
+from jaxrl_llm.models.tokenizers import Tokenizer
+from jaxrl_llm.models.tokenizers import check_vocabulary
+from jaxrl_llm.models.transformer import Transformer
+
+Tensors = Mapping[str, np.ndarray]
+
+PART_NAMES = {
+    "attention_norm": "input_layernorm",
+    "attention.query": "self_attn.q_proj",
+    "attention.key": "self_attn.k_proj",
+    "attention.value": "self_attn.v_proj",
+    "attention.output": "self_attn.o_proj",
+    "attention.query_norm": "self_attn.q_norm",
+    "attention.key_norm": "self_attn.k_norm",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp.gate": "mlp.gate_proj",
+    "mlp.up": "mlp.up_proj",
+    "mlp.down": "mlp.down_proj",
+}
+"""Parts of a block and their Hugging Face names."""
+
+DERIVED = "rotary_emb.inv_freq"
+"""End of the names of tensors in old checkpoints that follow from the configuration."""
+
+CONVERSION = 1
+"""Version of what `converted_gguf` writes; a new one makes old conversions be made again."""
+
+
+def load_hf(
+    folder: str | Path,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    compute_dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+) -> Transformer:
+    """The model of a Hugging Face folder: config.json and safetensors, in one file or several.
+
+    Args:
+        folder: of a Llama, Mistral, Qwen2 or Qwen3 checkpoint in float weights.
+        dtype: of the parameters.
+        compute_dtype: of the products; by default `dtype`.
+        mesh: devices to spread the parameters over by the rules of `models.sharding`; None for the default device.
+
+    Raises:
+        FileNotFoundError: no folder, no config.json or no weights.
+        ValueError: a truncated file, another architecture, or tensors that are missing, unknown or of another shape.
+    """
+    folder = Path(folder)
+    tensors = SafetensorsFolder(folder)
+    config = config_from_hf(read_json(folder / "config.json"), source=str(folder / "config.json"))
+    return build_model(config, tensors, source=str(folder), dtype=dtype, compute_dtype=compute_dtype, mesh=mesh)
+
+
+def load_gguf(
+    path: str | Path,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    compute_dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+) -> Transformer:
+    """The model of a GGUF file with the architecture llama, qwen2 or qwen3; quantised weights are dequantised.
+
+    The first load converts the file into a Hugging Face folder in the cache (`converted_gguf`); later ones read that.
+    Where the cache cannot be written, a warning says so and the file is dequantised every time.
+
+    Args:
+        path: the GGUF file.
+        dtype: see `load_hf`, as for the other arguments.
+        compute_dtype: see `load_hf`.
+        mesh: see `load_hf`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a truncated file, another architecture, or tensors that are missing, unknown or of another shape.
+    """
+    folder = conversion_or_none(path)
+    if folder is not None:
+        return load_hf(folder, dtype=dtype, compute_dtype=compute_dtype, mesh=mesh)
+    source = GGUFFile(Path(path))
+    return build_model(source.config, source, source=str(path), dtype=dtype, compute_dtype=compute_dtype, mesh=mesh)
+
+
+def conversion_or_none(path: str | Path) -> Path | None:
+    """`converted_gguf`, or None and a warning where the cache cannot be written."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist; expected a GGUF file.")
+    try:
+        return converted_gguf(path)
+    except OSError as error:
+        warnings.warn(f"{error} The model is dequantised again at every load until it can be.", stacklevel=3)
+        return None
+
+
+def converted_gguf(path: str | Path) -> Path:
+    """The Hugging Face folder in the cache that holds a GGUF file in float32, made by the first call.
+
+    It is named by the SHA-256 of the GGUF file, which also stands in the header of its weights, so a changed file is
+    never served from the conversion of another. The folder appears whole or not at all, whoever else is at it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file cannot be read; see `GGUFFile`.
+        OSError: the cache cannot be written or has no room.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; expected a GGUF file.")
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    origin = {"source_sha256": digest, "source_size": str(path.stat().st_size), "conversion": str(CONVERSION)}
+    folder = cache_folder() / "gguf" / f"{path.stem}-{digest[:16]}"
+    if _is_conversion(folder, origin):
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    source = GGUFFile(path)
+    try:
+        with whole_folder(folder, size=4 * source.config.num_parameters) as draft:
+            write_hf(draft, source.config, source, metadata=origin)
+            # A model whose tokenizer cannot be rebuilt is still a model.
+            with suppress(ValueError):
+                Tokenizer.from_gguf_metadata(source.metadata).save(draft)
+    except OSError:
+        # Another process may have been faster; its folder is as good.
+        if not _is_conversion(folder, origin):
+            raise
+    return folder
+
+
+def save_hf(model: Transformer, folder: str | Path, *, tokenizer: Tokenizer | None = None) -> None:
+    """Write a model as a Hugging Face folder: config.json, model.safetensors in the dtype of the parameters, tokenizer.
+
+    Adapters are merged into the matrices they belong to.
+
+    Args:
+        model: the model.
+        folder: new or empty; it appears whole or not at all.
+        tokenizer: written as tokenizer.json where given.
+
+    Raises:
+        FileExistsError: the folder holds something.
+        ValueError: the tokenizer does not belong to the model, or no architecture has these parts together.
+        OSError: the place cannot be written or has no room.
+    """
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, model.config.vocab_size)
+    tensors = model_tensors(model)
+    with whole_folder(Path(folder), size=sum(tensor.nbytes for tensor in tensors.values())) as draft:
+        write_hf(draft, model.config, tensors)
+        if tokenizer is not None:
+            tokenizer.save(draft)
+
+
+def save_gguf(
+    model: Transformer,
+    path: str | Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    dtype: GGUFType = "F32",
+    name: str = "jaxrl_llm model",
+) -> None:
+    """Write a model as a GGUF file that llama.cpp loads.
+
+    Adapters are merged into the matrices they belong to.
+
+    Args:
+        model: the model.
+        path: the file, replaced if it exists, once the new one is complete.
+        tokenizer: byte-level BPE; None writes a file without vocabulary, which llama.cpp runs on token ids only.
+        dtype: of the matrices: "F32", "F16", "BF16" or "Q8_0". llama.cpp computes Q8_0 with activations in 8 bits.
+        name: shown by llama.cpp.
+
+    Raises:
+        ValueError: an unknown dtype, a tokenizer that does not belong to the model or cannot be written, or a model
+            that GGUF cannot describe.
+        OSError: the place cannot be written or has no room.
+    """
+    if dtype not in get_args(GGUFType):
+        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(get_args(GGUFType))}.")
+    vocab_size = model.config.vocab_size
+    metadata: dict[str, Any] = {"general.name": name, "tokenizer.ggml.model": "no_vocab"}
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, vocab_size)
+        metadata |= tokenizer.gguf_metadata(vocab_size=vocab_size)
+    write_gguf(Path(path), model.config, model_tensors(model), dtype=dtype, metadata=metadata)
+
+
+def build_model(
+    config: TransformerConfig,
+    tensors: Tensors,
+    *,
+    source: str = "tensors",
+    dtype: DTypeLike = jnp.float32,
+    compute_dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+) -> Transformer:
+    """A model with the given tensors, under their Hugging Face names and in their layout [out, in].
+
+    Args:
+        config: sizes and variants.
+        tensors: one for each parameter; a head beside tied embeddings is ignored.
+        source: what error sentences call the tensors.
+        dtype: see `load_hf`, as for the other arguments.
+        compute_dtype: see `load_hf`.
+        mesh: see `load_hf`.
+
+    Raises:
+        ValueError: tensors that are missing, unknown, of another shape or not of floats.
+    """
+    kept, products = jnp.dtype(dtype), jnp.dtype(dtype if compute_dtype is None else compute_dtype)
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), param_dtype=kept, compute_dtype=products))
+    slots = _slots(model)
+    _check_names(tensors, slots, config, source)
+    placements = {} if mesh is None else _placements(model, mesh)
+    wrong = []
+    for name, slot in slots.items():
+        tensor = tensors[name]
+        expected = slot.parameter.get_value().shape
+        found = tensor.shape[::-1] if slot.transposed else tensor.shape
+        if found != expected or not jnp.issubdtype(tensor.dtype, jnp.floating):
+            stored = expected[::-1] if slot.transposed else expected
+            wrong.append(f"{name} is {tensor.dtype} {list(tensor.shape)}, expected floats {list(stored)}")
+        elif not wrong:
+            slot.parameter.set_value(_on_device(tensor, slot.transposed, dtype, placements.get(name)))
+    if wrong:
+        raise ValueError(f"{source} has tensors that do not fit the model: {shortened(wrong)}.")
+    return model
+
+
+def model_tensors(model: Transformer) -> dict[str, np.ndarray]:
+    """All parameters of a model under their Hugging Face names, in their layout [out, in], adapters merged."""
+    return {name: slot.merged() for name, slot in _slots(model).items()}
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A parameter of the model, where it sits, and whether checkpoints hold its transpose."""
+
+    parameter: nnx.Param
+    transposed: bool = False
+    low_rank: LowRank | None = None
+
+    def merged(self) -> np.ndarray:
+        """The tensor for a checkpoint; products with an adapter are added in float32."""
+        value = self.parameter.get_value()
+        if self.low_rank is not None:
+            value = (value.astype(jnp.float32) + self.low_rank.dense()).astype(value.dtype)
+        return np.asarray(value.T if self.transposed else value)
+
+
+def _slots(model: Transformer) -> dict[str, _Slot]:
+    """Every parameter of the model by the Hugging Face name of its tensor."""
+    slots = {"model.embed_tokens.weight": _Slot(model.embedding)}
+    for index, layer in enumerate(model.layers):
+        for path, part_name in PART_NAMES.items():
+            part = attrgetter(path)(layer)
+            name = f"model.layers.{index}.{part_name}"
+            if isinstance(part, RMSNorm):
+                slots[f"{name}.weight"] = _Slot(part.scale)
+            elif part is not None:
+                slots[f"{name}.weight"] = _Slot(part.kernel, transposed=True, low_rank=part.low_rank)
+                if part.bias is not None:
+                    slots[f"{name}.bias"] = _Slot(part.bias)
+    slots["model.norm.weight"] = _Slot(model.final_norm.scale)
+    if model.unembedding is not None:
+        slots["lm_head.weight"] = _Slot(model.unembedding, transposed=True)
+    return slots
+
+
+def _check_names(tensors: Tensors, wanted: Iterable[str], config: TransformerConfig, source: str) -> None:
+    missing = sorted(set(wanted) - set(tensors))
+    if missing:
+        raise ValueError(f"{source} lacks {len(missing)} tensors: {shortened(missing)}.")
+    optional = {"lm_head.weight"} if config.tie_embeddings else set()
+    unknown = sorted(name for name in set(tensors) - set(wanted) - optional if not name.endswith(DERIVED))
+    if unknown:
+        raise ValueError(f"{source} has {len(unknown)} tensors that this architecture lacks: {shortened(unknown)}.")
+
+
+def _on_device(tensor: np.ndarray, transposed: bool, dtype: DTypeLike, placement: Sharding | None) -> jax.Array:
+    """The tensor as a JAX array that owns its memory, since parameters are donated and memory maps must not be."""
+    if placement is not None:
+        return jax.device_put((tensor.T if transposed else tensor).astype(dtype), placement)
+    if transposed:
+        return jnp.asarray(tensor).T.astype(dtype)
+    return jnp.array(tensor, dtype=dtype, copy=True)
+
+
+def _placements(model: Transformer, mesh: Mesh) -> dict[str, Sharding]:
+    """Where each tensor's parameter goes on the mesh."""
+    specs = nnx.to_flat_state(shardings(nnx.state(model, nnx.Param), mesh))
+    by_path = dict(specs)
+    paths = {id(variable): path for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    return {name: by_path[paths[id(slot.parameter)]].get_value() for name, slot in _slots(model).items()}
+
+
+def _is_conversion(folder: Path, origin: Mapping[str, str]) -> bool:
+    """Whether the folder is a complete conversion of the GGUF file that `origin` describes."""
+    try:
+        header = SafetensorsFolder(folder).metadata
+        read_json(folder / "config.json")
+    except (ValueError, OSError):
+        return False
+    return all(header.get(key) == value for key, value in origin.items())
