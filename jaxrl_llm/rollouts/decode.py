@@ -1,0 +1,275 @@
+"""One token for every row of a group-sampled batch, against a prompt cache that the group shares.
+
+The trainer's modules compute a whole text at once. Here a step has B rows of one token, so its time goes into reading
+weights and cache:
+
+- `DecodeWeights` holds the same numbers as the model with LoRA merged and the products that share an input joined, in
+  the dtype of the products;
+- the keys and values of a prompt are kept once per prompt, not once per sample: the G samples of a prompt are G more
+  rows of one product;
+- keys lie as [.., head_dim, slots] and values as [.., slots, head_dim], so that both attention products read the cache
+  as it lies;
+- each layer's cache is its own array, written in place by the loop that carries it.
+
+Products run in `DecodeWeights.dtype` and are summed in float32; the residual stream, norms, rotations and softmax are
+float32.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_llm.models.cache import KVCache
+from jaxrl_llm.models.config import TransformerConfig
+from jaxrl_llm.models.layers import MASKED_SCORE
+from jaxrl_llm.models.layers import Linear
+from jaxrl_llm.models.layers import RMSNorm
+from jaxrl_llm.models.layers import Rotation
+from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.typing import Array
+from jaxrl_llm.typing import Bool
+from jaxrl_llm.typing import Float
+from jaxrl_llm.typing import Int
+
+
+class Dense(NamedTuple):
+    """A product with an optional bias."""
+
+    kernel: Float[Array, "I O"]
+    bias: Float[Array, " O"] | None
+
+    def __call__(self, x: Float[Array, "B I"]) -> Float[Array, "B O"]:
+        """x @ kernel + bias, summed and returned in float32 or wider."""
+        y = _product("bi,io->bo", x, self.kernel)
+        return y if self.bias is None else y + self.bias
+
+
+class DecodeLayer(NamedTuple):
+    """One block's weights; `qkv` and `gate_up` are joined along the output."""
+
+    attention_norm: Float[Array, " D"]
+    qkv: Dense
+    query_norm: Float[Array, " hd"] | None
+    key_norm: Float[Array, " hd"] | None
+    output: Dense
+    mlp_norm: Float[Array, " D"]
+    gate_up: Dense
+    down: Dense
+
+
+class DecodeWeights(NamedTuple):
+    """A view of a model's weights for decoding.
+
+    Memory beyond the model's: the joined products, D (H + 2 KV) hd + 2 D F numbers per layer (279 MB for SmolLM2-135M
+    in float32); in another dtype than the model's, a copy of every product's weight. Embedding and head are the model's
+    own arrays unless the dtype differs.
+    """
+
+    embedding: Float[Array, "V D"]
+    layers: tuple[DecodeLayer, ...]
+    final_norm: Float[Array, " D"]
+    head: Float[Array, "V D"] | Float[Array, "D V"]
+    vocabulary_axis: int
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the products and of the cache."""
+        return self.head.dtype
+
+    @classmethod
+    def of(cls, model: Transformer, dtype: jnp.dtype | type | None = None) -> "DecodeWeights":
+        """Join, merge and cast the weights of a model; `dtype` None keeps the model's compute dtype."""
+        dtype = jnp.dtype(model.numerics.compute_dtype if dtype is None else dtype)
+        wide = jnp.promote_types(dtype, jnp.float32)
+
+        def scale(norm: RMSNorm) -> Array:
+            return norm.scale[...].astype(wide)
+
+        layers = []
+        for layer in model.layers:
+            attention, mlp = layer.attention, layer.mlp
+            layers.append(
+                DecodeLayer(
+                    attention_norm=scale(layer.attention_norm),
+                    qkv=_joined((attention.query, attention.key, attention.value), dtype),
+                    query_norm=None if attention.query_norm is None else scale(attention.query_norm),
+                    key_norm=None if attention.key_norm is None else scale(attention.key_norm),
+                    output=_joined((attention.output,), dtype),
+                    mlp_norm=scale(layer.mlp_norm),
+                    gate_up=_joined((mlp.gate, mlp.up), dtype),
+                    down=_joined((mlp.down,), dtype),
+                )
+            )
+        head, vocabulary_axis = model.head()
+        return cls(model.embedding[...], tuple(layers), scale(model.final_norm), head.astype(dtype), vocabulary_axis)
+
+
+class PromptCache(NamedTuple):
+    """Keys and values of the prompts, once per prompt; only read."""
+
+    keys: tuple[Float[Array, "N KV hd P"], ...]
+    values: tuple[Float[Array, "N KV P hd"], ...]
+    mask: Bool[Array, "N P"]
+
+    @classmethod
+    def of(cls, cache: KVCache, dtype: jnp.dtype) -> "PromptCache":
+        """The cache that the model's prefill left, laid out for decoding."""
+        return cls(
+            keys=tuple(keys.astype(dtype).swapaxes(2, 3) for keys in cache.keys),
+            values=tuple(values.astype(dtype) for values in cache.values),
+            mask=cache.slot_mask,
+        )
+
+
+class ResponseCache(NamedTuple):
+    """Keys and values of what each row sampled; slot t holds its token number t."""
+
+    keys: tuple[Float[Array, "B KV hd R"], ...]
+    values: tuple[Float[Array, "B KV R hd"], ...]
+
+    @classmethod
+    def empty(cls, config: TransformerConfig, rows: int, slots: int, dtype: jnp.dtype) -> "ResponseCache":
+        """No tokens yet."""
+        heads, size, layers = config.num_kv_heads, config.head_dim, range(config.num_layers)
+        return cls(
+            keys=tuple(jnp.zeros((rows, heads, size, slots), dtype) for _ in layers),
+            values=tuple(jnp.zeros((rows, heads, slots, size), dtype) for _ in layers),
+        )
+
+
+def decode_step(
+    config: TransformerConfig,
+    weights: DecodeWeights,
+    tokens: Int[Array, " B"],
+    slot: Int[Array, ""],
+    prompt: PromptCache,
+    response: ResponseCache,
+) -> tuple[Float[Array, "B D"], ResponseCache]:
+    """Read one token per row.
+
+    Args:
+        config: of the model.
+        weights: of `DecodeWeights.of`.
+        tokens: the tokens that were sampled last, row = prompt * G + sample.
+        slot: their number in the response, the same for every row.
+        prompt: cache of the N prompts, B = N * G.
+        response: cache of the tokens before these.
+
+    Returns:
+        The final hidden states, which predict the next tokens, and the cache with these tokens in it.
+    """
+    wide = jnp.promote_types(weights.dtype, jnp.float32)
+    group = tokens.shape[0] // prompt.mask.shape[0]
+    length = jnp.repeat(jnp.sum(prompt.mask, axis=1, dtype=jnp.int32), group)
+    rotation = Rotation.at((length + slot)[:, None], config)
+    written = jnp.arange(response.keys[0].shape[3]) <= slot
+    x = weights.embedding[tokens].astype(wide)
+    keys, values = [], []
+    for index, layer in enumerate(weights.layers):
+        query, key, value = _project(layer, _norm(x, layer.attention_norm, config.norm_eps), rotation, config)
+        keys.append(
+            jax.lax.dynamic_update_slice(response.keys[index], key[..., None].astype(weights.dtype), (0, 0, 0, slot))
+        )
+        values.append(
+            jax.lax.dynamic_update_slice(
+                response.values[index], value[:, :, None].astype(weights.dtype), (0, 0, slot, 0)
+            )
+        )
+        own = (keys[-1], values[-1], written)
+        shared = (prompt.keys[index], prompt.values[index], prompt.mask)
+        x = x + layer.output(_attend(query, shared, own))
+        x = x + _feed_forward(layer, _norm(x, layer.mlp_norm, config.norm_eps))
+    hidden = _norm(x, weights.final_norm, config.norm_eps)
+    return hidden, ResponseCache(tuple(keys), tuple(values))
+
+
+def decode_logits(weights: DecodeWeights, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
+    """Logits of the next tokens, in float32 or wider."""
+    return _product("bd,vd->bv" if weights.vocabulary_axis == 0 else "bd,dv->bv", hidden, weights.head)
+
+
+def _joined(linears: tuple[Linear, ...], dtype: jnp.dtype) -> Dense:
+    kernels, biases = [], []
+    for linear in linears:
+        kernel = linear.kernel[...]
+        if linear.low_rank is not None:
+            kernel = kernel + linear.low_rank.dense().astype(kernel.dtype)
+        kernels.append(kernel.astype(dtype))
+        if linear.bias is not None:
+            biases.append(linear.bias[...].astype(jnp.promote_types(dtype, jnp.float32)))
+    if len(linears) == 1:
+        return Dense(kernels[0], biases[0] if biases else None)
+    return Dense(jnp.concatenate(kernels, axis=1), jnp.concatenate(biases) if biases else None)
+
+
+def _write(cache: Array, entry: Array, origin: tuple) -> Array:
+    return jax.lax.dynamic_update_slice(cache, entry.astype(cache.dtype), origin)
+
+
+def _product(formula: str, x: Array, y: Array) -> Array:
+    # The narrow operand decides the dtype of the product; sums are float32 or wider.
+    narrow = y.dtype.itemsize < 4
+    precision = jax.lax.Precision.DEFAULT if narrow else jax.lax.Precision.HIGHEST
+    wide = jnp.promote_types(y.dtype, jnp.float32)
+    return jnp.einsum(formula, x.astype(y.dtype), y, precision=precision, preferred_element_type=wide)
+
+
+def _norm(x: Float[Array, "... D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "... D"]:
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps) * scale
+
+
+def _project(
+    layer: DecodeLayer, x: Float[Array, "B D"], rotation: Rotation, config: TransformerConfig
+) -> tuple[Float[Array, "B H hd"], Float[Array, "B KV hd"], Float[Array, "B KV hd"]]:
+    heads, shared = config.num_heads, config.num_kv_heads
+    joined = layer.qkv(x).reshape(x.shape[0], heads + 2 * shared, config.head_dim)
+    turning, value = joined[:, : heads + shared], joined[:, heads + shared :]
+    if layer.query_norm is not None and layer.key_norm is not None:
+        normed = [
+            _norm(turning[:, :heads], layer.query_norm, config.norm_eps),
+            _norm(turning[:, heads:], layer.key_norm, config.norm_eps),
+        ]
+        turning = jnp.concatenate(normed, axis=1)
+    turned = rotation(turning[:, None])[:, 0]
+    return turned[:, :heads], turned[:, heads:], value
+
+
+def _attend(query: Float[Array, "B H hd"], prompt: tuple, response: tuple) -> Float[Array, "B H*hd"]:
+    """softmax(q [K_prompt, K_response]^T / sqrt(hd)) [V_prompt; V_response], the prompt's part once per group.
+
+    The two parts share one maximum and one denominator, so they add up to the softmax over all slots.
+    """
+    rows, heads, size = query.shape
+    prompts, shared = prompt[0].shape[:2]
+    group, per_key = rows // prompts, heads // shared
+    scaled = (query * size**-0.5).reshape(rows, shared, per_key, size)
+    # [N, G, KV, g, hd] -> [N, KV, G * g, hd]: the samples of a prompt become rows of one product.
+    by_prompt = scaled.reshape(prompts, group, shared, per_key, size).swapaxes(1, 2)
+    by_prompt = by_prompt.reshape(prompts, shared, group * per_key, size)
+    prompt_scores = _product("nkmd,nkdp->nkmp", by_prompt, prompt[0])
+    prompt_scores = jnp.where(prompt[2][:, None, None], prompt_scores, MASKED_SCORE)
+    response_scores = _product("bkgd,bkdr->bkgr", scaled, response[0])
+    response_scores = jnp.where(response[2], response_scores, MASKED_SCORE)
+
+    def to_rows(x):
+        x = x.reshape(prompts, shared, group, per_key, x.shape[-1]).swapaxes(1, 2)
+        return x.reshape(rows, shared, per_key, x.shape[-1])
+
+    def to_prompts(x):
+        x = x.reshape(prompts, group, shared, per_key, 1).swapaxes(1, 2)
+        return x.reshape(prompts, shared, group * per_key, 1)
+
+    prompt_max = jnp.max(prompt_scores, axis=-1, keepdims=True)
+    maximum = jnp.maximum(to_rows(prompt_max), jnp.max(response_scores, axis=-1, keepdims=True))
+    prompt_weights = jnp.exp(prompt_scores - to_prompts(maximum))
+    response_weights = jnp.exp(response_scores - maximum)
+    total = to_rows(jnp.sum(prompt_weights, axis=-1, keepdims=True)) + jnp.sum(response_weights, axis=-1, keepdims=True)
+    mixed = to_rows(_product("nkmp,nkpd->nkmd", prompt_weights, prompt[1]))
+    mixed = mixed + _product("bkgr,bkrd->bkgd", response_weights, response[1])
+    return (mixed / total).reshape(rows, heads * size)
+
+
+def _feed_forward(layer: DecodeLayer, x: Float[Array, "B D"]) -> Float[Array, "B D"]:
+    gate, up = jnp.split(layer.gate_up(x), 2, axis=-1)
+    return layer.down(jax.nn.silu(gate) * up)

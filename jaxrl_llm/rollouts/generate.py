@@ -1,0 +1,235 @@
+"""Sample a group of responses to every prompt of a batch, in one compiled program."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.rollouts.decode import DecodeWeights
+from jaxrl_llm.rollouts.decode import PromptCache
+from jaxrl_llm.rollouts.decode import ResponseCache
+from jaxrl_llm.rollouts.decode import decode_logits
+from jaxrl_llm.rollouts.decode import decode_step
+from jaxrl_llm.rollouts.grouping import group_ids
+from jaxrl_llm.rollouts.grouping import repeat_prompts
+from jaxrl_llm.rollouts.sampling import SamplingSettings
+from jaxrl_llm.rollouts.sampling import rollout_keys
+from jaxrl_llm.rollouts.sampling import sample_tokens
+from jaxrl_llm.rollouts.sampling import token_uniforms
+from jaxrl_llm.typing import Array
+from jaxrl_llm.typing import Bool
+from jaxrl_llm.typing import Float
+from jaxrl_llm.typing import Int
+from jaxrl_llm.typing import Key
+from jaxrl_llm.typing import PRNGKey
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rollout:
+    """Prompts with sampled responses: B = N * G rows, row = prompt * G + sample, T = P + R columns.
+
+    Attributes:
+        tokens: left-padded prompts followed by right-padded responses.
+        token_mask: true at real tokens.
+        response_mask: true at sampled tokens, the end token included.
+        log_prob_behaviour: of each sampled token under the distribution that drew it (tempered, truncated,
+            renormalised) and in the precision that drew it [nats]; 0 elsewhere.
+        group_ids: the prompt of each row, 0 .. N - 1.
+    """
+
+    tokens: Int[Array, "B T"]
+    token_mask: Bool[Array, "B T"]
+    response_mask: Bool[Array, "B T"]
+    log_prob_behaviour: Float[Array, "B T"]
+    group_ids: Int[Array, " B"]
+
+
+class Generate(Protocol):
+    """What `make_generate` returns."""
+
+    def __call__(
+        self,
+        state: nnx.State,
+        prompt_tokens: Int[Array, "N P"],
+        prompt_mask: Bool[Array, "N P"],
+        key: PRNGKey,
+        step: Int[Array, ""] | int,
+        prompt_index: Int[Array, " N"],
+        sample_index: Int[Array, " G"] | None = None,
+    ) -> Rollout:
+        """Sample the responses; `sample_index` None is 0 .. G - 1."""
+        ...
+
+
+class _Plan(NamedTuple):
+    # Everything that is fixed when the program is compiled.
+    max_new_tokens: int
+    group_size: int
+    sampling: SamplingSettings
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    decode_dtype: jnp.dtype | None
+
+
+class _Progress(NamedTuple):
+    # What the decode loop carries; the columns of the last three are token numbers in the response.
+    count: Int[Array, ""]
+    ended: Bool[Array, " B"]
+    cache: ResponseCache
+    tokens: Int[Array, "B R"]
+    mask: Bool[Array, "B R"]
+    log_probs: Float[Array, "B R"]
+
+
+def make_generate(
+    graphdef: nnx.GraphDef[Transformer],
+    *,
+    max_new_tokens: int,
+    group_size: int,
+    sampling: SamplingSettings,
+    eos_id: int | Sequence[int],
+    pad_id: int,
+    decode_dtype: jnp.dtype | type | None = None,
+) -> Generate:
+    """A compiled sampler for models of one structure.
+
+    Each prompt is read once, whatever the group size; then one token of every row is made per step until all rows have
+    ended. Sample s of prompt n draws with fold_in(fold_in(fold_in(key, step), prompt_index[n]), sample_index[s]), then
+    fold_in of the token's number, whatever else is in the batch. So one rollout is regenerated alone by a sampler with
+    group_size=1 that is given its prompt, its prompt_index and its sample_index. (Two batch sizes may round a product
+    differently; a draw that falls within that rounding of the edge between two tokens can then differ.)
+
+    Args:
+        graphdef: first half of `nnx.split(model)`.
+        max_new_tokens: R, the width of the responses.
+        group_size: G, responses per prompt.
+        sampling: temperature and truncation.
+        eos_id: token that ends a response, or several.
+        pad_id: token written after the end.
+        decode_dtype: of the decode loop's products and cache; None for the model's compute dtype. The prompts are
+            always read in the model's own precision.
+
+    Returns:
+        A function of (state, prompt_tokens [N, P], prompt_mask [N, P], key, step, prompt_index [N],
+        sample_index [G] = 0 .. G - 1) that returns a Rollout.
+
+    Raises:
+        ValueError: for sizes or tokens that cannot be; from the returned function, before it computes anything, for
+            arguments that do not fit.
+    """
+    eos_ids = (eos_id,) if isinstance(eos_id, int) else tuple(int(token) for token in eos_id)
+    for name, size in (("max_new_tokens", max_new_tokens), ("group_size", group_size)):
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+    dtype = None if decode_dtype is None else jnp.dtype(decode_dtype)
+    plan = _Plan(max_new_tokens, group_size, sampling, eos_ids, pad_id, dtype)
+
+    @jax.jit
+    def generate(state, prompt_tokens, prompt_mask, key, step, prompt_index, sample_index=None):
+        model = nnx.merge(graphdef, state)
+        sample_index = jnp.arange(group_size) if sample_index is None else sample_index
+        _check(model, plan, prompt_tokens, prompt_mask, prompt_index, sample_index)
+        keys = rollout_keys(key, step, prompt_index, sample_index).reshape(-1)
+        return _generate(model, plan, prompt_tokens, prompt_mask.astype(bool), keys)
+
+    return generate
+
+
+def _check(model: Transformer, plan: _Plan, prompt_tokens, prompt_mask, prompt_index, sample_index) -> None:
+    vocabulary = model.config.vocab_size
+    for name, token in (("pad_id", plan.pad_id), *(("eos_id", token) for token in plan.eos_ids)):
+        if not 0 <= token < vocabulary:
+            raise ValueError(f"{name} must be a token of the vocabulary, 0 .. {vocabulary - 1}, got {token}")
+    if prompt_tokens.ndim != 2 or not jnp.issubdtype(prompt_tokens.dtype, jnp.integer):
+        raise ValueError(
+            f"prompt_tokens must be integers of shape [N, P], got {prompt_tokens.dtype} of shape {prompt_tokens.shape}"
+        )
+    if prompt_mask.shape != prompt_tokens.shape:
+        raise ValueError(
+            f"prompt_mask must have the shape {prompt_tokens.shape} of prompt_tokens, got {prompt_mask.shape}"
+        )
+    prompts = prompt_tokens.shape[:1]
+    indices = (("prompt_index", prompt_index, prompts), ("sample_index", sample_index, (plan.group_size,)))
+    for name, array, shape in indices:
+        if array.shape != shape or not jnp.issubdtype(array.dtype, jnp.integer):
+            raise ValueError(f"{name} must be integers of shape {shape}, got {array.dtype} of shape {array.shape}")
+    length = prompt_tokens.shape[1] + plan.max_new_tokens
+    if length > model.config.max_positions:
+        raise ValueError(
+            f"prompt_tokens has {prompt_tokens.shape[1]} columns; with max_new_tokens={plan.max_new_tokens} that is "
+            f"{length}, more than max_positions={model.config.max_positions} of the model"
+        )
+
+
+def _generate(
+    model: Transformer,
+    plan: _Plan,
+    prompt_tokens: Int[Array, "N P"],
+    prompt_mask: Bool[Array, "N P"],
+    keys: Key[Array, " B"],
+) -> Rollout:
+    hidden, cache = model.prefill(prompt_tokens, prompt_mask)
+    first_logits = jnp.repeat(model.logits(hidden[:, -1]), plan.group_size, axis=0)
+    weights = DecodeWeights.of(model, plan.decode_dtype)
+    prompt = PromptCache.of(cache, weights.dtype)
+    rows, slots = keys.shape[0], plan.max_new_tokens
+    progress = _record(
+        plan,
+        keys,
+        first_logits,
+        _Progress(
+            count=jnp.zeros((), jnp.int32),
+            ended=jnp.zeros(rows, bool),
+            # The last token is never read, so it needs no slot; one slot at least keeps the shapes legal.
+            cache=ResponseCache.empty(model.config, rows, max(slots - 1, 1), weights.dtype),
+            tokens=jnp.full((rows, slots), plan.pad_id, prompt_tokens.dtype),
+            mask=jnp.zeros((rows, slots), bool),
+            log_probs=jnp.zeros((rows, slots), first_logits.dtype),
+        ),
+    )
+
+    def unfinished(progress: _Progress):
+        return (progress.count < slots) & ~jnp.all(progress.ended)
+
+    def advance(progress: _Progress) -> _Progress:
+        last = progress.count - 1
+        tokens = jax.lax.dynamic_index_in_dim(progress.tokens, last, axis=1, keepdims=False)
+        hidden, cache = decode_step(model.config, weights, tokens, last, prompt, progress.cache)
+        return _record(plan, keys, decode_logits(weights, hidden), progress._replace(cache=cache))
+
+    progress = jax.lax.while_loop(unfinished, advance, progress)
+    tokens, mask = repeat_prompts(prompt_tokens, prompt_mask, plan.group_size)
+    return Rollout(
+        tokens=jnp.concatenate([tokens, progress.tokens], axis=1),
+        token_mask=jnp.concatenate([mask, progress.mask], axis=1),
+        response_mask=jnp.concatenate([jnp.zeros_like(mask), progress.mask], axis=1),
+        log_prob_behaviour=jnp.pad(progress.log_probs, ((0, 0), (tokens.shape[1], 0))),
+        group_ids=group_ids(prompt_tokens.shape[0], plan.group_size),
+    )
+
+
+def _record(plan: _Plan, keys: Key[Array, " B"], logits: Float[Array, "B V"], progress: _Progress) -> _Progress:
+    """Draw token number `count` of every row that has not ended, and write it down."""
+    count, ended = progress.count, progress.ended
+    drawn, log_probs = sample_tokens(logits, token_uniforms(keys, count), plan.sampling)
+    drawn = jnp.where(ended, plan.pad_id, drawn).astype(progress.tokens.dtype)
+    ends = jnp.zeros_like(ended)
+    for token in plan.eos_ids:
+        ends = ends | (drawn == token)
+
+    def write(columns, values):
+        return jax.lax.dynamic_update_slice_in_dim(columns, values[:, None], count, axis=1)
+
+    return progress._replace(
+        count=count + 1,
+        ended=ended | ends,
+        tokens=write(progress.tokens, drawn),
+        mask=write(progress.mask, ~ended),
+        log_probs=write(progress.log_probs, jnp.where(ended, 0, log_probs.astype(progress.log_probs.dtype))),
+    )

@@ -1,0 +1,192 @@
+"""Draw tokens from logits, and say under which log-probability each was drawn.
+
+The distribution that samples is p_k = e_k / sum_j e_j with e_k = exp((z_k - max z) / temperature) on the kept entries
+and 0 elsewhere. Kept are
+
+- all entries, by default;
+- min-p: those with p_k >= min_p * max_j p_j (Nguyen et al. 2024, arXiv:2407.01082);
+- top-p: those of the smallest set {p_k >= tau} that has mass >= top_p (Holtzman et al. 2019, arXiv:1904.09751). Entries
+  that tie with the last one kept are kept too, so the set depends on probabilities only, never on token ids.
+
+With both, an entry must pass both, each judged on the whole softmax.
+
+A draw inverts the cumulative distribution in two levels: a block of the vocabulary by one uniform number, an entry of
+that block by a second one. It needs two random numbers per row instead of the V that Gumbel-max needs, one pass for the
+maximum and one for the masses, and resolves probabilities far below the 2^-23 of one float32 uniform. No sort is made:
+the top-p threshold is found by bisection over the bits of the float.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_llm.typing import Array
+from jaxrl_llm.typing import Float
+from jaxrl_llm.typing import Int
+from jaxrl_llm.typing import Key
+from jaxrl_llm.typing import PRNGKey
+
+SMALLEST_BLOCK = 128
+"""Entries per block of a small vocabulary; a larger one gets about as many blocks as entries per block."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings:
+    """How tokens are drawn.
+
+    Attributes:
+        temperature: divides the logits before everything else; 0 means greedy, which records log-probability 0 because
+            it draws with certainty.
+        top_p: mass of the nucleus, in (0, 1]; None for no such truncation.
+        min_p: smallest probability relative to the largest, in [0, 1]; None for no such truncation.
+
+    Raises:
+        ValueError: for a value outside its range, or a truncation of a greedy choice.
+    """
+
+    temperature: float = 1.0
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature must be finite and not negative (0 is greedy), got {self.temperature}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must lie in [0, 1], got {self.min_p}")
+        if self.greedy and (self.top_p is not None or self.min_p is not None):
+            raise ValueError("temperature 0 is greedy and keeps one token; top_p and min_p must be None")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature == 0
+
+
+def rollout_keys(
+    key: PRNGKey, step: Int[Array, ""] | int, prompt_index: Int[Array, " N"], sample_index: Int[Array, " G"]
+) -> Key[Array, "N G"]:
+    """One key per rollout, whatever else is in the batch: fold_in of step, then prompt_index, then sample_index."""
+    step_key = jax.random.fold_in(key, step)
+    prompt_keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, prompt_index)
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(prompt_keys, sample_index)
+
+
+def token_uniforms(keys: Key[Array, " B"], token_index: Int[Array, ""] | int) -> Float[Array, "B 2"]:
+    """The two uniform numbers in [0, 1) with which each rollout draws its token number `token_index`."""
+    return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, token_index), (2,), jnp.float32))(keys)
+
+
+def sample_tokens(
+    logits: Float[Array, "B V"], uniforms: Float[Array, "B 2"], settings: SamplingSettings
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """Draw one token per row.
+
+    Args:
+        logits: in float32 or wider; -inf is probability zero.
+        uniforms: of `token_uniforms`; not looked at by a greedy choice.
+        settings: temperature and truncation.
+
+    Returns:
+        The tokens, and their log-probabilities [nats] under the tempered, truncated and renormalised distribution that
+        drew them.
+    """
+    blocks = _in_blocks(logits)
+    block_max = jnp.max(blocks, axis=2)
+    maximum = jnp.max(block_max, axis=1)
+    if settings.greedy:
+        block = jnp.argmax(block_max, axis=1)
+        entry = jnp.argmax(_take_block(blocks, block), axis=1)
+        return (block * blocks.shape[2] + entry).astype(jnp.int32), jnp.zeros_like(maximum)
+    reach = _reach(blocks, maximum, settings)
+    masses = jnp.sum(_weights(blocks, maximum[:, None, None], reach, settings), axis=2)
+    block = _invert(masses, uniforms[:, 0])
+    chosen = _take_block(blocks, block)
+    entry = _invert(_weights(chosen, maximum[:, None], reach, settings), uniforms[:, 1])
+    logit = jnp.take_along_axis(chosen, entry[:, None], axis=1)[:, 0]
+    log_prob = (logit - maximum) / settings.temperature - jnp.log(jnp.sum(masses, axis=1))
+    return (block * blocks.shape[2] + entry).astype(jnp.int32), log_prob
+
+
+def _in_blocks(logits: Float[Array, "B V"]) -> Float[Array, "B blocks size"]:
+    rows, vocabulary = logits.shape
+    balanced = 1 << math.ceil(math.log2(vocabulary) / 2)
+    size = min(max(SMALLEST_BLOCK, balanced), vocabulary)
+    padding = -vocabulary % size
+    if padding:
+        logits = jnp.pad(logits, ((0, 0), (0, padding)), constant_values=-jnp.inf)
+    return logits.reshape(rows, -1, size)
+
+
+def _take_block(blocks: Float[Array, "B blocks size"], block: Int[Array, " B"]) -> Float[Array, "B size"]:
+    return jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+
+
+def _weights(
+    logits: Float[Array, "B ..."],
+    maximum: Float[Array, "B ..."],
+    reach: Float[Array, " B"] | None,
+    settings: SamplingSettings,
+) -> Float[Array, "B ..."]:
+    # exp((z - max) / temperature) where max - z <= reach. Membership is decided on max - z, a single subtraction, so
+    # that all passes over the logits agree about it; exp may round differently in a vectorised pass and a scalar one.
+    below = maximum - logits
+    weights = jnp.exp(-below / settings.temperature)
+    if reach is None:
+        return weights
+    limit = reach.reshape(reach.shape + (1,) * (logits.ndim - 1))
+    return jnp.where(below <= limit, weights, 0)
+
+
+def _reach(
+    blocks: Float[Array, "B blocks size"], maximum: Float[Array, " B"], settings: SamplingSettings
+) -> Float[Array, " B"] | None:
+    """How far below the maximum [logits, before temperature] an entry may lie and be kept; None if every entry is."""
+    reach = None
+    if settings.min_p is not None and settings.min_p > 0:
+        reach = jnp.full_like(maximum, -settings.temperature * math.log(settings.min_p))
+    if settings.top_p is not None and settings.top_p < 1:
+        nucleus = _nucleus_reach(blocks, maximum, settings)
+        reach = nucleus if reach is None else jnp.minimum(reach, nucleus)
+    return reach
+
+
+def _nucleus_reach(
+    blocks: Float[Array, "B blocks size"], maximum: Float[Array, " B"], settings: SamplingSettings
+) -> Float[Array, " B"]:
+    """Smallest reach whose kept mass is at least top_p, to the last bit.
+
+    The bits of non-negative floats, read as integers, are ordered as the floats are, so halving an interval of integers
+    visits floats of every scale and ends on neighbouring ones after as many steps as the interval has bits.
+    """
+    integer = {4: jnp.int32, 8: jnp.int64}[blocks.dtype.itemsize]
+    assert settings.top_p is not None
+    wanted = settings.top_p * jnp.sum(_weights(blocks, maximum[:, None, None], None, settings), axis=(1, 2))
+    # Beyond this distance exp underflows to 0, so nothing further away can be needed.
+    furthest = settings.temperature * -math.log(jnp.finfo(blocks.dtype).smallest_subnormal)
+    high = jnp.full(maximum.shape, furthest, blocks.dtype).view(integer)
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = low + (high - low) // 2
+        reach = middle.view(blocks.dtype)
+        enough = jnp.sum(_weights(blocks, maximum[:, None, None], reach, settings), axis=(1, 2)) >= wanted
+        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+
+    steps = 8 * blocks.dtype.itemsize
+    _, high = jax.lax.fori_loop(0, steps, halve, (jnp.zeros_like(high), high))
+    return high.view(blocks.dtype)
+
+
+def _invert(weights: Float[Array, "B M"], uniform: Float[Array, " B"]) -> Int[Array, " B"]:
+    """Index drawn with probability weights / sum(weights); never one of weight zero, whatever the sums round to."""
+    size = weights.shape[1]
+    # A triangular product instead of cumsum: one small operation where a scan would be a chain of them.
+    ones = jnp.triu(jnp.ones((size, size), weights.dtype))
+    cumulative = jnp.matmul(weights, ones, precision=jax.lax.Precision.HIGHEST)
+    possible = weights > 0
+    total = jnp.max(jnp.where(possible, cumulative, 0), axis=1)
+    return jnp.argmax(possible & (cumulative > (uniform * total)[:, None]), axis=1)
