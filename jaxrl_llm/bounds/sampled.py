@@ -1,0 +1,209 @@
+"""The surrogate, its error and the distances, estimated from sampled responses: what the bounds are to be compared
+with.
+
+Responses come from mu; l_t = log pi(y_t|c_t) - log mu(y_t|c_t), rho_t = exp l_t. Every l_t and every sum of them is
+clamped to [-limit, limit] nats before it is exponentiated (20 by default), which matters only for policies that are far
+apart. Every estimate is a mean over sequences with a standard error clustered by group: answers to one prompt are not
+independent. Rows without a response token are not sequences.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+from jaxtyping import Bool
+from jaxtyping import Float
+from jaxtyping import Int
+from jaxtyping import ScalarLike
+
+from jaxrl_llm.checks import require_dtype
+from jaxrl_llm.checks import require_rank
+from jaxrl_llm.checks import require_same_shape
+from jaxrl_llm.masked import masked_count
+from jaxrl_llm.masked import masked_mean
+
+LOG_RATIO_LIMIT = 20.0
+
+
+class Estimate(NamedTuple):
+    """A mean over sequences and its standard error.
+
+    Attributes:
+        value: the mean.
+        standard_error: clustered by group; infinite where there is only one group, since nothing is known then.
+    """
+
+    value: Float[Array, ""]
+    standard_error: Float[Array, ""]
+
+
+def clustered_mean(
+    values: Float[Array, " B"], real: Bool[Array, " B"], group_ids: Int[Array, " B"] | None = None
+) -> Estimate:
+    """Mean of values over rows that are sequences, with the standard error of a mean over G clusters.
+
+    m = sum_i v_i / n;  se^2 = G / (G - 1) sum_g ( sum_{i in g} (v_i - m) )^2 / n^2, the usual cluster-robust form.
+
+    Args:
+        values: one number per row.
+        real: true for rows that are sequences.
+        group_ids: equal for sequences that answer the same prompt; None makes every row its own cluster.
+
+    Returns:
+        the estimate.
+
+    Raises:
+        ValueError, TypeError: if the ranks or shapes differ from [B].
+    """
+    require_rank(1, "B", values=values, real=real, group_ids=group_ids)
+    require_same_shape(values=values, real=real, group_ids=group_ids)
+    rows = values.shape[0]
+    if group_ids is None:
+        segments = jnp.arange(rows)
+    else:
+        segments = jnp.unique(group_ids, return_inverse=True, size=rows)[1]
+    mean = masked_mean(values, real)
+    count = masked_count(values, real)
+    deviation = jnp.where(real, values - mean, jnp.zeros((), values.dtype))
+    sums = jax.ops.segment_sum(deviation, segments, num_segments=rows)
+    ones = jnp.where(real, jnp.ones((), values.dtype), jnp.zeros((), values.dtype))
+    groups = jnp.sum(jax.ops.segment_max(ones, segments, num_segments=rows) > 0, dtype=values.dtype)
+    several = groups > 1
+    scale = jnp.where(several, groups / jnp.maximum(groups - 1, 1), jnp.ones((), values.dtype))
+    squared = scale * jnp.sum(sums * sums) / jnp.maximum(count * count, 1)
+    return Estimate(mean, jnp.where(several, jnp.sqrt(squared), jnp.array(jnp.inf, values.dtype)))
+
+
+def _prepare(
+    log_ratio_t: Float[Array, "B T"], response_mask: Bool[Array, "B T"], rewards: Float[Array, " B"] | None = None
+) -> tuple[Float[Array, "B T"], Bool[Array, " B"]]:
+    require_rank(2, "B T", log_ratio_t=log_ratio_t, response_mask=response_mask)
+    require_same_shape(log_ratio_t=log_ratio_t, response_mask=response_mask)
+    require_dtype("floating", log_ratio_t=log_ratio_t, rewards=rewards)
+    require_dtype("boolean", response_mask=response_mask)
+    require_rank(1, "B", rewards=rewards)
+    if rewards is not None and rewards.shape[0] != log_ratio_t.shape[0]:
+        raise ValueError(
+            f"rewards has {rewards.shape[0]} sequences and log_ratio_t {log_ratio_t.shape[0]}; make them equal."
+        )
+    return jnp.where(response_mask, log_ratio_t, jnp.zeros((), log_ratio_t.dtype)), jnp.any(response_mask, axis=1)
+
+
+def _expm1(log_ratio: Float[Array, "*shape"], limit: ScalarLike) -> Float[Array, "*shape"]:
+    return jnp.expm1(jnp.clip(log_ratio, -limit, limit))
+
+
+def sampled_surrogate_error(
+    log_ratio_t: Float[Array, "B T"],
+    response_mask: Bool[Array, "B T"],
+    rewards: Float[Array, " B"],
+    *,
+    group_ids: Int[Array, " B"] | None = None,
+    baseline: ScalarLike = 0.0,
+    limit: ScalarLike = LOG_RATIO_LIMIT,
+) -> Estimate:
+    """Unbiased estimate of Error = J(pi) - J(mu) - L'(pi) by its ratio form.
+
+    Error = -E_mu[ R sum_t (rho_t - 1)(1 - prod_{j>t} rho_j) ] = E_mu[ R sum_t expm1(l_t) expm1(sum_{j>t} l_j) ].
+    The second form does not cancel when the ratios are near 1. Source: TRM, arXiv 2512.23075, the telescoping product
+    identity of its appendix.
+
+    Args:
+        log_ratio_t: log pi - log mu of the sampled tokens [nats].
+        response_mask: true at the tokens that mu sampled.
+        rewards: one per sequence.
+        group_ids: equal for sequences that answer the same prompt; None makes every sequence its own cluster.
+        baseline: subtracted from every reward. The expectation does not depend on it, the variance does; the middle of
+            the reward range is safe, and a mean of the same rewards adds a bias of order 1/B.
+        limit: clamp of l_t and of its partial sums [nats].
+
+    Returns:
+        the estimate, in units of reward.
+
+    Raises:
+        ValueError, TypeError: if the arrays are not [B, T], [B, T] and [B] of floating, boolean and floating type.
+    """
+    log_ratio, real = _prepare(log_ratio_t, response_mask, rewards)
+    after = jnp.cumsum(log_ratio[:, ::-1], axis=1)[:, ::-1] - log_ratio
+    # A masked token adds nothing: its own factor expm1(0) is 0.
+    per_sequence = (rewards - baseline) * jnp.sum(_expm1(log_ratio, limit) * _expm1(after, limit), axis=1)
+    return clustered_mean(per_sequence, real, group_ids)
+
+
+def sampled_surrogate_gain(
+    log_ratio_t: Float[Array, "B T"],
+    response_mask: Bool[Array, "B T"],
+    rewards: Float[Array, " B"],
+    *,
+    group_ids: Int[Array, " B"] | None = None,
+    baseline: ScalarLike = 0.0,
+    limit: ScalarLike = LOG_RATIO_LIMIT,
+) -> Estimate:
+    """Unbiased estimate of L'(pi) = E_mu[ R sum_t (rho_t - 1) ], the gain that the surrogate promises.
+
+    Args, Raises as `sampled_surrogate_error`.
+
+    Returns:
+        the estimate, in units of reward.
+    """
+    log_ratio, real = _prepare(log_ratio_t, response_mask, rewards)
+    return clustered_mean((rewards - baseline) * jnp.sum(_expm1(log_ratio, limit), axis=1), real, group_ids)
+
+
+def sampled_gain(
+    log_ratio_t: Float[Array, "B T"],
+    response_mask: Bool[Array, "B T"],
+    rewards: Float[Array, " B"],
+    *,
+    group_ids: Int[Array, " B"] | None = None,
+    baseline: ScalarLike = 0.0,
+    limit: ScalarLike = LOG_RATIO_LIMIT,
+) -> Estimate:
+    """Unbiased estimate of J(pi) - J(mu) = E_mu[ R (prod_t rho_t - 1) ], by whole-sequence importance sampling.
+
+    It equals the surrogate gain plus the surrogate error on every sample, up to rounding. Args, Raises as
+    `sampled_surrogate_error`.
+
+    Returns:
+        the estimate, in units of reward; its variance grows quickly with the length.
+    """
+    log_ratio, real = _prepare(log_ratio_t, response_mask, rewards)
+    return clustered_mean((rewards - baseline) * _expm1(jnp.sum(log_ratio, axis=1), limit), real, group_ids)
+
+
+def sampled_sequence_tv(
+    log_ratio_t: Float[Array, "B T"],
+    response_mask: Bool[Array, "B T"],
+    *,
+    group_ids: Int[Array, " B"] | None = None,
+    limit: ScalarLike = LOG_RATIO_LIMIT,
+) -> Estimate:
+    """Unbiased estimate of TV(P^mu, P^pi) = (1/2) E_mu | prod_t rho_t - 1 | between the laws of whole responses.
+
+    Args, Raises as `sampled_surrogate_error`.
+
+    Returns:
+        the estimate [prob]; above 1 when a rare sequence has a large ratio.
+    """
+    log_ratio, real = _prepare(log_ratio_t, response_mask)
+    return clustered_mean(jnp.abs(_expm1(jnp.sum(log_ratio, axis=1), limit)) / 2, real, group_ids)
+
+
+def sampled_sequence_tv_one_sided(
+    log_ratio_t: Float[Array, "B T"],
+    response_mask: Bool[Array, "B T"],
+    *,
+    group_ids: Int[Array, " B"] | None = None,
+    limit: ScalarLike = LOG_RATIO_LIMIT,
+) -> Estimate:
+    """Unbiased estimate of the same TV as E_mu[ max(0, 1 - prod_t rho_t) ], every term of which lies in [0, 1].
+
+    Args, Raises as `sampled_surrogate_error`.
+
+    Returns:
+        the estimate [prob], never above 1.
+    """
+    log_ratio, real = _prepare(log_ratio_t, response_mask)
+    drop = -jnp.minimum(_expm1(jnp.sum(log_ratio, axis=1), limit), 0)
+    return clustered_mean(drop, real, group_ids)

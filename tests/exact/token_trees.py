@@ -1,0 +1,88 @@
+"""Token trees: worlds of V tokens and T steps in which every context has its own distribution and everything is a
+finite sum.
+
+A policy is a list of T arrays; the t-th holds the logits of the V^t contexts at depth t, the context with tokens
+a_1..a_t at row sum_i a_i V^(t-i). A sequence law is an array of V^T probabilities in the same order. float64
+throughout.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_llm import categorical
+from jaxrl_llm.bounds import BoundInputs
+
+
+def sequence_log_probs(policy):
+    """log probability of every sequence."""
+    return prefix_log_probs(policy)[-1]
+
+
+def prefix_log_probs(policy):
+    """log probability of reaching each context, one array per depth 0..T."""
+    reached = [jnp.zeros(1)]
+    for logits in policy:
+        reached.append((reached[-1][:, None] + categorical.log_probs(logits)).reshape(-1))
+    return reached
+
+
+def token_log_ratios(pi, mu):
+    """[V^T, T]: log pi - log mu of every token of every sequence."""
+    horizon, vocabulary = len(pi), pi[0].shape[-1]
+    columns = []
+    for t in range(horizon):
+        ratio = (categorical.log_probs(pi[t]) - categorical.log_probs(mu[t])).reshape(-1)
+        columns.append(jnp.repeat(ratio, vocabulary ** (horizon - t - 1)))
+    return jnp.stack(columns, axis=1)
+
+
+def error_of_surrogate(pi, mu, rewards):
+    """(J(pi) - J(mu), L', Error) by enumeration, L' from its definition E_mu[R sum_t (rho_t - 1)]."""
+    law_pi, law_mu = jnp.exp(sequence_log_probs(pi)), jnp.exp(sequence_log_probs(mu))
+    gain = jnp.sum((law_pi - law_mu) * rewards)
+    surrogate = jnp.sum(law_mu * rewards * jnp.sum(jnp.expm1(token_log_ratios(pi, mu)), axis=1))
+    return gain, surrogate, gain - surrogate
+
+
+def divergences(pi, mu):
+    """Per depth: (probability of each context under mu, KL(mu || pi) there, TV there)."""
+    reached = prefix_log_probs(mu)
+    kl = [categorical.kl(m, p) for p, m in zip(pi, mu, strict=True)]
+    tv = [categorical.total_variation(m, p) for p, m in zip(pi, mu, strict=True)]
+    return [jnp.exp(r) for r in reached[:-1]], kl, tv
+
+
+def bound_inputs(pi, mu):
+    """Exact inputs of the bounds: maxima over all contexts, expectations over the law of mu."""
+    reached, kl, tv = divergences(pi, mu)
+    law_pi, law_mu = jnp.exp(sequence_log_probs(pi)), jnp.exp(sequence_log_probs(mu))
+    return BoundInputs(
+        max_kl=jnp.max(jnp.concatenate(kl)),
+        max_tv=jnp.max(jnp.concatenate(tv)),
+        sequence_kl=sum((jnp.sum(d * k) for d, k in zip(reached, kl, strict=True)), jnp.zeros(())),
+        sequence_tv=jnp.sum(jnp.abs(law_pi - law_mu)) / 2,
+        mean_tv_t=jnp.stack([jnp.sum(d * v) for d, v in zip(reached, tv, strict=True)]),
+    )
+
+
+def random_policy(key, *, vocabulary, horizon, scale=1.0):
+    """Independent normal logits of standard deviation `scale` in every context."""
+    keys = jax.random.split(key, horizon)
+    return [scale * jax.random.normal(keys[t], (vocabulary**t, vocabulary)) for t in range(horizon)]
+
+
+def perturb(key, policy, *, noise, share=1.0):
+    """Add normal noise to the logits of a random share of the contexts."""
+    moved = []
+    for t, logits in enumerate(policy):
+        one, two = jax.random.split(jax.random.fold_in(key, t))
+        hit = jax.random.bernoulli(two, share, (logits.shape[0], 1))
+        moved.append(logits + jnp.where(hit, noise * jax.random.normal(one, logits.shape), 0.0))
+    return moved
+
+
+def random_rewards(key, size, kind):
+    """Rewards in [0, 1]: 0 uniform, 1 binary, 2 one rewarded sequence."""
+    uniform = jax.random.uniform(key, (size,))
+    one = jnp.arange(size) == jnp.argmax(uniform)
+    return jnp.stack([uniform, (uniform > 0.5).astype(float), one.astype(float)])[kind]
