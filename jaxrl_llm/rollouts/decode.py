@@ -26,6 +26,7 @@ from jaxrl_llm.models.layers import MASKED_SCORE
 from jaxrl_llm.models.layers import Linear
 from jaxrl_llm.models.layers import RMSNorm
 from jaxrl_llm.models.layers import Rotation
+from jaxrl_llm.models.lora import merge_lora
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Bool
@@ -82,6 +83,7 @@ class DecodeWeights(NamedTuple):
         """Join, merge and cast the weights of a model; `dtype` None keeps the model's compute dtype."""
         dtype = jnp.dtype(model.numerics.compute_dtype if dtype is None else dtype)
         wide = jnp.promote_types(dtype, jnp.float32)
+        model = merge_lora(model)
 
         def scale(norm: RMSNorm) -> Array:
             return norm.scale[...].astype(wide)
@@ -192,10 +194,7 @@ def decode_logits(weights: DecodeWeights, hidden: Float[Array, "B D"]) -> Float[
 def _joined(linears: tuple[Linear, ...], dtype: jnp.dtype) -> Dense:
     kernels, biases = [], []
     for linear in linears:
-        kernel = linear.kernel[...]
-        if linear.low_rank is not None:
-            kernel = kernel + linear.low_rank.dense().astype(kernel.dtype)
-        kernels.append(kernel.astype(dtype))
+        kernels.append(linear.kernel[...].astype(dtype))
         if linear.bias is not None:
             biases.append(linear.bias[...].astype(jnp.promote_types(dtype, jnp.float32)))
     if len(linears) == 1:

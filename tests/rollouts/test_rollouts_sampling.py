@@ -1,0 +1,177 @@
+"""Sampling against plain transcriptions: log-probabilities, truncation sets, frequencies, keys."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_llm.rollouts.sampling import SamplingSettings
+from jaxrl_llm.rollouts.sampling import rollout_keys
+from jaxrl_llm.rollouts.sampling import sample_tokens
+from jaxrl_llm.rollouts.sampling import token_uniforms
+
+SETTINGS = [
+    SamplingSettings(),
+    SamplingSettings(temperature=0.7),
+    SamplingSettings(temperature=1.5, min_p=0.1),
+    SamplingSettings(top_p=0.8),
+    SamplingSettings(temperature=0.7, top_p=0.9, min_p=0.02),
+]
+VOCABULARIES = [7, 128, 300, 1000]
+
+
+def plain_log_probs(logits: np.ndarray, settings: SamplingSettings) -> np.ndarray:
+    """Sort, accumulate, cut, renormalise; in float64, one row."""
+    scaled = logits.astype(np.float64) / settings.temperature
+    p = np.exp(scaled - scaled.max())
+    p /= p.sum()
+    keep = np.ones(p.shape, bool)
+    if settings.min_p is not None:
+        keep &= p >= settings.min_p * p.max()
+    if settings.top_p is not None:
+        order = np.argsort(-p, kind="stable")
+        needed = int(np.searchsorted(np.cumsum(p[order]), settings.top_p)) + 1
+        keep &= np.isin(np.arange(p.size), order[:needed])
+    with np.errstate(divide="ignore"):
+        return np.where(keep, np.log(p) - np.log(p[keep].sum()), -np.inf)
+
+
+def uniform_grid(rows: int) -> jax.Array:
+    return jax.random.uniform(jax.random.key(3), (rows, 2), jnp.float32)
+
+
+def draw(logits, uniforms, settings):
+    return jax.jit(sample_tokens, static_argnames="settings")(logits, uniforms, settings=settings)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_recorded_log_prob_is_that_of_the_truncated_renormalised_softmax(vocabulary, settings):
+    logits = 3 * jax.random.normal(jax.random.key(vocabulary), (64, vocabulary))
+    tokens, log_prob = draw(logits, uniform_grid(64), settings)
+    expected = [plain_log_probs(row, settings)[token] for row, token in zip(np.asarray(logits), tokens, strict=True)]
+    np.testing.assert_allclose(log_prob, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("vocabulary", [12, 300])
+def test_frequencies_are_the_probabilities(vocabulary, settings):
+    draws = 40_000
+    logits = 1.5 * jax.random.normal(jax.random.key(vocabulary), (1, vocabulary))
+    uniforms = token_uniforms(jax.random.split(jax.random.key(1), draws), 0)
+    tokens, _ = draw(jnp.broadcast_to(logits, (draws, vocabulary)), uniforms, settings)
+    p = np.exp(plain_log_probs(np.asarray(logits[0]), settings))
+    counts = np.bincount(tokens, minlength=vocabulary)
+    assert counts[p == 0].sum() == 0
+    expected = draws * p[p > 0]
+    statistic = np.sum((counts[p > 0] - expected) ** 2 / expected)
+    freedom = expected.size - 1
+    # Chi-square has mean `freedom` and variance 2 `freedom`; the keys are fixed, so this is no lottery.
+    assert statistic < freedom + 4 * np.sqrt(2 * freedom) + 4
+
+
+def test_a_uniform_number_moves_the_draw_through_the_cumulative_distribution():
+    logits = jnp.log(jnp.array([[0.25, 0.5, 0.25]]))
+    second = jnp.linspace(0, 1, 400, endpoint=False)
+    uniforms = jnp.stack([jnp.zeros_like(second), second], axis=1)
+    tokens, _ = draw(jnp.broadcast_to(logits, (400, 3)), uniforms, SamplingSettings())
+    np.testing.assert_array_equal(tokens, np.repeat([0, 1, 2], [100, 200, 100]))
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_extreme_uniform_numbers_never_draw_the_impossible(vocabulary):
+    logits = jnp.where(jax.random.bernoulli(jax.random.key(0), 0.1, (32, vocabulary)), 0.0, -jnp.inf)
+    logits = logits.at[:, vocabulary // 2].set(0.0)
+    for first in (0.0, 1 - 2**-24):
+        for second in (0.0, 1 - 2**-24):
+            uniforms = jnp.broadcast_to(jnp.array([first, second], jnp.float32), (32, 2))
+            tokens, log_prob = draw(logits, uniforms, SamplingSettings())
+            assert jnp.all(jnp.take_along_axis(logits, tokens[:, None], axis=1) == 0)
+            np.testing.assert_allclose(log_prob, -np.log(np.sum(np.isfinite(logits), axis=1)), rtol=1e-6)
+
+
+def test_rare_tokens_in_rare_blocks_are_drawn_as_often_as_they_should():
+    # One token of probability 1e-4 in each of 10 blocks, half of it in either of two entries: two levels of inversion.
+    logits = np.full((1, 256 * 11), -np.inf, np.float32)
+    logits[0, 0] = np.log(1 - 1e-3)
+    logits[0, 256 * np.arange(1, 11)] = np.log(0.5e-4)
+    logits[0, 256 * np.arange(1, 11) + 255] = np.log(0.5e-4)
+    draws = 400_000
+    uniforms = token_uniforms(jax.random.split(jax.random.key(2), draws), 5)
+    tokens = jax.lax.map(
+        lambda u: sample_tokens(jnp.broadcast_to(jnp.asarray(logits), (1000, logits.size)), u, SamplingSettings())[0],
+        uniforms.reshape(-1, 1000, 2),
+    )
+    counts = np.bincount(np.asarray(tokens).ravel(), minlength=logits.size)[np.isfinite(logits[0])][1:]
+    expected = 0.5e-4 * draws
+    assert np.sum((counts - expected) ** 2 / expected) < 19 + 4 * np.sqrt(2 * 19)
+
+
+def test_ties_at_the_edge_of_the_nucleus_are_all_kept():
+    logits = jnp.log(jnp.array([[0.4, 0.2, 0.2, 0.2]]))
+    tokens, log_prob = draw(jnp.broadcast_to(logits, (200, 4)), uniform_grid(200), SamplingSettings(top_p=0.5))
+    assert set(np.asarray(tokens)) == {0, 1, 2, 3}
+    np.testing.assert_allclose(log_prob, np.log([0.4, 0.2, 0.2, 0.2])[tokens], atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [SamplingSettings(top_p=1e-6), SamplingSettings(min_p=1.0)], ids=str)
+def test_the_tightest_truncation_is_greedy(settings):
+    logits = jax.random.normal(jax.random.key(0), (16, 300))
+    tokens, log_prob = draw(logits, uniform_grid(16), settings)
+    np.testing.assert_array_equal(tokens, jnp.argmax(logits, axis=1))
+    np.testing.assert_allclose(log_prob, 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_greedy_takes_the_first_maximum_and_is_certain(vocabulary):
+    logits = jnp.round(2 * jax.random.normal(jax.random.key(0), (64, vocabulary)))  # rounding makes ties
+    tokens, log_prob = draw(logits, uniform_grid(64), SamplingSettings(temperature=0))
+    np.testing.assert_array_equal(tokens, np.argmax(logits, axis=1))
+    np.testing.assert_array_equal(log_prob, 0)
+
+
+def test_float64_logits_keep_their_precision():
+    with jax.enable_x64(True):
+        logits = 3 * jax.random.normal(jax.random.key(0), (32, 300), jnp.float64)
+        settings = SamplingSettings(temperature=0.7, top_p=0.9)
+        tokens, log_prob = sample_tokens(logits, uniform_grid(32), settings)
+        assert log_prob.dtype == jnp.float64
+        expected = [
+            plain_log_probs(row, settings)[token] for row, token in zip(np.asarray(logits), tokens, strict=True)
+        ]
+        np.testing.assert_allclose(log_prob, expected, atol=1e-12)
+
+
+def test_keys_are_folded_per_step_prompt_and_sample():
+    key = jax.random.key(11)
+    keys = rollout_keys(key, 3, jnp.array([5, 2]), jnp.array([0, 7, 1]))
+    assert keys.shape == (2, 3)
+    for n, prompt in enumerate((5, 2)):
+        for s, sample in enumerate((0, 7, 1)):
+            one = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, 3), prompt), sample)
+            np.testing.assert_array_equal(jax.random.key_data(keys[n, s]), jax.random.key_data(one))
+            expected = jax.random.uniform(jax.random.fold_in(one, 9), (2,))
+            np.testing.assert_array_equal(token_uniforms(keys.reshape(-1), 9)[3 * n + s], expected)
+    everything = jax.random.key_data(rollout_keys(key, 0, jnp.arange(16), jnp.arange(8))).reshape(128, -1)
+    assert len({tuple(row) for row in np.asarray(everything)}) == 128
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("min_p", -0.1),
+        ("min_p", 2.0),
+    ],
+)
+def test_impossible_settings_are_refused_by_name(field, value):
+    with pytest.raises(ValueError, match=f"{field} must .*{value}"):
+        SamplingSettings(**{field: value})
+
+
+def test_greedy_takes_no_truncation():
+    with pytest.raises(ValueError, match="temperature 0 is greedy"):
+        SamplingSettings(temperature=0, top_p=0.9)
