@@ -7,9 +7,9 @@ Ranks, shapes and dtypes are known at trace time, so these checks cost nothing u
 import difflib
 from collections.abc import Iterable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array
 from jaxtyping import Bool
 from jaxtyping import Float
@@ -106,7 +106,7 @@ def require_batch_values(
         ValueError: with the first row or group that breaks a rule.
     """
     for name, array in (("rewards", rewards), ("response_mask", response_mask), ("group_ids", group_ids)):
-        if isinstance(array, jax.core.Tracer):
+        if isinstance(array, Tracer):
             raise TypeError(f"{name} is a tracer; values can only be checked outside jit, vmap and grad.")
     finite = np.isfinite(np.asarray(rewards))
     if not finite.all():

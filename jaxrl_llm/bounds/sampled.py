@@ -91,7 +91,7 @@ def _prepare(
 
 
 def _expm1(log_ratio: Float[Array, "*shape"], limit: ScalarLike) -> Float[Array, "*shape"]:
-    return jnp.expm1(jnp.clip(log_ratio, -limit, limit))
+    return jnp.expm1(jnp.clip(log_ratio, jnp.negative(limit), limit))
 
 
 def sampled_surrogate_error(

@@ -33,26 +33,19 @@ class LossTerms(NamedTuple):
     """The loss of a batch and its metrics; add the pairs of micro-batches or shards componentwise, then divide once.
 
     Attributes:
-        loss: (sum, count); the number to minimise is their quotient, its gradient that of the sum divided by the count.
-        metrics: name -> (sum, count), constants to the gradient. Names and normalisations are listed in `policy_loss`.
+        loss: (sum, count); the number to minimise is their quotient, its gradient that of the sum over the count.
+        metrics: name -> (sum, count), constants to the gradient. `policy_loss` lists names and normalisations.
     """
 
     loss: Pair
     metrics: dict[str, Pair]
 
 
-def _needed(recipe: Recipe, field: str, **arrays: Float[Array, "B T"] | None) -> None:
-    for name, array in arrays.items():
-        if array is None:
-            raise ValueError(
-                f"{name} is None; recipe {recipe.name!r} needs it for its {field} ({getattr(recipe, field)!r})."
-            )
-
-
-def _denominator(recipe: Recipe, log_prob_old, log_prob_behaviour) -> Float[Array, "B T"] | None:
-    if recipe.denominator == "old":
-        return log_prob_old
-    return log_prob_behaviour
+def _need(recipe: Recipe, field: str, name: str, array: Float[Array, "*shape"] | None) -> Float[Array, "*shape"]:
+    if array is None:
+        what = f"its {field} ({getattr(recipe, field)!r})"
+        raise ValueError(f"{name} is None; recipe {recipe.name!r} needs it for {what}.")
+    return array
 
 
 def policy_weights(
@@ -68,11 +61,11 @@ def policy_weights(
 
     Args:
         recipe: whose fields `correction` and `mask` name the parts.
-        log_prob: under the trained policy; read by the sampled masks only.
+        log_prob: under the trained policy [nats]; read by the sampled masks only.
         response_mask: true at the tokens that the policy sampled.
-        log_prob_old: needed by a correction.
-        log_prob_behaviour: needed by a correction and by the sampled masks.
-        kl_t: exact KL(mu || pi) of each context [nats], needed by the exact masks.
+        log_prob_old: under the policy at the start of the update [nats]; needed by a correction.
+        log_prob_behaviour: under the policy that sampled [nats]; needed by a correction and by the sampled masks.
+        kl_t: exact KL(behaviour || pi) of each context [nats], needed by the exact masks.
 
     Returns:
         (weight of each token, 0 in rejected sequences; true for accepted sequences), both constants to the gradient.
@@ -80,30 +73,49 @@ def policy_weights(
     Raises:
         ValueError: if an array that the recipe needs is missing.
     """
-    weight = jnp.ones(log_prob.shape, log_prob.dtype)
+    weights = jnp.ones(log_prob.shape, log_prob.dtype)
     if recipe.correction != "none":
-        _needed(recipe, "correction", log_prob_old=log_prob_old, log_prob_behaviour=log_prob_behaviour)
-        log_weight = token_log_ratio(log_prob_old, log_prob_behaviour, response_mask)
+        old = _need(recipe, "correction", "log_prob_old", log_prob_old)
+        behaviour = _need(recipe, "correction", "log_prob_behaviour", log_prob_behaviour)
+        log_weight = token_log_ratio(old, behaviour, response_mask)
         correct = getattr(corrections, recipe.correction)
         if recipe.correction.endswith("truncated"):
-            weight = correct(log_weight, response_mask, cap=recipe.correction_high)
+            weights = correct(log_weight, response_mask, cap=recipe.correction_high)
         else:
-            weight = correct(log_weight, response_mask, low=recipe.correction_low, high=recipe.correction_high)
+            weights = correct(log_weight, response_mask, low=recipe.correction_low, high=recipe.correction_high)
     if recipe.mask == "none":
-        return weight, jnp.ones(log_prob.shape[0], bool)
+        return weights, jnp.ones(log_prob.shape[0], bool)
     if recipe.mask.startswith("sampled"):
-        _needed(recipe, "mask", log_prob_behaviour=log_prob_behaviour)
-        statistic = jax.lax.stop_gradient(token_log_ratio(log_prob, log_prob_behaviour, response_mask))
+        behaviour = _need(recipe, "mask", "log_prob_behaviour", log_prob_behaviour)
+        statistic = token_log_ratio(log_prob, behaviour, response_mask)
     else:
-        _needed(recipe, "mask", kl_t=kl_t)
-        statistic = kl_t
+        statistic = _need(recipe, "mask", "kl_t", kl_t)
     test = getattr(masks, f"accept_by_{recipe.mask}")
     if recipe.mask.endswith("both"):
         accepted = test(statistic, response_mask, maximum=recipe.mask_maximum, average=recipe.mask_average)
     else:
         threshold = recipe.mask_maximum if recipe.mask.endswith("maximum") else recipe.mask_average
         accepted = test(statistic, response_mask, threshold=threshold)
-    return jnp.where(accepted[:, None], weight, jnp.zeros((), weight.dtype)), accepted
+    return jnp.where(accepted[:, None], weights, jnp.zeros((), weights.dtype)), accepted
+
+
+def _surrogate_losses(
+    recipe: Recipe,
+    log_prob: Float[Array, "*shape"],
+    advantages: Float[Array, "*shape"],
+    log_ratio: Float[Array, "*shape"] | None,
+) -> Float[Array, "*shape"]:
+    if recipe.surrogate == "score_function":
+        return surrogates.score_function(log_prob, advantages)
+    ratio = ratio_from_log(_need(recipe, "surrogate", f"log_prob_{recipe.denominator}", log_ratio))
+    low, high = recipe.clip_low, recipe.clip_high
+    if recipe.surrogate == "importance_weighted":
+        return surrogates.importance_weighted(ratio, advantages)
+    if recipe.surrogate == "clipped":
+        return surrogates.clipped(ratio, advantages, clip_low=low, clip_high=high)
+    if recipe.surrogate == "dual_clipped":
+        return surrogates.dual_clipped(ratio, advantages, clip_low=low, clip_high=high, dual_clip=recipe.dual_clip)
+    return surrogates.clipped_weight(log_prob, ratio, advantages, clip_low=low, clip_high=high)
 
 
 def token_losses(
@@ -117,66 +129,51 @@ def token_losses(
     kl_ref_t: Float[Array, "*shape"] | None = None,
     entropy: Float[Array, "*shape"] | None = None,
 ) -> Float[Array, "*shape"]:
-    """The loss of each token, elementwise, from its own statistics and constants: the form that
-    `jaxrl_kernels.token_loss` takes.
+    """The loss of each token, elementwise, from its own statistics and constants: what `token_loss` of the kernels
+    takes.
+
+    weights * surrogate + kl_coefficient * KL - entropy_coefficient * entropy.
 
     Args:
-        recipe: which parts to use; its `ratio` is read by the caller, who passes the log-ratio (per token, or the
-            sequence's at each of its tokens).
+        recipe: which parts to use. Its `ratio` is not read here: pass the log-ratio of the token, or for the geometric
+            ratio that of its sequence at each of its tokens (possible only where whole sequences are at hand).
         log_prob: under the trained policy [nats].
         advantages: of each token.
         log_ratio: log pi - log of the recipe's denominator [nats]; not needed by the score function.
-        weights: constants from `policy_weights`; 1 if None.
+        weights: constants from `policy_weights`, 1 if None. A weight of 0 removes the surrogate whatever its value.
         log_ratio_ref: log pi - log pi_ref [nats], for a sampled KL estimator.
         kl_ref_t: exact KL(pi || ref) [nats], for the estimator "exact".
         entropy: exact entropy of each context [nats], for an entropy bonus.
 
     Returns:
-        weights * surrogate + kl_coefficient * KL - entropy_coefficient * entropy. A weight of 0 removes the surrogate
-        whatever its value.
+        the loss of each token.
 
     Raises:
         ValueError: if an array that the recipe needs is missing.
     """
-    if recipe.surrogate == "score_function":
-        loss = surrogates.score_function(log_prob, advantages)
-    else:
-        _needed(recipe, "surrogate", log_ratio=log_ratio)
-        ratio = ratio_from_log(log_ratio)
-        clip = {"clip_low": recipe.clip_low, "clip_high": recipe.clip_high}
-        if recipe.surrogate == "importance_weighted":
-            loss = surrogates.importance_weighted(ratio, advantages)
-        elif recipe.surrogate == "clipped":
-            loss = surrogates.clipped(ratio, advantages, **clip)
-        elif recipe.surrogate == "dual_clipped":
-            loss = surrogates.dual_clipped(ratio, advantages, **clip, dual_clip=recipe.dual_clip)
-        else:
-            loss = surrogates.clipped_weight(log_prob, ratio, advantages, **clip)
+    losses = _surrogate_losses(recipe, log_prob, advantages, log_ratio)
     if weights is not None:
-        weights = jax.lax.stop_gradient(weights)
-        loss = jnp.where(weights == 0, jnp.zeros((), loss.dtype), weights * loss)
+        fixed = jax.lax.stop_gradient(weights)
+        losses = jnp.where(fixed == 0, jnp.zeros((), losses.dtype), fixed * losses)
     if recipe.kl_estimator == "exact":
-        _needed(recipe, "kl_estimator", kl_ref_t=kl_ref_t)
-        loss = loss + recipe.kl_coefficient * kl_ref_t
+        losses = losses + recipe.kl_coefficient * _need(recipe, "kl_estimator", "kl_ref_t", kl_ref_t)
     elif recipe.kl_estimator != "none":
-        _needed(recipe, "kl_estimator", log_prob_ref=log_ratio_ref)
-        loss = loss + recipe.kl_coefficient * ESTIMATORS[recipe.kl_estimator](log_ratio_ref)
+        log_ratio_ref = _need(recipe, "kl_estimator", "log_prob_ref", log_ratio_ref)
+        losses = losses + recipe.kl_coefficient * ESTIMATORS[recipe.kl_estimator](log_ratio_ref)
     if recipe.entropy_coefficient != 0:
-        _needed(recipe, "entropy_coefficient", entropy=entropy)
-        loss = loss - recipe.entropy_coefficient * entropy
-    return loss
+        losses = losses - recipe.entropy_coefficient * _need(recipe, "entropy_coefficient", "entropy", entropy)
+    return losses
 
 
-def _check(advantages, response_mask, **arrays) -> Float[Array, "B T"]:
-    require_rank(2, "B T", response_mask=response_mask, **arrays)
-    require_same_shape(response_mask=response_mask, **arrays)
-    require_dtype("floating", advantages=advantages, **arrays)
-    require_dtype("boolean", response_mask=response_mask)
+def _spread_advantages(
+    advantages: Float[Array, " B"] | Float[Array, "B T"], response_mask: Bool[Array, "B T"]
+) -> Float[Array, "B T"]:
+    require_dtype("floating", advantages=advantages)
     if advantages.ndim == 1:
         if advantages.shape[0] != response_mask.shape[0]:
+            rows = response_mask.shape[0]
             raise ValueError(
-                f"advantages has {advantages.shape[0]} sequences and response_mask {response_mask.shape[0]}; "
-                "they must be equal."
+                f"advantages has {advantages.shape[0]} sequences and response_mask {rows}; make them equal."
             )
         return jnp.broadcast_to(advantages[:, None], response_mask.shape)
     require_rank(2, "B T", advantages=advantages)
@@ -184,25 +181,56 @@ def _check(advantages, response_mask, **arrays) -> Float[Array, "B T"]:
     return advantages
 
 
-def _metrics(recipe, *, log_ratio, weights, accepted, advantages, response_mask, kl_terms, others) -> dict[str, Pair]:
-    metrics = {name: masked_sum_count(x, response_mask) for name, x in {**kl_terms, **others}.items() if x is not None}
-    if log_ratio is not None:
-        ratio = ratio_from_log(log_ratio)
-        metrics["ratio"] = masked_sum_count(ratio, response_mask)
-        limited = (jnp.abs(log_ratio) > LOG_RATIO_LIMIT).astype(log_ratio.dtype)
-        metrics["ratio_limited"] = masked_sum_count(limited, response_mask)
-        outside = surrogates.clip_binds(ratio, advantages, clip_low=recipe.clip_low, clip_high=recipe.clip_high)
-        if recipe.surrogate == "clipped_weight":
-            outside = (ratio < 1 - recipe.clip_low) | (ratio > 1 + recipe.clip_high)
-        if "clipped" in recipe.surrogate:
-            metrics["clip_fraction"] = masked_sum_count(outside.astype(ratio.dtype), response_mask)
+def _ratio_metrics(
+    recipe: Recipe, log_ratio: Float[Array, "B T"], advantages: Float[Array, "B T"], response_mask: Bool[Array, "B T"]
+) -> dict[str, Pair]:
+    ratio = ratio_from_log(log_ratio)
+    limited = (jnp.abs(log_ratio) > LOG_RATIO_LIMIT).astype(ratio.dtype)
+    metrics = {
+        "ratio": masked_sum_count(ratio, response_mask),
+        "ratio_limited": masked_sum_count(limited, response_mask),
+    }
+    if recipe.surrogate in ("clipped", "dual_clipped"):
+        binds = surrogates.clip_binds(ratio, advantages, clip_low=recipe.clip_low, clip_high=recipe.clip_high)
+        metrics["clip_fraction"] = masked_sum_count(binds.astype(ratio.dtype), response_mask)
+    if recipe.surrogate == "clipped_weight":
+        outside = (ratio < 1 - recipe.clip_low) | (ratio > 1 + recipe.clip_high)
+        metrics["clip_fraction"] = masked_sum_count(outside.astype(ratio.dtype), response_mask)
+    return metrics
+
+
+def _weight_metrics(
+    recipe: Recipe, weights: Float[Array, "B T"], accepted: Bool[Array, " B"], response_mask: Bool[Array, "B T"]
+) -> dict[str, Pair]:
+    metrics = {}
     if recipe.correction != "none":
         metrics["weight"] = masked_sum_count(weights, response_mask)
         metrics["weight_zero"] = masked_sum_count((weights == 0).astype(weights.dtype), response_mask)
     if recipe.mask != "none":
         metrics["rejected_sequences"] = masks.rejected_sequences(accepted, response_mask)
         metrics["rejected_tokens"] = masks.rejected_tokens(accepted, response_mask)
-    return jax.tree.map(jax.lax.stop_gradient, metrics)
+    return metrics
+
+
+def _metrics(
+    recipe: Recipe,
+    response_mask: Bool[Array, "B T"],
+    *,
+    to_old: Float[Array, "B T"] | None,
+    to_behaviour: Float[Array, "B T"] | None,
+    to_ref: Float[Array, "B T"] | None,
+    kl_t: Float[Array, "B T"] | None,
+    kl_ref_t: Float[Array, "B T"] | None,
+) -> dict[str, Pair]:
+    if kl_ref_t is None and to_ref is not None:
+        kl_ref_t = ESTIMATORS.get(recipe.kl_estimator, k3)(to_ref)
+    divergences = {
+        "kl_old_k3": None if to_old is None else k3(-to_old),
+        "kl_behaviour_k3": None if to_behaviour is None else k3(-to_behaviour),
+        "kl_behaviour": kl_t,
+        "kl_ref": kl_ref_t,
+    }
+    return {name: masked_sum_count(x, response_mask) for name, x in divergences.items() if x is not None}
 
 
 def policy_loss(
@@ -219,10 +247,9 @@ def policy_loss(
     entropy: Float[Array, "B T"] | None = None,
     batch_fraction: ScalarLike = 1.0,
 ) -> LossTerms:
-    """aggregate( mask * correction * surrogate(ratio, advantage) + kl_coefficient * KL - entropy_coefficient * entropy
-    ).
+    """aggregate( mask * correction * surrogate(ratio, advantage) + kl_coefficient KL - entropy_coefficient entropy ).
 
-    The mask and the correction act on the surrogate alone; the KL and entropy terms stay for rejected sequences, unless
+    The mask and the correction act on the surrogate alone; the KL and entropy terms of rejected sequences stay, unless
     the recipe normalises by the accepted, which then aggregates everything over them.
 
     Args:
@@ -233,26 +260,23 @@ def policy_loss(
         log_prob_old: under the policy at the start of the update [nats].
         log_prob_behaviour: under the policy that sampled [nats].
         log_prob_ref: under the reference policy [nats], for a sampled KL estimator.
-        kl_t: exact KL(behaviour || pi) of each context [nats], for the exact masks and for the metrics; a constant to
-            the gradient.
+        kl_t: exact KL(behaviour || pi) of each context [nats], for the exact masks and the metrics; a constant.
         kl_ref_t: exact KL(pi || ref) of each context [nats], with its gradient.
         entropy: exact entropy of each context under pi [nats], with its gradient if the recipe rewards it.
         batch_fraction: the share of the whole batch that these rows are; read by "token-sum" only.
 
     Returns:
-        `LossTerms`: the loss as (sum, count), and metrics as (sum, count) pairs:
-        per token: ratio, ratio_limited (log-ratio clamp binds), clip_fraction (the clip removes the gradient; for
-            CISPO: changes the weight), weight and weight_zero (correction), kl_old_k3 (KL(old || pi), sampled),
-            kl_behaviour_k3 (KL(mu || pi), sampled), kl_behaviour (KL(mu || pi), exact), kl_ref (KL(pi || ref) by the
-            recipe's estimator), entropy;
-        per sequence: rejected_sequences; per token: rejected_tokens (share of response tokens that lie in rejected
-            sequences).
+        `LossTerms`: the loss as (sum, count), and metrics as (sum, count) pairs.
+        Per response token: ratio; ratio_limited (its clamp binds); clip_fraction (the clip removes the gradient; for
+        CISPO it changes the weight); weight, weight_zero (correction); kl_old_k3 (KL(old || pi), sampled);
+        kl_behaviour_k3 (KL(behaviour || pi), sampled) and kl_behaviour (exact); kl_ref (KL(pi || ref) by the recipe's
+        estimator, k3 if it has none); entropy; rejected_tokens (they lie in rejected sequences).
+        Per sequence: rejected_sequences.
 
     Raises:
-        ValueError, TypeError: if ranks, shapes or dtypes do not fit, or an array that the recipe needs is missing; the
-        sentence names it.
+        ValueError, TypeError: if ranks, shapes or dtypes do not fit, or an array that the recipe needs is missing.
     """
-    named = {
+    arrays = {
         "log_prob": log_prob,
         "log_prob_old": log_prob_old,
         "log_prob_behaviour": log_prob_behaviour,
@@ -261,7 +285,19 @@ def policy_loss(
         "kl_ref_t": kl_ref_t,
         "entropy": entropy,
     }
-    advantages_t = _check(advantages, response_mask, **named)
+    require_rank(2, "B T", response_mask=response_mask, **arrays)
+    require_same_shape(response_mask=response_mask, **arrays)
+    require_dtype("floating", **arrays)
+    require_dtype("boolean", response_mask=response_mask)
+    advantages_t = _spread_advantages(advantages, response_mask)
+
+    def log_ratio_to(other: Float[Array, "B T"] | None) -> Float[Array, "B T"] | None:
+        return None if other is None else token_log_ratio(log_prob, other, response_mask)
+
+    to_old, to_behaviour, to_ref = map(log_ratio_to, (log_prob_old, log_prob_behaviour, log_prob_ref))
+    log_ratio = to_old if recipe.denominator == "old" else to_behaviour
+    if log_ratio is not None and recipe.ratio == "geometric":
+        log_ratio = jnp.broadcast_to(masked_mean(log_ratio, response_mask, axis=1)[:, None], log_ratio.shape)
     weights, accepted = policy_weights(
         recipe,
         log_prob=log_prob,
@@ -270,20 +306,13 @@ def policy_loss(
         log_prob_behaviour=log_prob_behaviour,
         kl_t=kl_t,
     )
-    below = _denominator(recipe, log_prob_old, log_prob_behaviour)
-    if below is None and recipe.surrogate != "score_function":
-        raise ValueError(f"log_prob_{recipe.denominator} is None; recipe {recipe.name!r} puts it under its ratio.")
-    log_ratio = None if below is None else token_log_ratio(log_prob, below, response_mask)
-    if log_ratio is not None and recipe.ratio == "geometric":
-        log_ratio = jnp.broadcast_to(masked_mean(log_ratio, response_mask, axis=1)[:, None], log_ratio.shape)
-    log_ratio_ref = None if log_prob_ref is None else token_log_ratio(log_prob, log_prob_ref, response_mask)
     losses = token_losses(
         recipe,
         log_prob=log_prob,
         advantages=advantages_t,
         log_ratio=log_ratio,
         weights=weights,
-        log_ratio_ref=log_ratio_ref,
+        log_ratio_ref=to_ref,
         kl_ref_t=kl_ref_t,
         entropy=entropy,
     )
@@ -296,39 +325,13 @@ def policy_loss(
         loss = aggregate_accepted(losses, response_mask, accepted, **rule)
     else:
         loss = aggregate(losses, response_mask, **rule)
+
     metrics = _metrics(
-        recipe,
-        log_ratio=log_ratio,
-        weights=weights,
-        accepted=accepted,
-        advantages=advantages_t,
-        response_mask=response_mask,
-        kl_terms=_kl_terms(recipe, log_ratio_ref=log_ratio_ref, response_mask=response_mask, **named),
-        others={"entropy": entropy},
+        recipe, response_mask, to_old=to_old, to_behaviour=to_behaviour, to_ref=to_ref, kl_t=kl_t, kl_ref_t=kl_ref_t
     )
-    return LossTerms(loss, metrics)
-
-
-def _kl_terms(
-    recipe,
-    *,
-    log_prob,
-    log_prob_old,
-    log_prob_behaviour,
-    log_prob_ref,
-    log_ratio_ref,
-    kl_t,
-    kl_ref_t,
-    entropy,
-    response_mask,
-) -> dict[str, Float[Array, "B T"] | None]:
-    del log_prob_ref, entropy
-    terms = {"kl_behaviour": kl_t, "kl_old_k3": None, "kl_behaviour_k3": None, "kl_ref": kl_ref_t}
-    if log_prob_old is not None:
-        terms["kl_old_k3"] = k3(-token_log_ratio(log_prob, log_prob_old, response_mask))
-    if log_prob_behaviour is not None:
-        terms["kl_behaviour_k3"] = k3(-token_log_ratio(log_prob, log_prob_behaviour, response_mask))
-    if kl_ref_t is None and log_ratio_ref is not None:
-        name = recipe.kl_estimator if recipe.kl_estimator in ESTIMATORS else "k3"
-        terms["kl_ref"] = ESTIMATORS[name](log_ratio_ref)
-    return terms
+    if entropy is not None:
+        metrics["entropy"] = masked_sum_count(entropy, response_mask)
+    if log_ratio is not None:
+        metrics |= _ratio_metrics(recipe, log_ratio, advantages_t, response_mask)
+    metrics |= _weight_metrics(recipe, weights, accepted, response_mask)
+    return LossTerms(loss, jax.tree.map(jax.lax.stop_gradient, metrics))

@@ -57,7 +57,7 @@ def token_log_ratio(
 
 def ratio_from_log(log_ratio: Float[Array, "*shape"], *, limit: ScalarLike = LOG_RATIO_LIMIT) -> Float[Array, "*shape"]:
     """exp of the log-ratio clamped to [-limit, limit] nats."""
-    return jnp.exp(jnp.clip(log_ratio, -limit, limit))
+    return jnp.exp(jnp.clip(log_ratio, jnp.negative(limit), limit))
 
 
 def token_ratio(

@@ -93,7 +93,7 @@ def dual_clipped(
     """
     fixed = _constant(advantages, ratio, "ratio")
     loss = clipped(ratio, advantages, clip_low=clip_low, clip_high=clip_high)
-    return jnp.where(fixed < 0, jnp.minimum(loss, -dual_clip * fixed), loss)
+    return jnp.where(fixed < 0, jnp.minimum(loss, jnp.negative(dual_clip * fixed)), loss)
 
 
 def clipped_weight(
