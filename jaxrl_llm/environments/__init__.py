@@ -1,0 +1,73 @@
+"""Tasks with verifiable answers, their splits and pass rates."""
+
+from jaxrl_llm.environments.arithmetic import addition
+from jaxrl_llm.environments.arithmetic import chain_sum
+from jaxrl_llm.environments.arithmetic import signed_terms
+from jaxrl_llm.environments.arithmetic import sum_identity
+from jaxrl_llm.environments.arithmetic import worked
+from jaxrl_llm.environments.generated import Entry
+from jaxrl_llm.environments.generated import GeneratedTask
+from jaxrl_llm.environments.generated import GenerationError
+from jaxrl_llm.environments.library import LEVELS
+from jaxrl_llm.environments.library import SUM_SHOTS
+from jaxrl_llm.environments.library import TASKS
+from jaxrl_llm.environments.pass_rates import Curriculum
+from jaxrl_llm.environments.pass_rates import CurriculumState
+from jaxrl_llm.environments.pass_rates import PassRate
+from jaxrl_llm.environments.pass_rates import pass_rate
+from jaxrl_llm.environments.splits import Split
+from jaxrl_llm.environments.splits import is_held_out
+from jaxrl_llm.environments.splits import split
+from jaxrl_llm.environments.splits import stable_key
+from jaxrl_llm.environments.strings import StringTask
+from jaxrl_llm.environments.tasks import Problem
+from jaxrl_llm.environments.tasks import Score
+from jaxrl_llm.environments.tasks import Task
+from jaxrl_llm.environments.tasks import UnknownTaskError
+from jaxrl_llm.environments.tasks import before_stop
+from jaxrl_llm.environments.tasks import check_task
+from jaxrl_llm.environments.tasks import final_answer
+from jaxrl_llm.environments.tasks import get_task
+from jaxrl_llm.environments.tasks import last_number
+from jaxrl_llm.environments.tasks import register
+from jaxrl_llm.environments.tasks import replaced_keys
+from jaxrl_llm.environments.tasks import task_names
+from jaxrl_llm.environments.time_limits import TimeLimitError
+from jaxrl_llm.environments.time_limits import time_limit
+
+__all__ = [
+    "LEVELS",
+    "SUM_SHOTS",
+    "TASKS",
+    "Curriculum",
+    "CurriculumState",
+    "Entry",
+    "GeneratedTask",
+    "GenerationError",
+    "PassRate",
+    "Problem",
+    "Score",
+    "Split",
+    "StringTask",
+    "Task",
+    "TimeLimitError",
+    "UnknownTaskError",
+    "addition",
+    "before_stop",
+    "chain_sum",
+    "check_task",
+    "final_answer",
+    "get_task",
+    "is_held_out",
+    "last_number",
+    "pass_rate",
+    "register",
+    "replaced_keys",
+    "signed_terms",
+    "split",
+    "stable_key",
+    "sum_identity",
+    "task_names",
+    "time_limit",
+    "worked",
+]

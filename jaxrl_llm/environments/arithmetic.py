@@ -1,0 +1,112 @@
+"""Short sums and differences from reasoning-gym, worked examples in front, for small pretrained models."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxrl_llm.environments.generated import Entry
+from jaxrl_llm.environments.generated import GeneratedTask
+from jaxrl_llm.environments.splits import is_held_out
+
+
+def signed_terms(expression: str) -> tuple[int, ...]:
+    """The terms of a chain of sums and differences: "7 - 3 + 12" gives (7, -3, 12).
+
+    Raises:
+        ValueError: `expression` is something else.
+    """
+    tokens = expression.split()
+    signs = {"+": 1, "-": -1}
+    if len(tokens) % 2 == 0 or any(token not in signs for token in tokens[1::2]):
+        raise ValueError(f"expression is {expression!r}; it must be numbers joined by + and -, with spaces between.")
+    numbers = [int(token) for token in tokens[::2]]
+    return numbers[0], *(signs[sign] * number for sign, number in zip(tokens[1::2], numbers[1:], strict=True))
+
+
+def sum_identity(expression: str) -> str:
+    """Canonical form of a chain of sums: its signed terms, sorted, so "3 + 12" and "12 + 3" are one problem."""
+    return "sum:" + ",".join(str(term) for term in sorted(signed_terms(expression)))
+
+
+def worked(expression: str) -> str:
+    """One worked example on a line of its own."""
+    return f"{expression} = {sum(signed_terms(expression))}\n"
+
+
+def addition(
+    name: str,
+    *,
+    largest: int,
+    smallest: int = 0,
+    terms: int = 2,
+    shots: tuple[str, ...] = (),
+    held_out_count: int = 128,
+) -> GeneratedTask:
+    """Sums of whole numbers that are uniform in [smallest, largest]: "12 + 7 = " after worked examples, one a line.
+
+    The generator is reasoning-gym's basic_arithmetic without parentheses, whose numbers are uniform in [0, 10^digits].
+    The prompt ends in a space, as a digit has no space in its token and the answer is then digits alone.
+
+    Args:
+        name: of the task.
+        largest, smallest: bounds of the numbers, both included.
+        terms: how many numbers are added.
+        shots: expressions worked out in front of every problem; problems to train on, never held-out ones.
+        held_out_count: see `GeneratedTask`.
+
+    Raises:
+        ValueError: impossible bounds, or a worked example is a held-out problem.
+    """
+    if not 0 <= smallest < largest:
+        raise ValueError(f"smallest is {smallest} and largest is {largest}; 0 <= smallest < largest must hold.")
+    digits = len(str(largest - 1))
+    config = {"operators": ("+",), "allow_parentheses": False, "allow_negation": False}
+    bounds = (smallest, largest)
+    return _worked_examples(name, "basic_arithmetic", config, terms, (digits, digits), bounds, shots, held_out_count)
+
+
+def chain_sum(
+    name: str, *, digits: tuple[int, int], terms: int = 2, shots: tuple[str, ...] = (), held_out_count: int = 128
+) -> GeneratedTask:
+    """Chains of + and - over numbers with equally many digits: "12 - 7 = " after worked examples, one a line.
+
+    Args:
+        name: of the task.
+        digits: fewest and most digits of the numbers of a chain.
+        terms: numbers in a chain.
+        shots: see `addition`.
+        held_out_count: see `GeneratedTask`.
+
+    Raises:
+        ValueError: a worked example is a held-out problem.
+    """
+    return _worked_examples(name, "chain_sum", {}, terms, digits, None, shots, held_out_count)
+
+
+def _worked_examples(
+    name: str,
+    dataset: str,
+    config: Mapping[str, Any],
+    terms: int,
+    digits: tuple[int, int],
+    bounds: tuple[int, int] | None,
+    shots: tuple[str, ...],
+    held_out_count: int,
+) -> GeneratedTask:
+    leaked = [shot for shot in shots if is_held_out(sum_identity(shot))]
+    if leaked:
+        raise ValueError(f"shots has {leaked[0]!r}, which is a held-out problem; it must be one to train on.")
+    prefix = "".join(worked(shot) for shot in shots)
+
+    def keep(entry: Entry) -> bool:
+        values = signed_terms(entry["metadata"]["expression"])
+        return bounds is None or all(bounds[0] <= value <= bounds[1] for value in values)
+
+    return GeneratedTask(
+        name=name,
+        dataset=dataset,
+        config={**config, "min_terms": terms, "max_terms": terms, "min_digits": digits[0], "max_digits": digits[1]},
+        prompt=lambda entry: f"{prefix}{entry['metadata']['expression']} = ",
+        identity=lambda entry: sum_identity(entry["metadata"]["expression"]),
+        keep=keep,
+        held_out_count=held_out_count,
+    )

@@ -1,0 +1,87 @@
+"""A limit on the seconds that a call may take, for generators and verifiers that can loop forever."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+REPEAT_SECONDS = 0.05
+"""The alarm rings again this often, since a bare `except:` inside the call may swallow it."""
+SOON = 1e-6
+"""Delay of an alarm that is overdue [s]; a delay of 0 would switch the timer off."""
+
+
+class TimeLimitError(TimeoutError):
+    """A call ran into its time limit."""
+
+
+class _AlarmError(BaseException):
+    """Raised inside the call by the alarm; no `except Exception` of the call can swallow it."""
+
+
+@contextmanager
+def time_limit(seconds: float, *, what: str = "the call") -> Iterator[None]:
+    """Raise TimeLimitError if the body takes longer than `seconds` of wall-clock time.
+
+    It works by SIGALRM, so in the main thread only and where the system has that signal; it interrupts Python code, not
+    one long call into C. A handler and a timer that were set before (pytest-timeout's, another time_limit around this
+    one) are put back with their remaining time, and an outer timer that is due first still fires first.
+
+    Args:
+        seconds: the limit [s].
+        what: how the error names the call.
+
+    Raises:
+        TimeLimitError: the body took longer.
+        ValueError: `seconds` is not positive.
+        RuntimeError: not in the main thread, or no SIGALRM.
+    """
+    if seconds <= 0:
+        raise ValueError(f"seconds is {seconds}; it must be positive.")
+    if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
+        raise RuntimeError(f"{what} needs a time limit, which works in the main thread of a POSIX system only.")
+    started = time.monotonic()
+    outer_handler = signal.getsignal(signal.SIGALRM)
+    outer_delay, outer_interval = signal.getitimer(signal.ITIMER_REAL)
+    outer_due = started + outer_delay if outer_delay > 0 else math.inf
+    armed, rang = True, False
+
+    def set_alarm() -> None:
+        delay = min(started + seconds, outer_due) - time.monotonic()
+        signal.setitimer(signal.ITIMER_REAL, max(delay, SOON), REPEAT_SECONDS)
+
+    def on_alarm(number: int, frame: FrameType | None) -> None:
+        nonlocal outer_due, rang
+        if not armed:
+            return
+        now = time.monotonic()
+        if outer_due <= now and callable(outer_handler):
+            outer_due = now + outer_interval if outer_interval > 0 else math.inf
+            outer_handler(number, frame)
+        if now >= started + seconds:
+            rang = True
+            raise _AlarmError
+        set_alarm()
+
+    def put_back() -> None:
+        nonlocal armed
+        armed = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL if outer_handler is None else outer_handler)
+        if outer_due < math.inf:
+            signal.setitimer(signal.ITIMER_REAL, max(outer_due - time.monotonic(), SOON), outer_interval)
+
+    try:
+        signal.signal(signal.SIGALRM, on_alarm)
+        set_alarm()
+        yield
+        armed = False
+    except _AlarmError:
+        armed = False
+    finally:
+        put_back()
+    if rang:  # also where the body swallowed the alarm and went on: what it did after that is not to be trusted
+        raise TimeLimitError(f"{what} took longer than {seconds:g} s.")

@@ -1,0 +1,111 @@
+"""Time limits: they end loops that never end, and leave every other timer as it was."""
+
+import signal
+import threading
+import time
+
+import pytest
+
+from jaxrl_llm.environments import TimeLimitError
+from jaxrl_llm.environments import time_limit
+
+
+def spin(seconds=30.0):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
+
+
+def stubborn():
+    """Swallows what a well-behaved function would let through."""
+    end = time.monotonic() + 30
+    for _ in range(3):
+        try:
+            while time.monotonic() < end:
+                pass
+        except:  # noqa: E722
+            pass
+
+
+@pytest.mark.parametrize("loop", [spin, stubborn])
+def test_a_loop_is_ended_and_named(loop):
+    started = time.monotonic()
+    with pytest.raises(TimeLimitError, match=r"the maze took longer than 0\.1 s"), time_limit(0.1, what="the maze"):
+        loop()
+    assert 0.1 <= time.monotonic() - started < 5
+
+
+def test_a_fast_body_is_left_alone_and_no_alarm_comes_later():
+    with time_limit(0.1):
+        value = 3
+    time.sleep(0.2)
+    assert value == 3
+
+
+def test_errors_of_the_body_pass_through():
+    with pytest.raises(ZeroDivisionError), time_limit(5.0):
+        1 / 0  # noqa: B018
+
+
+def test_the_inner_limit_fires_and_the_outer_one_still_works():
+
+    def both():
+        with pytest.raises(TimeLimitError, match="inner"), time_limit(0.1, what="inner"):
+            spin()
+        spin()
+
+    with pytest.raises(TimeLimitError, match="outer"), time_limit(0.4, what="outer"):
+        both()
+
+
+def test_an_outer_limit_that_is_due_first_fires_first():
+    started = time.monotonic()
+    with pytest.raises(TimeLimitError, match="outer"), time_limit(0.1, what="outer"), time_limit(20.0, what="inner"):
+        spin()
+    assert time.monotonic() - started < 5
+
+
+def test_a_foreign_handler_and_its_timer_are_put_back():
+    rung = []
+    before = signal.signal(signal.SIGALRM, lambda *_: rung.append(time.monotonic()))
+    outer_delay, outer_interval = signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        with pytest.raises(TimeLimitError), time_limit(0.1):
+            spin()
+        assert not rung
+        spin(0.5)
+        assert len(rung) == 1
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, outer_delay, outer_interval)
+
+
+def test_a_foreign_alarm_that_does_not_raise_leaves_the_limit_in_force():
+    rung = []
+    before = signal.signal(signal.SIGALRM, lambda *_: rung.append(1))
+    outer_delay, outer_interval = signal.setitimer(signal.ITIMER_REAL, 0.1)
+    try:
+        with pytest.raises(TimeLimitError), time_limit(0.3):
+            spin()
+        assert rung == [1]
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, outer_delay, outer_interval)
+
+
+def test_impossible_limits_and_other_threads_are_refused():
+    with pytest.raises(ValueError, match="seconds is 0"), time_limit(0):
+        pass
+    errors = []
+
+    def in_thread():
+        try:
+            with time_limit(1.0):
+                pass
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=in_thread)
+    thread.start()
+    thread.join()
+    assert "main thread" in errors[0]
