@@ -67,6 +67,7 @@ def backend_from_metadata(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
     kinds: Sequence[int] = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
     vocabulary = {token: index for index, token in enumerate(tokens) if kinds[index] != UNUSED}
     merges = [_pair(merge) for merge in metadata["tokenizer.ggml.merges"]]
+    merges = [pair for pair in merges if "".join(pair) in vocabulary]
     # Llama 3 takes a word that is itself a token as it is, even where no chain of merges leads to it.
     whole_words = splitter is SPLITTERS["llama-bpe"]
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=whole_words))
@@ -118,10 +119,11 @@ def metadata_from_backend(backend: tokenizers.Tokenizer, *, vocab_size: int) -> 
         kinds[token["id"]] = CONTROL if token["special"] else USER_DEFINED
     return {
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": _splitter_name(content["pre_tokenizer"]),
+        # Without merges every letter is a token by itself, however the text is split into words.
+        "tokenizer.ggml.pre": _splitter_name(content["pre_tokenizer"]) if model["merges"] else "gpt-2",
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": kinds,
-        "tokenizer.ggml.merges": [" ".join(_pair(merge)) for merge in model["merges"]],
+        "tokenizer.ggml.merges": [" ".join(_pair(merge)) for merge in model["merges"]] or [_idle_merge(content)],
         "tokenizer.ggml.add_bos_token": len(backend.encode("a").ids)
         > len(backend.encode("a", add_special_tokens=False).ids),
         "tokenizer.ggml.add_space_prefix": False,
@@ -138,6 +140,14 @@ def _splitter_name(found: Mapping[str, Any] | None) -> str:
         f"the tokenizer splits words in a way that has no name in GGUF here (known: {', '.join(SPLITTERS)}); "
         "pass tokenizer=None to save the weights without it."
     )
+
+
+def _idle_merge(content: Mapping[str, Any]) -> str:
+    """A merge that never happens: llama.cpp wants at least one, and a text's letters never become a special token."""
+    for token in content["added_tokens"]:
+        if len(token["content"]) > 1 and " " not in token["content"]:
+            return f"{token['content']} {token['content']}"
+    raise ValueError("the tokenizer has neither merges nor special tokens; llama.cpp loads no such tokenizer.")
 
 
 def _comparable(part: Any) -> Any:
