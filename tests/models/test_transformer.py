@@ -17,26 +17,14 @@ from jaxrl_llm.models.transformer import positions_of
 BATCH, LENGTH = 3, 9
 
 
-def transformer(config: TransformerConfig, **dtypes) -> Transformer:
-    """A random model; its norms and biases are not the ones and zeros of the start, so that tests see them."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), **dtypes)))
-    rng = np.random.default_rng(0)
-
-    def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        noise = rng.normal(size=leaf.shape)
-        return jnp.asarray(1 + 0.3 * noise if len(leaf.shape) == 1 else leaf.shape[0] ** -0.5 * noise, leaf.dtype)
-
-    return nnx.merge(graphdef, jax.tree.map(draw, state))
-
-
 @jax.jit
 def forward(model: Transformer, tokens: jax.Array, token_mask: jax.Array | None = None) -> jax.Array:
     return model(tokens, token_mask)
 
 
 @pytest.fixture(scope="module")
-def model() -> Transformer:
-    return transformer(tiny())
+def model(random_transformer) -> Transformer:
+    return random_transformer(tiny())
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +93,8 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
-def test_hidden_states_and_logits_equal_a_transcription(config: TransformerConfig):
-    model = transformer(config)
+def test_hidden_states_and_logits_equal_a_transcription(random_transformer, config: TransformerConfig):
+    model = random_transformer(config)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, LENGTH)
     expected = transcription(model, tokens)
     hidden = forward(model, jnp.asarray(tokens)[None])[0]
@@ -220,11 +208,11 @@ def test_remat_keeps_less_and_gives_the_same_gradient(model, tokens, token_mask)
     assert sizes[1] - parameters < 0.5 * (sizes[0] - parameters)
 
 
-def test_tied_head_is_the_embedding_itself(model):
+def test_tied_head_is_the_embedding_itself(random_transformer, model):
     matrix, vocabulary_axis = model.head()
     assert matrix is model.embedding.get_value()
     assert (matrix.shape, vocabulary_axis) == ((64, 32), 0)
-    untied, vocabulary_axis = transformer(tiny(tie_embeddings=False)).head()
+    untied, vocabulary_axis = random_transformer(tiny(tie_embeddings=False)).head()
     assert (untied.shape, vocabulary_axis) == ((32, 64), 1)
 
 
@@ -242,8 +230,8 @@ def test_bfloat16_is_close_to_float32(model, tokens, token_mask, param_dtype):
     assert model(tokens).dtype == jnp.float32
 
 
-def test_astype_agrees_with_a_model_made_so(model):
-    made = transformer(tiny(), param_dtype=jnp.bfloat16, compute_dtype=jnp.bfloat16)
+def test_astype_agrees_with_a_model_made_so(random_transformer, model):
+    made = random_transformer(tiny(), param_dtype=jnp.bfloat16, compute_dtype=jnp.bfloat16)
     cast = model.astype(param_dtype=jnp.bfloat16, compute_dtype=jnp.bfloat16)
     assert nnx.graphdef(made) == nnx.graphdef(cast)
     assert nnx.graphdef(made) != nnx.graphdef(model)
@@ -265,8 +253,8 @@ def test_vmap_agrees_with_the_batch_and_a_step_compiles_once(model, tokens, toke
     np.testing.assert_allclose(rows, expected, atol=2e-6)
 
 
-def test_gradient_reaches_every_parameter(tokens, token_mask):
-    model = transformer(tiny(qkv_bias=True, qk_norm=True, tie_embeddings=False))
+def test_gradient_reaches_every_parameter(random_transformer, tokens, token_mask):
+    model = random_transformer(tiny(qkv_bias=True, qk_norm=True, tie_embeddings=False))
     graphdef, state = nnx.split(model)
     weights = jax.random.normal(jax.random.key(2), (64,))
 
@@ -295,9 +283,24 @@ def test_smollm2_has_its_published_number_of_parameters():
 
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
-def test_num_parameters_counts_the_state(config: TransformerConfig):
-    state = nnx.state(transformer(config))
+def test_num_parameters_counts_the_state(random_transformer, config: TransformerConfig):
+    state = nnx.state(random_transformer(config))
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) == config.num_parameters
+
+
+def test_fresh_parameters_have_the_scale_of_their_fan_in():
+    state = nnx.state(Transformer(tiny(hidden_size=128, intermediate_size=512, vocab_size=512), rngs=nnx.Rngs(0)))
+    block = state["layers"][0]
+    expected = {
+        128**-0.5: block["mlp"]["gate"]["kernel"],
+        512**-0.5 / 2: block["mlp"]["down"]["kernel"],
+        32**-0.5 / 2: block["attention"]["output"]["kernel"],
+        0.02: state["embedding"],
+    }
+    for scale, kernel in expected.items():
+        assert jnp.std(kernel[...]) == pytest.approx(scale, rel=0.03)
+    assert jnp.all(block["mlp_norm"]["scale"][...] == 1)
+    assert not jnp.any(block["mlp"]["gate"]["kernel"][...] == block["mlp"]["up"]["kernel"][...])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,162 @@
+"""A mesh changes where arrays live, never what is computed."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from jaxrl_llm.models import trainable
+from jaxrl_llm.models.config import tiny
+from jaxrl_llm.models.sharding import RULES
+from jaxrl_llm.models.sharding import constrain
+from jaxrl_llm.models.sharding import make_mesh
+from jaxrl_llm.models.sharding import partition_specs
+from jaxrl_llm.models.sharding import shard
+from jaxrl_llm.models.sharding import shardings
+from jaxrl_llm.models.transformer import Transformer
+
+MESHES = {
+    "data": ({"data": 8}, False),
+    "fsdp": ({"fsdp": 8}, False),
+    "fsdp, remat": ({"fsdp": 8}, True),
+    "all": ({"data": 2, "fsdp": 2, "tensor": 2}, False),
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return Transformer(tiny(), rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def batch() -> tuple[jax.Array, jax.Array]:
+    tokens = jax.random.randint(jax.random.key(1), (8, 6), 0, 64)
+    return tokens, jnp.arange(6) >= jnp.arange(8)[:, None] % 5
+
+
+def test_there_are_eight_devices():
+    assert jax.device_count() == 8
+
+
+def value_and_gradient(graphdef: nnx.GraphDef, remat: bool = False):
+    def loss(state, tokens, token_mask):
+        model = nnx.merge(graphdef, state)
+        logits = model.logits(model(tokens, token_mask, remat=remat))
+        return -jnp.mean(jax.nn.log_softmax(logits)[..., 3], where=token_mask)
+
+    return jax.jit(jax.value_and_grad(loss))
+
+
+@pytest.mark.parametrize(("sizes", "remat"), MESHES.values(), ids=MESHES)
+def test_loss_and_gradient_are_those_of_one_device(model, batch, sizes: dict[str, int], remat: bool):
+    graphdef, state = nnx.split(model)
+    expected, gradient = value_and_gradient(graphdef)(state, *batch)
+    mesh = make_mesh(**sizes)
+    placed = shard(state, mesh)
+    rows = jax.NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    with jax.set_mesh(mesh):
+        got, sharded_gradient = value_and_gradient(graphdef, remat)(placed, *jax.device_put(batch, rows))
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    chex.assert_trees_all_close(jax.device_get(sharded_gradient), jax.device_get(gradient), rtol=1e-4, atol=1e-6)
+    assert max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(gradient)) > 1e-3
+
+
+def test_parameters_are_split_by_the_rules(model):
+    mesh = make_mesh(fsdp=4, tensor=2)
+    specs = partition_specs(nnx.state(model), mesh)
+    block = specs["layers"][0]
+    assert specs["embedding"].get_value() == PartitionSpec(("tensor",), ("fsdp",))
+    assert block["attention"]["query"]["kernel"].get_value() == PartitionSpec(("fsdp",), ("tensor",))
+    assert block["mlp"]["down"]["kernel"].get_value() == PartitionSpec(("tensor",), ("fsdp",))
+    assert block["mlp_norm"]["scale"].get_value() == PartitionSpec(None)
+    kernel = shard(nnx.state(model), mesh)["layers"][0]["mlp"]["up"]["kernel"].get_value()
+    assert {piece.data.shape for piece in kernel.addressable_shards} == {(8, 32)}
+
+
+def test_each_device_holds_its_share(model):
+    state = nnx.state(model)
+    placed = shard(state, make_mesh(fsdp=8))
+    device = jax.devices()[3]
+    held = sum(
+        piece.data.nbytes
+        for leaf in jax.tree.leaves(placed)
+        for piece in leaf.addressable_shards
+        if piece.device == device
+    )
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    norms = sum(leaf.nbytes for leaf in jax.tree.leaves(state) if leaf.ndim == 1)
+    assert held == (total - norms) // 8 + norms
+
+
+def test_an_axis_that_does_not_divide_stays_whole():
+    model = Transformer(tiny(vocab_size=61, num_layers=1), rngs=nnx.Rngs(0))
+    specs = partition_specs(nnx.state(model), make_mesh(fsdp=4, tensor=2))
+    assert specs["embedding"].get_value() == PartitionSpec(None, ("fsdp",))
+
+
+def test_optimiser_state_and_adapters_follow_their_parameters(model):
+    choice = trainable.lora(4)
+    learned, _ = choice.partition(nnx.state(choice.prepare(model, rngs=nnx.Rngs(0))))
+    mesh = make_mesh(fsdp=4, tensor=2)
+    specs = partition_specs(optax.adam(1e-3).init(learned), mesh)[0]
+    assert specs.count == PartitionSpec()
+    low_rank = specs.mu["layers"][1]["mlp"]["up"]["low_rank"]
+    assert low_rank["a"].get_value() == PartitionSpec(("fsdp",), None)
+    assert low_rank["b"].get_value() == PartitionSpec(None, ("tensor",))
+
+
+def test_a_jitted_step_takes_the_shardings_and_keeps_them(model, batch):
+    graphdef, state = nnx.split(model)
+    mesh = make_mesh(data=2, fsdp=4)
+    layout = shardings(state, mesh)
+
+    def step(state, tokens, token_mask):
+        gradient = jax.grad(lambda s: jnp.sum(jnp.square(nnx.merge(graphdef, s)(tokens, token_mask))))(state)
+        return jax.tree.map(lambda p, g: p - 1e-3 * g, state, gradient)
+
+    with jax.set_mesh(mesh):
+        after = jax.jit(step, in_shardings=(layout, None, None), out_shardings=layout)(shard(state, mesh), *batch)
+    chex.assert_trees_all_close(jax.device_get(after), jax.device_get(jax.jit(step)(state, *batch)), atol=1e-5)
+    jax.tree.map(lambda leaf, sharding: chex.assert_equal(leaf.sharding, sharding), after, layout)
+
+
+def test_a_group_decodes_on_a_mesh(model, batch):
+    tokens, token_mask = batch
+    mesh = make_mesh(data=4, tensor=2)
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def continued(state, tokens, token_mask):
+        model = nnx.merge(graphdef, state)
+        _, cache = model.prefill(tokens, token_mask)
+        return model.extend(jnp.arange(32, dtype=jnp.int32).reshape(16, 2), cache.repeat(2).grow(8))[0]
+
+    expected = continued(state, tokens, token_mask)
+    with jax.set_mesh(mesh):
+        got = continued(shard(state, mesh), tokens, token_mask)
+    np.testing.assert_allclose(jax.device_get(got), jax.device_get(expected), atol=5e-6)
+
+
+def test_activations_are_constrained_only_where_a_mesh_is_set():
+    x = jnp.zeros((8, 6, 32))
+    axes = ("batch", "sequence", "activation")
+
+    def primitives() -> list[str]:
+        return [equation.primitive.name for equation in jax.make_jaxpr(lambda x: constrain(x, axes))(x).eqns]
+
+    assert constrain(x, axes) is x
+    assert primitives() == []
+    with jax.set_mesh(make_mesh(data=4, fsdp=2)):
+        assert primitives() == ["sharding_constraint"]
+
+
+def test_impossible_layouts_are_refused(model):
+    with pytest.raises(ValueError, match="a mesh of data=4 x fsdp=4 x tensor=1 needs 16 devices, there are 8"):
+        make_mesh(data=4, fsdp=4)
+    rules = {name: rule for name, rule in RULES.items() if name != "heads"}
+    with pytest.raises(ValueError, match="logical axis 'heads' has no sharding rule; the rules name activation, batch"):
+        partition_specs(nnx.state(model), make_mesh(data=8), rules)
