@@ -10,6 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jaxrl_llm.models.config import TransformerConfig
 from jaxrl_llm.models.layers import Rotation
@@ -76,10 +77,7 @@ def choose_slots(config: TransformerConfig, prompt_length: int, response_length:
 
 
 def pack(
-    tokens: Int[np.ndarray, "B T"],
-    token_mask: Bool[np.ndarray, "B T"],
-    group_ids: Int[np.ndarray, " B"],
-    layout: Layout,
+    tokens: Int[ArrayLike, "B T"], token_mask: Bool[ArrayLike, "B T"], group_ids: Int[ArrayLike, " B"], layout: Layout
 ) -> PackedTokens:
     """Rows of a batch whose neighbouring `layout.slots` sequences answer the same prompt.
 

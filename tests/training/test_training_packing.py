@@ -1,4 +1,4 @@
-"""A packed row gives every response token the state that the plain layout gives it, for the values and for the gradient."""
+"""A packed row gives every response token the state and the gradient that the plain layout gives it."""
 
 import jax
 import jax.numpy as jnp

@@ -1,0 +1,35 @@
+"""Training: state, optimiser, step, loop, checkpoints and metrics."""
+
+from jaxrl_llm.training.checkpoints import Checkpoints as Checkpoints
+from jaxrl_llm.training.checkpoints import Progress as Progress
+from jaxrl_llm.training.checkpoints import flatten_settings as flatten_settings
+from jaxrl_llm.training.checkpoints import settings_difference as settings_difference
+from jaxrl_llm.training.errors import ChangedSettingsError as ChangedSettingsError
+from jaxrl_llm.training.errors import NonFiniteError as NonFiniteError
+from jaxrl_llm.training.errors import StorageError as StorageError
+from jaxrl_llm.training.errors import TrainingError as TrainingError
+from jaxrl_llm.training.loop import Evaluate as Evaluate
+from jaxrl_llm.training.loop import OpenWriters as OpenWriters
+from jaxrl_llm.training.loop import Outcome as Outcome
+from jaxrl_llm.training.loop import train as train
+from jaxrl_llm.training.metrics import JsonLines as JsonLines
+from jaxrl_llm.training.metrics import MetricWriter as MetricWriter
+from jaxrl_llm.training.metrics import TensorBoard as TensorBoard
+from jaxrl_llm.training.metrics import WeightsAndBiases as WeightsAndBiases
+from jaxrl_llm.training.minibatches import UpdateSettings as UpdateSettings
+from jaxrl_llm.training.optimizer import OptimizerSettings as OptimizerSettings
+from jaxrl_llm.training.optimizer import make_optimizer as make_optimizer
+from jaxrl_llm.training.policy import Policy as Policy
+from jaxrl_llm.training.policy import split_policy as split_policy
+from jaxrl_llm.training.reporting import Quiet as Quiet
+from jaxrl_llm.training.reporting import Reporter as Reporter
+from jaxrl_llm.training.settings import Parts as Parts
+from jaxrl_llm.training.settings import TrainSettings as TrainSettings
+from jaxrl_llm.training.settings import end_tokens as end_tokens
+from jaxrl_llm.training.state import TrainState as TrainState
+from jaxrl_llm.training.state import state_hash as state_hash
+from jaxrl_llm.training.step import Heads as Heads
+from jaxrl_llm.training.step import Update as Update
+from jaxrl_llm.training.step import UpdateBatch as UpdateBatch
+from jaxrl_llm.training.step_metrics import ESTIMATE_NOTE as ESTIMATE_NOTE
+from jaxrl_llm.training.trainer import Trainer as Trainer

@@ -1,0 +1,351 @@
+"""The training loop: sample, score, update, compare, write down, save; it stops after a number of steps."""
+
+import dataclasses
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxrl_llm.environments import Curriculum
+from jaxrl_llm.environments import CurriculumState
+from jaxrl_llm.environments import Problem
+from jaxrl_llm.environments import Score
+from jaxrl_llm.environments import Task
+from jaxrl_llm.environments import replaced_keys
+from jaxrl_llm.rollouts import Rollout
+from jaxrl_llm.training.checkpoints import Checkpoints
+from jaxrl_llm.training.checkpoints import Progress
+from jaxrl_llm.training.checkpoints import flatten_settings
+from jaxrl_llm.training.checkpoints import refuse_changed_settings
+from jaxrl_llm.training.diagnostics import mismatch_metrics
+from jaxrl_llm.training.errors import NonFiniteError
+from jaxrl_llm.training.errors import StorageError
+from jaxrl_llm.training.errors import TrainingError
+from jaxrl_llm.training.interrupts import StopRequests
+from jaxrl_llm.training.metrics import JsonLines
+from jaxrl_llm.training.metrics import MetricWriter
+from jaxrl_llm.training.optimizer import learning_rate_schedule
+from jaxrl_llm.training.reporting import PhaseClock
+from jaxrl_llm.training.reporting import Quiet
+from jaxrl_llm.training.reporting import Reporter
+from jaxrl_llm.training.settings import Parts
+from jaxrl_llm.training.settings import TrainSettings
+from jaxrl_llm.training.settings import end_tokens
+from jaxrl_llm.training.state import TrainState
+from jaxrl_llm.training.state import state_hash
+from jaxrl_llm.training.step_metrics import group_metrics
+from jaxrl_llm.training.step_metrics import sequence_metrics
+from jaxrl_llm.training.step_metrics import shift_metrics
+from jaxrl_llm.training.step_metrics import update_metrics
+from jaxrl_llm.training.trainer import Prepared
+from jaxrl_llm.training.trainer import Trainer
+from jaxrl_llm.typing import Array
+from jaxrl_llm.typing import SumCount
+
+OpenWriters = Callable[[int], Sequence[MetricWriter]]
+"""Finished steps -> places to write the metrics of the later ones to."""
+
+Evaluate = Callable[[int, nnx.State], Mapping[str, float]]
+"""(finished steps, all parameters of the policy) -> what was measured."""
+
+FILES = ("metrics.jsonl", "samples.jsonl", "timings.jsonl")
+"""Files of a run that are cut back to the checkpoint when it resumes; only the last one holds clock readings."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        state: the policy and the optimiser as they are now.
+        model_state: all parameters as one state, for `nnx.merge(graphdef, model_state)`.
+        finished: whether all steps were taken.
+        message: one sentence for a person.
+        checkpoint: the newest checkpoint; None if there is none.
+    """
+
+    state: TrainState
+    model_state: nnx.State
+    finished: bool
+    message: str
+    checkpoint: Path | None
+
+
+def train(
+    parts: Parts,
+    settings: TrainSettings,
+    folder: Path,
+    *,
+    evaluate: Evaluate | None = None,
+    reporter: Reporter | None = None,
+    open_writers: OpenWriters | None = None,
+    description: Mapping[str, Any] | None = None,
+    resume: bool = True,
+    allow_changed_settings: bool = False,
+    how_to_resume: str = "Run the same command again to go on.",
+) -> Outcome:
+    """Train a policy, or go on with a run that was interrupted: the result is the same, bit for bit.
+
+    Args:
+        parts: model, task, objective.
+        settings: the numbers.
+        folder: where the files of the run go: metrics.jsonl, samples.jsonl, timings.jsonl and checkpoints/.
+        evaluate: called before the first step, every `settings.evaluate_every` steps and after the last one.
+        reporter: told what happens.
+        open_writers: given the number of steps already done, opens further places for the metrics (TensorBoard).
+        description: more settings to save and compare on resuming: names of model and task, for example.
+        resume: go on from the newest checkpoint in `folder`. False refuses a folder that holds a run.
+        allow_changed_settings: go on even if settings differ from those the run was started with.
+        how_to_resume: sentence that ends the message of an interrupted run.
+
+    Raises:
+        StorageError: a file or folder cannot be written, or already holds a run.
+        ChangedSettingsError: the settings differ from those of the run in `folder`.
+        NonFiniteError: too many updates in a row were not finite; names the last good checkpoint.
+        TrainingError, ValueError: the parts or settings do not fit each other.
+        KeyboardInterrupt: Ctrl-C was pressed twice. Once lets the step end, saves, and returns.
+    """
+    run = _Run(parts, settings, Path(folder), evaluate, reporter or Quiet(), how_to_resume)
+    saved = flatten_settings({"train": settings, "recipe": parts.recipe, **(description or {})})
+    with run.trainer.devices(), StopRequests() as stop:
+        run.open(saved, open_writers, resume=resume, allow_changed_settings=allow_changed_settings)
+        try:
+            return run.go(stop)
+        finally:
+            run.close()
+
+
+class _Run:
+    """A run in progress: its state, its files, and where it is."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        settings: TrainSettings,
+        folder: Path,
+        evaluate: Evaluate | None,
+        reporter: Reporter,
+        how_to_resume: str,
+    ) -> None:
+        self.settings, self.folder, self.evaluate, self.reporter = settings, folder, evaluate, reporter
+        self.how_to_resume = how_to_resume
+        self.curriculum = parts.task if isinstance(parts.task, Curriculum) else Curriculum((parts.task,))
+        stop = self.curriculum.levels[0].stop
+        self.trainer = Trainer(parts, settings, parts.end_ids or end_tokens(parts.tokenizer, stop))
+        self.tokenizer = parts.tokenizer
+        self.rate = learning_rate_schedule(settings.optimizer, settings.optimizer_steps)
+        self.files: dict[str, JsonLines] = {}
+        self.writers: Sequence[MetricWriter] = ()
+        self.progress = Progress(step=0, settings={}, frozen_hash="", file_bytes=dict.fromkeys(FILES, 0))
+        self.clock = PhaseClock(reporter)
+
+    # Start, save, stop
+
+    def open(
+        self,
+        settings: dict[str, Any],
+        open_writers: OpenWriters | None,
+        *,
+        resume: bool,
+        allow_changed_settings: bool,
+    ) -> None:
+        """Find where the run stands, and open its files there."""
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=self.settings.keep_checkpoints)
+        if not resume and (self.checkpoints.latest() or any((self.folder / name).exists() for name in FILES)):
+            raise StorageError(f"{self.folder} already holds a run; resume it or choose another folder.")
+        self.state = self.trainer.initial_state()
+        self.checkpoints.require_space(self.state)
+        frozen_hash = state_hash(self.trainer.identity())
+        restored = self.checkpoints.restore(self.state)
+        if restored is not None:
+            self.state, self.progress = restored
+            if not allow_changed_settings:
+                refuse_changed_settings(self.progress.settings, settings)
+            if self.progress.frozen_hash != frozen_hash:
+                raise TrainingError(
+                    f"The parameters that are not trained differ from those of the run in {self.folder}; "
+                    "load the same weights, or start a new run."
+                )
+            self.reporter.say(f"Going on after step {self.progress.step} of {self.settings.steps}.")
+        self.progress = dataclasses.replace(self.progress, settings=settings, frozen_hash=frozen_hash)
+        self.files = {
+            name: JsonLines(self.folder / name, keep_bytes=self.progress.file_bytes.get(name, 0)) for name in FILES
+        }
+        self.writers = open_writers(self.progress.step) if open_writers else ()
+
+    def close(self) -> None:
+        """Close every file."""
+        for writer in (*self.files.values(), *self.writers, self.checkpoints):
+            writer.close()
+
+    def save(self) -> Path | None:
+        """Write a checkpoint of the last finished step, and everything that belongs to it."""
+        if not self.progress.step:
+            return None
+        for writer in (*self.files.values(), *self.writers):
+            writer.flush()
+        positions = {name: file.position for name, file in self.files.items()}
+        self.progress = dataclasses.replace(self.progress, file_bytes=positions)
+        return self.checkpoints.save(self.state, self.progress)
+
+    def go(self, stop: StopRequests) -> Outcome:
+        """Take the steps that are left, or as many as it takes until somebody asks to stop."""
+        done, steps = self.progress.step, self.settings.steps
+        self.reporter.begin(first_step=done, steps=steps)
+        if not done:
+            self.clock.start()
+            self.write(self.evaluation(0))
+        for index in range(done, steps):
+            if stop.requested or not self.step(index, stop):
+                return self.interrupted(stop)
+            if index + 1 == steps or (index + 1) % self.settings.checkpoint_every == 0:
+                self.save()
+        return self.outcome(finished=True, message=f"Finished all {steps} steps.")
+
+    def interrupted(self, stop: StopRequests) -> Outcome:
+        """Save the last finished step and say how to go on."""
+        path, step = self.save(), self.progress.step
+        kept = f"everything up to step {step} of {self.settings.steps} is saved in {path}"
+        message = f"Stopped by {stop.requested}: {kept if path else 'no step was finished yet'}. {self.how_to_resume}"
+        self.reporter.say(message)
+        return self.outcome(finished=False, message=message)
+
+    def outcome(self, *, finished: bool, message: str) -> Outcome:
+        """How the run ended."""
+        latest, model_state = self.checkpoints.latest(), self.trainer.model_state(self.state)
+        return Outcome(self.state, model_state, finished, message, latest)
+
+    # One step
+
+    def step(self, index: int, stop: StopRequests) -> bool:
+        """Take one step; False if somebody asked to stop before anything was changed."""
+        self.clock.start()
+        level = CurriculumState(**self.progress.curriculum)
+        task = self.curriculum.task(level)
+        problems = task.train(self.settings.seed, index, self.settings.prompts)
+        with self.clock.phase("rollout"):
+            rollout = self.trainer.sample(self.state, index, [problem.prompt for problem in problems])
+        if stop.requested:
+            return False
+        with self.clock.phase("score"):
+            scores, texts = self.score(task, problems, rollout)
+            rewards = np.array([score.reward for score in scores], np.float32)
+            prepared = self.trainer.prepare(self.state, index, rollout, rewards)
+        rate = float(np.asarray(self.rate(self.state.updates)))
+        with self.clock.phase("update"):
+            streak = int(self.state.skipped_in_a_row)
+            self.state, updates = self.trainer.improve(self.state, prepared)
+        metrics = self.measure(index, rollout, scores, prepared, updates) | {"actor/lr": rate}
+        level = self.curriculum.update(level, answers=len(scores), passed=sum(score.lenient for score in scores))
+        if len(self.curriculum.levels) > 1:
+            metrics["curriculum/level"] = float(level.level)
+        replaced = [{"step": index + 1, **entry} for entry in replaced_keys(problems)]
+        task_cursor = {"replaced": [*self.progress.task.get("replaced", ()), *replaced]}
+        self.progress = dataclasses.replace(
+            self.progress, step=index + 1, curriculum=dataclasses.asdict(level), task=task_cursor
+        )
+        self.write_samples(problems, texts, scores)
+        self.write(metrics | self.evaluation(index + 1), tokens=int(rollout.token_mask.sum()))
+        self.stop_if_broken(streak, updates)
+        return True
+
+    def score(self, task: Task, problems: Sequence[Problem], rollout: Rollout) -> tuple[list[Score], list[str]]:
+        """Decode the answers and score them."""
+        width = self.settings.prompt_length
+        tokens, mask = np.asarray(rollout.tokens)[:, width:], np.asarray(rollout.response_mask)[:, width:]
+        texts = self.tokenizer.decode_batch(tokens, mask)
+        groups = [problem for problem in problems for _ in range(self.settings.group_size)]
+        scores = [task.score(problem, text) for problem, text in zip(groups, texts, strict=True)]
+        low, high = self.settings.reward_low, self.settings.reward_high
+        for problem, text, score in zip(groups, texts, scores, strict=True):
+            if not low <= score.reward <= high:
+                raise TrainingError(
+                    f"Task {task.name!r} gave {text!r} for {problem.prompt!r} the reward {score.reward}; "
+                    f"it must lie in [{low}, {high}] (reward_low, reward_high)."
+                )
+        return scores, texts
+
+    def measure(
+        self,
+        index: int,
+        rollout: Rollout,
+        scores: Sequence[Score],
+        prepared: Prepared,
+        updates: Sequence[dict[str, SumCount]],
+    ) -> dict[str, float]:
+        """All numbers of the step."""
+        width, batch = self.settings.prompt_length, prepared.batch
+        mask = np.asarray(rollout.response_mask)[:, width:]
+        rewards = np.array([score.reward for score in scores], np.float32)
+
+        def rows(array: Array) -> Array:
+            return array.reshape(-1, array.shape[-1])
+
+        metrics = sequence_metrics(
+            scores,
+            np.asarray(batch.advantages).reshape(-1),
+            mask,
+            np.asarray(rollout.token_mask)[:, :width],
+            self.trainer.ended(rollout),
+        )
+        metrics |= group_metrics(rewards, prepared.kept) | update_metrics(updates)
+        metrics["actor/entropy"] = float(prepared.entropy[mask].mean())
+        device = mismatch_metrics(rows(batch.log_prob_old), rows(batch.log_prob_behaviour), jnp.asarray(mask))
+        every = self.settings.update.bounds_every
+        if every and index % every == 0:
+            with self.clock.phase("bounds"):
+                shift = self.trainer.compare(self.state, prepared)
+                reward_range = (self.settings.reward_low, self.settings.reward_high)
+                arrays = (jnp.asarray(mask), jnp.asarray(rewards), jnp.asarray(rollout.group_ids))
+                device |= jax.device_get(shift_metrics(shift, *arrays, reward_range=reward_range))
+        return metrics | {name: float(np.asarray(value)) for name, value in device.items()}
+
+    def evaluation(self, step: int) -> dict[str, float]:
+        """What `evaluate` measures of the policy after `step` steps; nothing where none is due."""
+        every, last = self.settings.evaluate_every, self.settings.steps
+        if self.evaluate is None or not (step in (0, last) or (every and step % every == 0)):
+            return {}
+        with self.clock.phase("evaluate"):
+            return dict(self.evaluate(step, self.trainer.model_state(self.state)))
+
+    def write(self, metrics: Mapping[str, float], *, tokens: int = 0) -> None:
+        """Write the finished step down."""
+        if not metrics:
+            return
+        step, seconds = self.progress.step, self.clock.seconds(tokens=tokens)
+        self.files["metrics.jsonl"].write(step, metrics)
+        self.files["timings.jsonl"].write(step, seconds)
+        for writer in self.writers:
+            writer.write(step, {**metrics, **{f"timing_s/{name}": value for name, value in seconds.items()}})
+        self.reporter.finish_step(step, metrics, seconds)
+
+    def write_samples(self, problems: Sequence[Problem], texts: Sequence[str], scores: Sequence[Score]) -> None:
+        """Write the first answer to each of the first prompts down."""
+        for index, problem in enumerate(problems[: self.settings.samples]):
+            row = index * self.settings.group_size
+            sample = {
+                "prompt": problem.prompt,
+                "answer": problem.answer,
+                "text": texts[row],
+                "reward": scores[row].reward,
+            }
+            self.files["samples.jsonl"].append({"step": self.progress.step, **sample})
+
+    def stop_if_broken(self, streak: int, updates: Sequence[dict[str, SumCount]]) -> None:
+        """Raise after too many updates in a row that were not finite; `streak` counts those before this step."""
+        limit = self.settings.update.stop_after_skipped
+        for values in updates:
+            streak = streak + 1 if values["skipped"][0] else 0
+            if streak >= limit:
+                latest = self.checkpoints.latest()
+                good = f"the last good checkpoint is {latest}" if latest else "no checkpoint was saved yet"
+                raise NonFiniteError(
+                    f"The loss or its gradient was not finite in {limit} updates in a row, the last of them in step "
+                    f"{self.progress.step}; {good}. A smaller learning rate or max_grad_norm may help."
+                )

@@ -1,0 +1,79 @@
+"""A transformer cut into what is trained and what is frozen, and the two halves of its forward pass."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxrl_llm.models.sharding import constrain
+from jaxrl_llm.models.trainable import Trainable
+from jaxrl_llm.models.trainable import first_trained_layer
+from jaxrl_llm.models.transformer import ACTIVATION_AXES
+from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.training.packing import PackedTokens
+from jaxrl_llm.training.packing import predicting_states
+from jaxrl_llm.training.packing import through_layers
+from jaxrl_llm.typing import Array
+from jaxrl_llm.typing import Float
+from jaxrl_llm.typing import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """What is static about a policy: its structure, and which part of it is trained.
+
+    Attributes:
+        graphdef: structure of the model, for `nnx.merge(graphdef, params, frozen)`.
+        first_layer: layers below this one, and the embedding they read, are frozen: their output is computed once per
+            rollout batch and kept. 0 where nothing can be kept.
+        trains_head: whether the matrix that makes the logits is trained (always so for trained tied embeddings).
+    """
+
+    graphdef: nnx.GraphDef
+    first_layer: int
+    trains_head: bool
+
+    def model(self, params: PyTree, frozen: PyTree) -> Transformer:
+        """The model with these parameters."""
+        return nnx.merge(self.graphdef, params, frozen)
+
+    def trunk(self, model: Transformer, packed: PackedTokens) -> Float[Array, "n W D"] | None:
+        """Output of the frozen layers; None where there are none."""
+        if not self.first_layer:
+            return None
+        return through_layers(model, model.embed(packed.tokens), packed, start=0, stop=self.first_layer)
+
+    def hidden(
+        self, model: Transformer, packed: PackedTokens, trunk: Float[Array, "n W D"] | None, *, remat: bool = False
+    ) -> Float[Array, "n slots R D"]:
+        """States that predict the response tokens, through the layers that are trained."""
+        x = model.embed(packed.tokens) if trunk is None else constrain(trunk, ACTIVATION_AXES)
+        x = through_layers(model, x, packed, start=self.first_layer, remat=remat)
+        # The norm acts on each state alone: it is applied to those that predict something only.
+        return model.final_norm(predicting_states(x, packed.layout))
+
+
+def split_policy(model: Transformer, trainable: Trainable) -> tuple[Policy, nnx.State, nnx.State]:
+    """Cut a model into what learns and what does not; adapters must be there already (`trainable.prepare`).
+
+    Returns:
+        (policy, trained parameters, frozen parameters); no array is copied.
+
+    Raises:
+        ValueError: nothing would learn.
+    """
+    graphdef, state = nnx.split(model)
+    params, frozen = trainable.partition(state)
+    head = "embedding" if model.unembedding is None else "unembedding"
+    return Policy(graphdef, first_trained_layer(params, len(model.layers)), head in params), params, frozen
+
+
+def head_copy(policy: Policy, model: Transformer) -> Float[Array, "_ _"] | None:
+    """The head as it is now, in a buffer of its own; None where it is frozen and the model's own will do."""
+    return jnp.copy(model.head()[0]) if policy.trains_head else None
+
+
+def parameter_count(tree: PyTree) -> int:
+    """Number of entries in all arrays of the tree."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))

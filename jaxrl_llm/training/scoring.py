@@ -1,0 +1,118 @@
+"""Forward passes over a whole rollout batch: the policy before the update, and how far the update moved it."""
+
+import dataclasses
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_llm.training.packing import PackedTokens
+from jaxrl_llm.training.policy import Policy
+from jaxrl_llm.training.step import Heads
+from jaxrl_llm.training.step import UpdateBatch
+from jaxrl_llm.training.step import statistics
+from jaxrl_llm.typing import Array
+from jaxrl_llm.typing import Float
+from jaxrl_llm.typing import Int
+from jaxrl_llm.typing import PyTree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """What a policy says about the sampled tokens; rows as in `UpdateBatch`."""
+
+    trunk: Float[Array, "n W D"] | None
+    hidden: Float[Array, "n slots R D"]
+    log_prob: Float[Array, "n slots R"]
+    entropy: Float[Array, "n slots R"]
+
+
+class Shift(NamedTuple):
+    """The policy after the update (pi) against the one before (mu), at every sampled context; `[B, R]`, padding
+    included.
+
+    log_ratio: log pi(y_t|c_t) - log mu(y_t|c_t) of the sampled token [nats].
+    kl: KL(mu || pi) [nats]. kl_reverse: KL(pi || mu) [nats]. total_variation: [prob].
+    """
+
+    log_ratio: Float[Array, "B R"]
+    kl: Float[Array, "B R"]
+    kl_reverse: Float[Array, "B R"]
+    total_variation: Float[Array, "B R"]
+
+
+class Scorer:
+    """The jitted passes; `rows` packed rows at a time (0: all at once), which bounds their memory."""
+
+    def __init__(self, policy: Policy, *, temperature: float = 1.0, rows: int = 0) -> None:
+        """Fix what is static."""
+        self._policy, self._temperature, self._rows = policy, temperature, rows
+        self._score = jax.jit(self._score_batch)
+        self._shift = jax.jit(self._shift_batch)
+
+    def score(
+        self,
+        params: PyTree,
+        frozen: PyTree,
+        packed: PackedTokens,
+        targets: Int[Array, "n slots R"],
+        trunk: Float[Array, "n W D"] | None = None,
+    ) -> Scores:
+        """Score the sampled tokens, from a `trunk` that was computed before where one is given."""
+        return self._score(params, frozen, packed, targets, trunk)
+
+    def shift(self, params: PyTree, frozen: PyTree, batch: UpdateBatch, heads: Heads) -> Shift:
+        """Compare the policy with these parameters to the one whose states and head `batch` and `heads` hold as old."""
+        return self._shift(params, frozen, batch, heads)
+
+    def _in_chunks(self, function: Any, arguments: Any) -> Any:
+        count = jax.tree.leaves(arguments)[0].shape[0]
+        if not 0 < self._rows < count:
+            return function(arguments)
+        chunks = -(-count // self._rows)
+        # The last chunk is filled up with the first row, whose results are cut off again.
+        index = jnp.arange(chunks * self._rows)
+        index = jnp.where(index < count, index, 0).reshape(chunks, self._rows)
+        results = jax.lax.map(lambda rows: function(jax.tree.map(lambda leaf: leaf[rows], arguments)), index)
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:count], results)
+
+    def _score_batch(self, params: PyTree, frozen: PyTree, packed: PackedTokens, targets: Array, trunk: Any) -> Scores:
+        model = self._policy.model(params, frozen)
+
+        def score(some: tuple[PackedTokens, Array, Any]) -> Scores:
+            packed, targets, trunk = some
+            trunk = self._policy.trunk(model, packed) if trunk is None else trunk
+            hidden = self._policy.hidden(model, packed, trunk)
+            stats = statistics(model, hidden, targets, temperature=self._temperature, names=("log_prob", "entropy"))
+            assert stats.log_prob is not None
+            assert stats.entropy is not None
+            return Scores(trunk, hidden, stats.log_prob.reshape(targets.shape), stats.entropy.reshape(targets.shape))
+
+        return self._in_chunks(score, (packed, targets, trunk))
+
+    def _shift_batch(self, params: PyTree, frozen: PyTree, batch: UpdateBatch, heads: Heads) -> Shift:
+        model = self._policy.model(params, frozen)
+
+        def shift(some: UpdateBatch) -> Shift:
+            hidden = self._policy.hidden(model, some.packed, some.trunk)
+            stats = statistics(
+                model,
+                hidden,
+                some.targets,
+                temperature=self._temperature,
+                hidden_ref=some.hidden_old,
+                head_ref=heads.old,
+                names=("log_prob", "kl", "kl_reverse", "total_variation"),
+            )
+            shape = some.targets.shape
+            rows = [
+                leaf.reshape(shape)
+                for leaf in (stats.log_prob, stats.kl_reverse, stats.kl, stats.total_variation)
+                if leaf is not None
+            ]
+            return Shift(rows[0] - some.log_prob_old, *rows[1:])
+
+        rows = self._in_chunks(shift, batch)
+        return Shift(*(leaf.reshape(-1, leaf.shape[-1]) for leaf in rows))

@@ -1,0 +1,108 @@
+"""What a run is made of: numbers that are saved and compared, and parts that are passed in."""
+
+import dataclasses
+from typing import Any
+
+from jax.sharding import Mesh
+
+from jaxrl_llm.environments import Curriculum
+from jaxrl_llm.environments import Task
+from jaxrl_llm.models.tokenizers import Tokenizer
+from jaxrl_llm.models.trainable import Trainable
+from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.objectives import Recipe
+from jaxrl_llm.rollouts import SamplingSettings
+from jaxrl_llm.training.minibatches import UpdateSettings
+from jaxrl_llm.training.optimizer import OptimizerSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    """The numbers of a run; resuming with others is refused.
+
+    Attributes:
+        steps: rollout batches in the run.
+        prompts: prompts per rollout batch.
+        group_size: answers per prompt.
+        prompt_length: width of the prompts, which are padded on the left. [tokens]
+        response_length: most tokens of an answer, its end token included. [tokens]
+        sampling: how answers are sampled.
+        optimizer: the optimiser.
+        update: how a batch is turned into optimiser steps.
+        seed: of problems, answers and the order of minibatches.
+        checkpoint_every: steps between checkpoints; the last step always has one.
+        keep_checkpoints: newest checkpoints kept.
+        evaluate_every: steps between evaluations; 0 evaluates before the first and after the last step only.
+        samples: answers per step written to samples.jsonl.
+        reward_low: smallest reward the task can give, for the bounds.
+        reward_high: largest reward the task can give.
+    """
+
+    steps: int = 50
+    prompts: int = 16
+    group_size: int = 8
+    prompt_length: int = 32
+    response_length: int = 8
+    sampling: SamplingSettings = dataclasses.field(default_factory=SamplingSettings)
+    optimizer: OptimizerSettings = dataclasses.field(default_factory=OptimizerSettings)
+    update: UpdateSettings = dataclasses.field(default_factory=UpdateSettings)
+    seed: int = 0
+    checkpoint_every: int = 10
+    keep_checkpoints: int = 2
+    evaluate_every: int = 0
+    samples: int = 2
+    reward_low: float = 0.0
+    reward_high: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse impossible numbers."""
+        least = {"steps": 1, "prompts": 1, "group_size": 1, "prompt_length": 1, "response_length": 1}
+        least |= {"seed": 0, "checkpoint_every": 1, "keep_checkpoints": 1, "evaluate_every": 0, "samples": 0}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {bound}.")
+        if self.prompts < self.update.minibatches:
+            raise ValueError(
+                f"update.minibatches is {self.update.minibatches}, but a batch has {self.prompts} prompts; "
+                "every minibatch needs one."
+            )
+        if self.sampling.greedy:
+            raise ValueError("sampling.temperature is 0; a policy that always gives the same answer cannot learn.")
+        if not self.reward_low < self.reward_high:
+            raise ValueError(f"reward_low is {self.reward_low}; it must be below reward_high, {self.reward_high}.")
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimiser steps of the whole run, if none is left out."""
+        return self.steps * self.update.epochs * self.update.minibatches
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a run trains, and on what.
+
+    Attributes:
+        model: the policy before training, with its adapters if only those learn (`trainable.prepare`).
+        trainable: which of its parameters learn.
+        tokenizer: of the model.
+        task: where problems come from and how answers are scored; or tasks in order of difficulty.
+        recipe: the objective.
+        end_ids: tokens that end an answer; empty takes the tokenizer's end token and the task's `stop`.
+        mesh: devices to spread parameters and batches over; None for one device.
+        decode_dtype: dtype of sampling; None for that of the model.
+    """
+
+    model: Transformer
+    trainable: Trainable
+    tokenizer: Tokenizer
+    task: Task | Curriculum
+    recipe: Recipe
+    end_ids: tuple[int, ...] = ()
+    mesh: Mesh | None = None
+    decode_dtype: Any = None
+
+
+def end_tokens(tokenizer: Tokenizer, stop: str) -> tuple[int, ...]:
+    """The tokens that end an answer: the tokenizer's end token, and `stop` where that is one token."""
+    ids = tokenizer.encode(stop, add_special_tokens=False) if stop else []
+    return (tokenizer.eos_id, *ids) if len(ids) == 1 and ids[0] != tokenizer.eos_id else (tokenizer.eos_id,)

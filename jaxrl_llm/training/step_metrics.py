@@ -1,0 +1,161 @@
+"""The numbers of one training step, by name. Names that verl has mean what they mean there.
+
+critic/rewards/*, critic/advantages/*   per sequence
+task/lenient, task/strict               share of answers that are right, by the two ways of looking [per sequence]
+response_length/*, prompt_length/mean   [tokens]; clip_ratio is the share of answers that did not end in time
+groups/*                                prompts: all answers earned the same, and took part in the update
+actor/*                                 means over the response tokens of all optimiser steps of this batch; entropy is
+                                        that of the policy before the update, at the sampled contexts
+rollout_corr/*, training/*              the trainer's policy before the update against the sampler (`diagnostics`)
+shift/*                                 the policy after all optimiser steps (pi) against the one before (mu), exactly,
+                                        at every sampled context
+bounds/*                                bounds on |J(pi) - J(mu) - L'|, beside sampled estimates of that error
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl_llm.bounds import bound_inputs_from_tokens
+from jaxrl_llm.bounds import sampled_gain
+from jaxrl_llm.bounds import sampled_sequence_tv
+from jaxrl_llm.bounds import sampled_surrogate_error
+from jaxrl_llm.bounds import sampled_surrogate_gain
+from jaxrl_llm.bounds import surrogate_error_bounds
+from jaxrl_llm.environments import Score
+from jaxrl_llm.masked import masked_max
+from jaxrl_llm.masked import masked_mean
+from jaxrl_llm.training.scoring import Shift
+from jaxrl_llm.typing import Array
+from jaxrl_llm.typing import Bool
+from jaxrl_llm.typing import Float
+from jaxrl_llm.typing import Int
+from jaxrl_llm.typing import SumCount
+
+ESTIMATE_NOTE = (
+    "Maxima run over the contexts that were sampled, not over all that can be reached: these bounds are estimates on "
+    "visited contexts, never certificates."
+)
+
+ACTOR_NAMES = {
+    "loss": "actor/loss",
+    "grad_norm": "actor/grad_norm",
+    "skipped": "actor/skipped",
+    "clip_fraction": "actor/pg_clipfrac",
+    "kl_old_k3": "actor/ppo_kl",
+    "kl_behaviour": "actor/kl_behaviour",
+    "kl_behaviour_k3": "actor/kl_behaviour_k3",
+    "kl_ref": "actor/kl_loss",
+    "entropy": "actor/entropy_during_update",
+    "ratio": "actor/ratio",
+    "ratio_limited": "actor/ratio_limited",
+    "weight": "actor/correction_weight",
+    "weight_zero": "actor/correction_rejected",
+    "rejected_sequences": "actor/rejected_sequences",
+    "rejected_tokens": "actor/rejected_tokens",
+}
+"""What `policy_loss` and `Update` call a metric, and what the run calls it."""
+
+
+def sequence_metrics(
+    scores: Sequence[Score],
+    advantages: Float[np.ndarray, " B"],
+    response_mask: Bool[np.ndarray, "B R"],
+    prompt_mask: Bool[np.ndarray, "B P"],
+    ended: Bool[np.ndarray, " B"],
+) -> dict[str, float]:
+    """Rewards, pass rates, advantages and lengths of a rollout batch."""
+    rewards = np.array([score.reward for score in scores], np.float64)
+    lengths = response_mask.sum(axis=1)
+    spread = {"critic/rewards": rewards, "critic/advantages": np.asarray(advantages), "response_length": lengths}
+    values = {
+        f"{name}/{what}": float(getattr(np, what)(x)) for name, x in spread.items() for what in ("mean", "max", "min")
+    }
+    return values | {
+        "task/lenient": float(np.mean([score.lenient for score in scores])),
+        "task/strict": float(np.mean([score.strict for score in scores])),
+        "response_length/clip_ratio": float(np.mean(~ended)),
+        "prompt_length/mean": float(prompt_mask.sum(axis=1).mean()),
+    }
+
+
+def group_metrics(rewards: Float[np.ndarray, " B"], kept: Bool[np.ndarray, " prompts"]) -> dict[str, float]:
+    """How many prompts carried a signal."""
+    groups = rewards.reshape(len(kept), -1)
+    return {
+        "groups/equal_rewards": float((groups.max(axis=1) == groups.min(axis=1)).sum()),
+        "groups/used": float(kept.sum()),
+        "groups/total": float(len(kept)),
+    }
+
+
+def update_metrics(steps: Sequence[dict[str, SumCount]]) -> dict[str, float]:
+    """Means over all optimiser steps of a batch: sums and counts are added, then divided once."""
+    totals: dict[str, Any] = defaultdict(lambda: np.zeros(2))
+    for step in steps:
+        for name, pair in step.items():
+            totals[name] += np.array(pair, np.float64)
+    values = {ACTOR_NAMES[name]: float(total / count) for name, (total, count) in totals.items() if count}
+    values["actor/optimizer_steps"] = float(len(steps))
+    values["actor/skipped"] = float(totals["skipped"][0])
+    if "actor/rejected_sequences" in values:
+        values["actor/acceptance"] = 1.0 - values["actor/rejected_sequences"]
+    return values
+
+
+@partial(jax.jit, static_argnames=("reward_range",))
+def shift_metrics(
+    shift: Shift,
+    response_mask: Bool[Array, "B R"],
+    rewards: Float[Array, " B"],
+    group_ids: Int[Array, " B"],
+    *,
+    reward_range: tuple[float, float],
+) -> dict[str, Float[Array, ""]]:
+    """What the update did to the policy on the sampled contexts, and every bound on the error of its surrogate.
+
+    Args:
+        shift: the policy after the update (pi) against the one before (mu).
+        response_mask: true at sampled tokens; R is the horizon of the bounds.
+        rewards: one per sequence.
+        group_ids: clusters of the standard errors.
+        reward_range: smallest and largest reward.
+    """
+    inputs = bound_inputs_from_tokens(shift.kl, shift.total_variation, response_mask, horizon=response_mask.shape[1])
+    sampled = {"group_ids": group_ids, "baseline": sum(reward_range) / 2}
+    gain = sampled_surrogate_gain(shift.log_ratio, response_mask, rewards, **sampled)
+    bounds = surrogate_error_bounds(
+        inputs, reward_range=reward_range, mean_reward=jnp.mean(rewards), surrogate_gain=gain.value
+    )
+    estimates = {
+        "bounds/surrogate_gain": gain,
+        "bounds/error": sampled_surrogate_error(shift.log_ratio, response_mask, rewards, **sampled),
+        "bounds/gain": sampled_gain(shift.log_ratio, response_mask, rewards, **sampled),
+        "shift/sequence_tv_sampled": sampled_sequence_tv(shift.log_ratio, response_mask, group_ids=group_ids),
+    }
+    values = {
+        "shift/kl_mean": masked_mean(shift.kl, response_mask),
+        "shift/kl_max": inputs.max_kl,
+        "shift/kl_reverse_mean": masked_mean(shift.kl_reverse, response_mask),
+        "shift/kl_reverse_max": masked_max(shift.kl_reverse, response_mask),
+        "shift/tv_mean": masked_mean(shift.total_variation, response_mask),
+        "shift/tv_max": inputs.max_tv,
+        "shift/sequence_kl": inputs.sequence_kl,
+        "shift/sequence_tv": inputs.sequence_tv,
+        "bounds/unified_printed": bounds.unified_printed,
+        "bounds/unified_sharp": bounds.unified_sharp,
+        "bounds/dominating": bounds.dominating,
+        "bounds/threshold": bounds.threshold,
+        "bounds/vacuous": bounds.vacuous,
+    }
+    values |= {f"bounds/printed/{name}": value for name, value in bounds.printed.items()}
+    values |= {f"bounds/sharp/{name}": value for name, value in bounds.sharp.items()}
+    values |= {f"bounds/vacuous/{name}": value for name, value in bounds.vacuous_each.items()}
+    values |= {name: estimate.value for name, estimate in estimates.items()}
+    values |= {f"{name}_se": estimate.standard_error for name, estimate in estimates.items()}
+    return {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}

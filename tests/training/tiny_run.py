@@ -1,0 +1,83 @@
+"""A run so small that it can be done many times: a tiny byte-level transformer learns to say the digit it is shown.
+
+`python tiny_run.py FOLDER [--field value ...]` trains in a process of its own and prints the fingerprint of the result.
+"""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+from flax import nnx
+
+from jaxrl_llm.environments import Problem
+from jaxrl_llm.environments import Score
+from jaxrl_llm.environments import stable_key
+from jaxrl_llm.models import trainable
+from jaxrl_llm.models.config import tiny
+from jaxrl_llm.models.tokenizers import ByteTokenizer
+from jaxrl_llm.models.trainable import Trainable
+from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.objectives import get_recipe
+from jaxrl_llm.training import OptimizerSettings
+from jaxrl_llm.training import Parts
+from jaxrl_llm.training import TrainSettings
+from jaxrl_llm.training import UpdateSettings
+from jaxrl_llm.training import state_hash
+from jaxrl_llm.training import train
+
+
+class SayTheDigit:
+    """Answer "7>" with "7". The reward of one letter falls on a line with its distance from the digit."""
+
+    name = "say_the_digit"
+    stop = ""
+
+    def train(self, seed: int, step: int, count: int) -> list[Problem]:
+        digits = [stable_key(seed, step, index) % 10 for index in range(count)]
+        return [Problem(f"{digit}>", str(digit), str(digit)) for digit in digits]
+
+    def held_out(self) -> list[Problem]:
+        return []
+
+    def score(self, problem: Problem, text: str) -> Score:
+        right = text == problem.answer
+        distance = abs(ord(text[0]) - ord(problem.answer)) if text else 64
+        return Score(reward=max(0.0, 1 - distance / 64), lenient=right, strict=right)
+
+
+SETTINGS = TrainSettings(
+    steps=6,
+    prompts=8,
+    group_size=8,
+    prompt_length=4,
+    response_length=1,
+    optimizer=OptimizerSettings(learning_rate=3e-3),
+    update=UpdateSettings(minibatches=4, micro_batch=1),
+    checkpoint_every=2,
+)
+
+
+def make_parts(recipe: str = "dapo", choice: Trainable | None = None, **changes) -> Parts:
+    tokenizer = ByteTokenizer()
+    choice = trainable.full() if choice is None else choice
+    model = Transformer(tiny(vocab_size=tokenizer.vocab_size), rngs=nnx.Rngs(0))
+    model = choice.prepare(model, rngs=nnx.Rngs(1))
+    parts = Parts(model=model, trainable=choice, tokenizer=tokenizer, task=SayTheDigit(), recipe=get_recipe(recipe))
+    return dataclasses.replace(parts, **changes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--steps", type=int, default=SETTINGS.steps)
+    arguments = parser.parse_args()
+    settings = dataclasses.replace(SETTINGS, steps=arguments.steps)
+    outcome = train(make_parts(), settings, arguments.folder)
+    print(outcome.message)
+    print(state_hash(outcome.state))
+    sys.exit(0 if outcome.finished else 143)
+
+
+if __name__ == "__main__":
+    main()
