@@ -20,15 +20,7 @@ SHAPES = [(2, 6), (3, 5), (4, 4), (5, 4)]
 WORLDS = 150
 
 
-def world(key, noise, share, kind, *, vocabulary, horizon):
-    keys = jax.random.split(key, 3)
-    mu = trees.random_policy(keys[0], vocabulary=vocabulary, horizon=horizon)
-    pi = trees.perturb(keys[1], mu, noise=noise, share=share)
-    return pi, mu, trees.random_rewards(keys[2], vocabulary**horizon, kind)
-
-
-def measure(key, noise, share, kind, *, vocabulary, horizon):
-    pi, mu, rewards = world(key, noise, share, kind, vocabulary=vocabulary, horizon=horizon)
+def measure(pi, mu, rewards):
     gain, surrogate, error = trees.error_of_surrogate(pi, mu, rewards)
     inputs = trees.bound_inputs(pi, mu)
     weight = jnp.exp(trees.sequence_log_probs(mu))
@@ -43,27 +35,25 @@ def measure(key, noise, share, kind, *, vocabulary, horizon):
         "surrogate": surrogate,
         "ratio_form": ratio_form,
         "bounds": bounds,
-        "inputs": inputs,
         "from_kl": average_only_from_kl(inputs),
     }
 
 
 @pytest.fixture(scope="module")
 def measured():
-    results = []
-    for index, (vocabulary, horizon) in enumerate(SHAPES):
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(11), index), WORLDS)
-        noise = jnp.exp(jnp.linspace(jnp.log(0.02), jnp.log(3.0), WORLDS))
-        share = jnp.where(jnp.arange(WORLDS) % 2 == 0, 1.0, 0.2)
-        kind = jnp.arange(WORLDS) % 3
-        run = jax.jit(
-            jax.vmap(lambda k, n, s, r, v=vocabulary, h=horizon: measure(k, n, s, r, vocabulary=v, horizon=h))
+    results, rng = [], np.random.default_rng(11)
+    for vocabulary, horizon in SHAPES:
+        worlds = trees.draw(
+            rng,
+            worlds=WORLDS,
+            vocabulary=vocabulary,
+            horizon=horizon,
+            noise=np.geomspace(0.02, 3.0, WORLDS),
+            share=np.where(np.arange(WORLDS) % 2 == 0, 1.0, 0.2),
+            kind=np.arange(WORLDS) % 3,
         )
-        results.append(jax.device_get(run(keys, noise, share, kind)))
-    return jax.tree.map(
-        lambda *parts: np.concatenate([p.reshape(WORLDS, -1).squeeze() for p in parts]),
-        *[{k: v for k, v in r.items() if k != "inputs"} for r in results],
-    )
+        results.append(jax.device_get(jax.jit(jax.vmap(measure))(*worlds)))
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *results)
 
 
 def test_runs_in_float64(measured):

@@ -8,6 +8,7 @@ throughout.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrl_llm import categorical
 from jaxrl_llm.bounds import BoundInputs
@@ -65,6 +66,25 @@ def bound_inputs(pi, mu):
     )
 
 
+def draw(rng, *, worlds, vocabulary, horizon, noise, share, kind):
+    """`worlds` trees at once, leading axis first: (pi, mu, rewards). Drawn by NumPy, which needs no compilation.
+
+    noise, share: standard deviation of the logits' difference and share of contexts that differ, one number per world.
+    kind: 0 uniform rewards in [0, 1], 1 binary, 2 one rewarded sequence, one number per world.
+    """
+    pi, mu = [], []
+    for t in range(horizon):
+        shape = (worlds, vocabulary**t, vocabulary)
+        base, move = rng.normal(size=shape), rng.normal(size=shape)
+        hit = rng.random((*shape[:2], 1)) < share[:, None, None]
+        mu.append(jnp.asarray(base))
+        pi.append(jnp.asarray(base + hit * noise[:, None, None] * move))
+    uniform = rng.random((worlds, vocabulary**horizon))
+    one = uniform == uniform.max(axis=1, keepdims=True)
+    rewards = np.select([kind[:, None] == 0, kind[:, None] == 1], [uniform, uniform > 0.5], one)
+    return pi, mu, jnp.asarray(rewards.astype(float))
+
+
 def random_policy(key, *, vocabulary, horizon, scale=1.0):
     """Independent normal logits of standard deviation `scale` in every context."""
     keys = jax.random.split(key, horizon)
@@ -79,10 +99,3 @@ def perturb(key, policy, *, noise, share=1.0):
         hit = jax.random.bernoulli(two, share, (logits.shape[0], 1))
         moved.append(logits + jnp.where(hit, noise * jax.random.normal(one, logits.shape), 0.0))
     return moved
-
-
-def random_rewards(key, size, kind):
-    """Rewards in [0, 1]: 0 uniform, 1 binary, 2 one rewarded sequence."""
-    uniform = jax.random.uniform(key, (size,))
-    one = jnp.arange(size) == jnp.argmax(uniform)
-    return jnp.stack([uniform, (uniform > 0.5).astype(float), one.astype(float)])[kind]
