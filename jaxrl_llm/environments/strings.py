@@ -63,17 +63,16 @@ class StringTask:
         return sorted(self._split.held_out, key=lambda problem: stable_key(problem.prompt))[: self.held_out_count]
 
     def score(self, problem: Problem, text: str) -> Score:
-        """Reward: the fraction of places that are right, less one place for each letter missing or too many.
+        """Reward: the fraction of places that are right, of as many as the longer of text and answer has.
 
-            max(0, sum_i 1[text_i = answer_i] - |len(text) - len(answer)|) / len(answer)
+            sum_i 1[text_i = answer_i] / max(len(text), len(answer))
 
-        A missing letter is not right either, so it costs two places; strict and lenient are both equality.
+        Strict and lenient are both equality.
         """
         text = before_stop(text, self.stop)
         right = sum(given == wanted for given, wanted in zip(text, problem.answer, strict=False))
-        surplus = abs(len(text) - len(problem.answer))
         solved = text == problem.answer
-        return Score(reward=max(0, right - surplus) / len(problem.answer), lenient=solved, strict=solved)
+        return Score(reward=right / max(len(text), len(problem.answer)), lenient=solved, strict=solved)
 
     @functools.cached_property
     def _split(self) -> Split:
