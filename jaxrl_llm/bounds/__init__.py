@@ -4,6 +4,12 @@ from jaxrl_llm.bounds.inputs import BoundInputs as BoundInputs
 from jaxrl_llm.bounds.inputs import bound_inputs_from_scalars as bound_inputs_from_scalars
 from jaxrl_llm.bounds.inputs import bound_inputs_from_tokens as bound_inputs_from_tokens
 from jaxrl_llm.bounds.inputs import tv_bound_from_kl as tv_bound_from_kl
+from jaxrl_llm.bounds.inverse import largest_max_kl as largest_max_kl
+from jaxrl_llm.bounds.masked_guarantee import context_mask as context_mask
+from jaxrl_llm.bounds.masked_guarantee import context_masked_inputs as context_masked_inputs
+from jaxrl_llm.bounds.masked_guarantee import masked_gain_lower_bound as masked_gain_lower_bound
+from jaxrl_llm.bounds.masked_guarantee import sampled_context_masked_gain as sampled_context_masked_gain
+from jaxrl_llm.bounds.masked_guarantee import sampled_hit_probability as sampled_hit_probability
 from jaxrl_llm.bounds.sampled import Estimate as Estimate
 from jaxrl_llm.bounds.sampled import clustered_mean as clustered_mean
 from jaxrl_llm.bounds.sampled import sampled_gain as sampled_gain
