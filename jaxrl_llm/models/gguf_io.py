@@ -173,14 +173,17 @@ def rope_factors(config: TransformerConfig) -> np.ndarray:
 
 
 def _with_rope_factors(config: TransformerConfig, factors: np.ndarray, *, source: str) -> TransformerConfig:
-    """The configuration with the scaling that the stored factors came from; they are those of Llama 3.1 and later."""
-    guess = replace(config, rope_scaling=RopeScaling(factor=round(float(factors.max()), 4)))
-    if factors.shape != (config.head_dim // 2,) or not np.allclose(rope_factors(guess), factors, rtol=1e-3):
-        raise ValueError(
-            f"{source} scales rotary positions by {ROPE_FACTORS} in another way than Llama 3; "
-            "load such a model from its Hugging Face folder."
-        )
-    return guess
+    """The configuration with Llama 3's scaling, its original context (a power of two) found from the stored factors."""
+    largest = round(float(factors.max()), 4)
+    for context in (8192, *(2**power for power in range(4, 21))):
+        guess = replace(config, rope_scaling=RopeScaling(factor=largest, original_max_positions=context))
+        expected = rope_factors(guess)
+        if factors.shape == expected.shape and np.allclose(factors, expected, rtol=1e-4):
+            return guess
+    raise ValueError(
+        f"{source} scales rotary positions by {ROPE_FACTORS} in another way than Llama 3; "
+        "load such a model from its Hugging Face folder."
+    )
 
 
 def _open(path: Path) -> gguf.GGUFReader:

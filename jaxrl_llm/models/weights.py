@@ -35,8 +35,8 @@ from jaxrl_llm.models.hf_config import config_from_hf
 from jaxrl_llm.models.hf_io import SafetensorsFolder
 from jaxrl_llm.models.hf_io import shortened
 from jaxrl_llm.models.hf_io import write_hf
-from jaxrl_llm.models.layers import LowRank
 from jaxrl_llm.models.layers import RMSNorm
+from jaxrl_llm.models.lora import merge_lora
 from jaxrl_llm.models.sharding import shardings
 from jaxrl_llm.models.tokenizers import Tokenizer
 from jaxrl_llm.models.tokenizers import check_vocabulary
@@ -268,7 +268,8 @@ def build_model(
 
 def model_tensors(model: Transformer) -> dict[str, np.ndarray]:
     """All parameters of a model under their Hugging Face names, in their layout [out, in], adapters merged."""
-    return {name: slot.merged() for name, slot in _slots(model).items()}
+    # A clone, because merging writes into the variables that models share.
+    return {name: slot.tensor() for name, slot in _slots(merge_lora(nnx.clone(model))).items()}
 
 
 @dataclass(frozen=True)
@@ -277,14 +278,11 @@ class _Slot:
 
     parameter: nnx.Param
     transposed: bool = False
-    low_rank: LowRank | None = None
 
-    def merged(self) -> np.ndarray:
-        """The tensor for a checkpoint; products with an adapter are added in float32."""
-        value = self.parameter.get_value()
-        if self.low_rank is not None:
-            value = (value.astype(jnp.float32) + self.low_rank.dense()).astype(value.dtype)
-        return np.asarray(value.T if self.transposed else value)
+    def tensor(self) -> np.ndarray:
+        """The parameter as checkpoints hold it."""
+        value = np.asarray(self.parameter.get_value())
+        return value.T if self.transposed else value
 
 
 def _slots(model: Transformer) -> dict[str, _Slot]:
@@ -297,7 +295,7 @@ def _slots(model: Transformer) -> dict[str, _Slot]:
             if isinstance(part, RMSNorm):
                 slots[f"{name}.weight"] = _Slot(part.scale)
             elif part is not None:
-                slots[f"{name}.weight"] = _Slot(part.kernel, transposed=True, low_rank=part.low_rank)
+                slots[f"{name}.weight"] = _Slot(part.kernel, transposed=True)
                 if part.bias is not None:
                     slots[f"{name}.bias"] = _Slot(part.bias)
     slots["model.norm.weight"] = _Slot(model.final_norm.scale)

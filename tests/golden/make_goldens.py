@@ -202,8 +202,8 @@ def transformers_stage(folder: Path) -> None:
 class LlamaCpp:
     """A model in llama.cpp, through its C interface, for full logits of every position.
 
-    By default llama.cpp attends with float16 keys, values and products, even where the weights are float32 and the cache is
-    asked to be (its flash attention rounds them). `exact` turns both off, so that the model is compared and not the rounding.
+    By default llama.cpp attends with float16 keys, values and products, even where weights and cache are float32 (its
+    flash attention rounds them). `exact` turns that off, so that the model is compared and not the rounding.
     """
 
     def __init__(self, path: Path, *, exact: bool = True, length: int = 256) -> None:
