@@ -1,0 +1,1 @@
+"""Experiments: one file is one claim. Run them with `python -m experiments`."""

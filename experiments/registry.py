@@ -1,0 +1,71 @@
+"""The experiments there are. To add one: write a file with an `EXPERIMENT`, and its name below."""
+
+import dataclasses
+import difflib
+import importlib
+from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
+
+from experiments.run_folder import UserError
+from experiments.settings import RunSettings
+from jaxrl_llm.models import Transformer
+from jaxrl_llm.models.tokenizers import Tokenizer
+
+NAMES = (
+    "smollm2_arithmetic",
+    "from_scratch",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Expectation:
+    """What must hold for the claim to be met: a number of the summary is at least a value.
+
+    Attributes:
+        quantity: name in summary.json.
+        at_least: the smallest value that meets the claim.
+    """
+
+    quantity: str
+    at_least: float
+
+    def check(self, summary: Mapping[str, Any]) -> bool:
+        """Whether the summary meets the claim."""
+        return summary[self.quantity] >= self.at_least
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One claim and the settings that show it.
+
+    Attributes:
+        name: name of its file.
+        claim: the claim, one sentence.
+        cost: what it costs on a machine that is named.
+        settings: as the claim is made.
+        tiny: a twin that runs in seconds, to see that everything works; it claims nothing.
+        expectation: when the claim counts as met.
+        build: settings -> the model before training and its tokenizer.
+    """
+
+    name: str
+    claim: str
+    cost: str
+    settings: RunSettings
+    tiny: RunSettings
+    expectation: Expectation
+    build: Callable[[RunSettings], tuple[Transformer, Tokenizer]]
+
+
+def get_experiment(name: str) -> Experiment:
+    """The experiment of that name.
+
+    Raises:
+        UserError: there is none, naming the nearest one.
+    """
+    if name not in NAMES:
+        near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.4)
+        hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(NAMES)}."
+        raise UserError(f"There is no experiment {name!r}. {hint}")
+    return importlib.import_module(f"experiments.{name}").EXPERIMENT
