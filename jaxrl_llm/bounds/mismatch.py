@@ -1,0 +1,164 @@
+"""How far noise in the logits can move probabilities: training engine against inference engine.
+
+Model: inference uses z' = z + e, p = softmax(z), p' = softmax(z'), and D = log p'_a - log p_a of one token. Two noise
+models: bounded, |e_k| <= max_noise for every entry; and Gaussian, e_k independent N(0, s^2), to second order in s.
+
+Source: "Taming the Tail" (arXiv 2512.23087), whose theorem is |D| <= 2 max_noise (1 - p). That holds to first order
+only; it is exceeded by up to (exp(2 e) - 1) / (2 e) (errata F3.1). The exact statements here are derived in
+docs/theory.md.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array
+from jaxtyping import Bool
+from jaxtyping import Float
+from jaxtyping import ScalarLike
+
+from jaxrl_llm.checks import require_dtype
+from jaxrl_llm.checks import require_same_shape
+from jaxrl_llm.masked import masked_sum
+
+
+def first_order_log_prob_change(p: Float[Array, "*shape"], *, max_noise: ScalarLike) -> Float[Array, "*shape"]:
+    """2 max_noise (1 - p): the printed bound on |log p' - log p|, true as max_noise -> 0 and for D > 0 always.
+
+    Args:
+        p: probability of the token under the training policy.
+        max_noise: largest |e_k| [nats].
+
+    Returns:
+        the printed bound [nats].
+    """
+    return (1 - p) * 2 * jnp.asarray(max_noise, p.dtype)
+
+
+def first_order_violation(max_noise: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """(exp(2 e) - 1) / (2 e): by how much |D| can exceed the printed bound, approached as p -> 1."""
+    return jnp.expm1(2 * max_noise) / (2 * max_noise)
+
+
+def log_prob_change_range(
+    p: Float[Array, "*shape"], *, max_noise: ScalarLike
+) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+    """The exact range of D: [ -log(p + (1 - p) exp(2 e)), -log(p + (1 - p) exp(-2 e)) ]. Both ends are attained.
+
+    They are attained by noise of one sign on the token and of the other on all others.
+
+    Args:
+        p: probability of the token under the training policy.
+        max_noise: e, largest |e_k| [nats].
+
+    Returns:
+        (smallest, largest) value of log p' - log p [nats].
+    """
+    # p + (1 - p) x = 1 + (1 - p)(x - 1), exact near p = 1 where the printed bound fails most.
+    rest = 1 - p
+    twice = 2 * jnp.asarray(max_noise, p.dtype)
+    return -jnp.log1p(rest * jnp.expm1(twice)), -jnp.log1p(rest * jnp.expm1(-twice))
+
+
+def two_sided_log_prob_change(
+    p: Float[Array, "*shape"], p_other: Float[Array, "*shape"], *, max_noise: ScalarLike
+) -> Float[Array, "*shape"]:
+    """|D| <= 2 max_noise (1 - min(p, p')): the correct form of the printed theorem, at any noise.
+
+    Args:
+        p: probability of the token under one policy.
+        p_other: probability of the same token under the other.
+        max_noise: largest |e_k| [nats].
+
+    Returns:
+        a bound on |log p' - log p| [nats].
+    """
+    require_same_shape(p=p, p_other=p_other)
+    return (1 - jnp.minimum(p, p_other)) * 2 * jnp.asarray(max_noise, p.dtype)
+
+
+def uniform_log_prob_change(p: Float[Array, "*shape"], *, max_noise: ScalarLike) -> Float[Array, "*shape"]:
+    """|D| <= min( 2 e, log(1 + (1 - p)(exp(2 e) - 1)) ) from p alone: the larger end of the exact range.
+
+    Args:
+        p: probability of the token under the training policy.
+        max_noise: e, largest |e_k| [nats].
+
+    Returns:
+        a bound on |log p' - log p| [nats].
+    """
+    twice = 2 * jnp.asarray(max_noise, p.dtype)
+    return jnp.minimum(twice, jnp.log1p((1 - p) * jnp.expm1(twice)))
+
+
+def sequence_log_prob_change(
+    p_t: Float[Array, "B T"],
+    p_other_t: Float[Array, "B T"],
+    response_mask: Bool[Array, "B T"],
+    *,
+    max_noise: ScalarLike,
+) -> Float[Array, " B"]:
+    """|sum_t D_t| <= 2 max_noise sum_t (1 - min(p_t, p'_t)) over the response tokens of each sequence [nats].
+
+    Args:
+        p_t: probabilities of the sampled tokens under one policy.
+        p_other_t: under the other.
+        response_mask: true at response tokens.
+        max_noise: largest |e_k| [nats].
+
+    Returns:
+        one bound per sequence.
+
+    Raises:
+        ValueError, TypeError: if shapes or dtypes do not fit.
+    """
+    require_same_shape(p_t=p_t, p_other_t=p_other_t, response_mask=response_mask)
+    require_dtype("boolean", response_mask=response_mask)
+    return masked_sum(two_sided_log_prob_change(p_t, p_other_t, max_noise=max_noise), response_mask, axis=1)
+
+
+def kl_from_noise(max_noise: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """KL <= e^2 / 2 [nats] per context in both directions: Hoeffding's lemma on log E_p exp(e) - E_p e."""
+    return max_noise * max_noise / 2
+
+
+def tv_from_noise(max_noise: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """TV <= tanh(e / 2) [prob] per context; attained where a set of probability sigmoid(-e) moves up, the rest down."""
+    return jnp.tanh(max_noise / 2)
+
+
+def gaussian_log_prob_variance(
+    p: Float[Array, "*shape"], collision: Float[Array, "*shape"], *, scale: ScalarLike
+) -> Float[Array, "*shape"]:
+    """Var(D) = s^2 (1 - 2 p + C) to second order in s: the factor of `logit_dynamics.squared_update_norm`.
+
+    Args:
+        p: probability of the token.
+        collision: C = sum_k p_k^2 of its context.
+        scale: s, standard deviation of the noise of each logit [nats].
+
+    Returns:
+        the variance [nats^2].
+    """
+    return jnp.square(scale) * (1 - 2 * p + collision)
+
+
+def gaussian_sampled_bias(
+    p: Float[Array, "*shape"], collision: Float[Array, "*shape"], *, scale: ScalarLike
+) -> Float[Array, "*shape"]:
+    """E[log p_infer(a) - log p_train(a) | a was sampled by inference] = s^2 (1/2 - 2 p + 3/2 C) to second order in s.
+
+    A sampled tail token was, on average, over-estimated by inference; a dominant token can be under-estimated. The bias
+    is flat in p below about one per cent, so it does not single out the extreme tail (errata F3.2).
+
+    Args:
+        p: probability of the sampled token.
+        collision: C = sum_k p_k^2 of its context.
+        scale: s, standard deviation of the noise of each logit [nats].
+
+    Returns:
+        the expected log-ratio [nats].
+    """
+    return jnp.square(scale) * (0.5 - 2 * p + 1.5 * collision)
+
+
+def gaussian_expected_kl(collision: Float[Array, "*shape"], *, scale: ScalarLike) -> Float[Array, "*shape"]:
+    """E[KL(p' || p)] = s^2 (1 - C) / 2 [nats] to second order in s: the average of the sampled bias over tokens."""
+    return jnp.square(scale) * (1 - collision) / 2
