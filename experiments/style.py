@@ -1,7 +1,7 @@
 """The one look of all figures: colours for colour-blind readers, and SVG that follows a page's light or dark theme."""
 
-import base64
 import dataclasses
+import functools
 import io
 import re
 from pathlib import Path
@@ -104,6 +104,14 @@ class Picture:
     caption: str
     figure: Figure
 
+    @functools.cached_property
+    def svg(self) -> str:
+        """The drawing as the text of an SVG file, the same for the same drawing."""
+        with matplotlib.rc_context(SETTINGS):
+            buffer = io.StringIO()
+            self.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        return buffer.getvalue()
+
 
 def new_axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
     """An empty figure with one pair of axes, in the project's style."""
@@ -116,17 +124,9 @@ def new_axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def svg_text(figure: Figure) -> str:
-    """The figure as the text of an SVG file, the same for the same figure."""
-    with matplotlib.rc_context(SETTINGS):
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()
-
-
 def inline_svg(picture: Picture) -> str:
     """The figure as an SVG element for a page: themed colours, ids of its own, a description for screen readers."""
-    text = svg_text(picture.figure)
+    text = picture.svg
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     for colour, name in NAMES.items():
@@ -142,7 +142,7 @@ def inline_svg(picture: Picture) -> str:
 def save(picture: Picture, folder: Path) -> None:
     """Write the figure as PNG (on white, for pages that show only that) and SVG."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{picture.name}.svg").write_text(svg_text(picture.figure), encoding="utf-8")
+    (folder / f"{picture.name}.svg").write_text(picture.svg, encoding="utf-8")
     (folder / f"{picture.name}.png").write_bytes(png_bytes(picture.figure))
 
 
@@ -157,8 +157,3 @@ def png_bytes(figure: Figure, *, dots_per_inch: int = 200) -> bytes:
 def css_variables(theme: dict[str, str] | None = None) -> str:
     """The palette as CSS custom properties; `theme` replaces colours."""
     return " ".join(f"--{name}: {(theme or {}).get(colour, colour)};" for colour, name in NAMES.items())
-
-
-def png_data_url(data: bytes) -> str:
-    """A PNG as an address that needs no file."""
-    return "data:image/png;base64," + base64.b64encode(data).decode()

@@ -1,5 +1,6 @@
 """The report and the comparison: written from files alone, and standing alone."""
 
+import functools
 import html.parser
 import json
 import re
@@ -61,6 +62,7 @@ def synthetic(tmp_path_factory) -> Path:
     return runs
 
 
+@functools.cache
 def report(runs: Path, run: str) -> str:
     assert main(["report", run, "--runs-folder", str(runs)]) == 0
     return (runs / run / "report.html").read_text()

@@ -14,6 +14,7 @@ from experiments.run_folder import UserError
 from experiments.run_folder import find_run
 from experiments.run_folder import open_folder
 from experiments.run_folder import read_rows
+from experiments.run_folder import unfinished_twin
 from jaxrl_llm.training import loop
 
 
@@ -86,14 +87,13 @@ def test_other_settings_are_refused_with_the_difference(runs, capsys) -> None:
 
 def test_resume_keeps_the_settings_and_may_be_told_to_change_them(runs, capsys) -> None:
     # "first" is the tiny twin; --resume takes its settings without being told so.
-    words = ["run", "from_scratch", "--resume", "first", "--runs-folder", str(runs)]
-    assert main([*words, "--steps", "4"]) == 2
-    assert "steps: 3 -> 4" in capsys.readouterr().err
-    assert main([*words, "--steps", "4", "--allow-changed-config"]) == 0
+    words = ["run", "from_scratch", "--resume", "first", "--runs-folder", str(runs), "--samples", "1"]
+    assert main(words) == 2
+    assert capsys.readouterr().err.count("->") == 1
+    assert main([*words, "--allow-changed-config"]) == 0
     folder = runs / "from_scratch" / "first"
-    assert [row["step"] for row in read_rows(folder / "metrics.jsonl")] == [0, 1, 2, 3, 4]
-    assert read(folder / "summary.json")["steps"] == 4
-    assert read(folder / "summary.json")["changed_settings"] == ["steps"]
+    assert read(folder / "config.json")["settings"]["samples"] == 1
+    assert read(folder / "summary.json")["changed_settings"] == ["samples"]
     assert len(read(folder / "environment.json")["continued"]) == 1
 
 
@@ -119,14 +119,14 @@ def test_ctrl_c_saves_and_says_how_to_go_on(finished_runs, tmp_path, capsys, mon
         assert cut.read_bytes() == whole.read_bytes(), name
 
 
-def test_an_unfinished_twin_is_pointed_out(runs, capsys) -> None:
-    folder = runs / "from_scratch" / "first"
-    (folder / "summary.json").unlink()
-    assert run_tiny(runs, "--id", "first") == 0
-    (folder / "summary.json").unlink()
-    capsys.readouterr()
-    assert run_tiny(runs) == 0
-    assert "--resume from_scratch/first goes on with it" in capsys.readouterr().out
+def test_an_unfinished_run_with_the_same_settings_is_found(runs) -> None:
+    run = RunFolder(runs / "from_scratch" / "first")
+    settings = read(run.config)["settings"]
+    assert unfinished_twin(runs, "from_scratch", settings) is None
+    run.summary.unlink()
+    assert unfinished_twin(runs, "from_scratch", settings) == run
+    assert unfinished_twin(runs, "from_scratch", settings | {"seed": 1}) is None
+    assert unfinished_twin(runs, "smollm2_arithmetic", settings) is None
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_computed(tmp_path, capsys) -> None:
