@@ -8,6 +8,7 @@ from jaxrl_llm.environments.arithmetic import worked
 from jaxrl_llm.environments.generated import Entry
 from jaxrl_llm.environments.generated import GeneratedTask
 from jaxrl_llm.environments.generated import GenerationError
+from jaxrl_llm.environments.generated import matching_places
 from jaxrl_llm.environments.library import LEVELS
 from jaxrl_llm.environments.library import SUM_SHOTS
 from jaxrl_llm.environments.library import TASKS
@@ -60,6 +61,7 @@ __all__ = [
     "get_task",
     "is_held_out",
     "last_number",
+    "matching_places",
     "pass_rate",
     "register",
     "replaced_keys",

@@ -1,5 +1,6 @@
 """Short sums and differences from reasoning-gym, worked examples in front, for small pretrained models."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,6 +40,7 @@ def addition(
     smallest: int = 0,
     terms: int = 2,
     shots: tuple[str, ...] = (),
+    place_credit: float = 0.5,
     held_out_count: int = 128,
 ) -> GeneratedTask:
     """Sums of whole numbers that are uniform in [smallest, largest]: "12 + 7 = " after worked examples, one a line.
@@ -51,6 +53,7 @@ def addition(
         largest, smallest: bounds of the numbers, both included.
         terms: how many numbers are added.
         shots: expressions worked out in front of every problem; problems to train on, never held-out ones.
+        place_credit: what a wrong sum earns per fraction of right places, in [0, 1); 0 rewards right sums only.
         held_out_count: see `GeneratedTask`.
 
     Raises:
@@ -61,7 +64,8 @@ def addition(
     digits = len(str(largest - 1))
     config = {"operators": ("+",), "allow_parentheses": False, "allow_negation": False}
     bounds = (smallest, largest)
-    return _worked_examples(name, "basic_arithmetic", config, terms, (digits, digits), bounds, shots, held_out_count)
+    task = _worked_examples(name, "basic_arithmetic", config, terms, (digits, digits), bounds, shots, held_out_count)
+    return dataclasses.replace(task, place_credit=place_credit)
 
 
 def chain_sum(

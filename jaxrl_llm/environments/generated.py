@@ -46,6 +46,18 @@ class GenerationError(RuntimeError):
     """A generator of reasoning-gym raised."""
 
 
+def matching_places(given: str, wanted: str) -> float:
+    """The fraction of places that are right, units under units, of as many as the longer number has.
+
+        sum_i 1[given_i = wanted_i] / max(len(given), len(wanted)),  i counted from the last letter
+
+    "52" for "42" has 1 of 2 right, "5" for "42" none, "142" for "42" 2 of 3.
+    """
+    longest = max(len(given), len(wanted))
+    right = sum(g == w for g, w in zip(reversed(given), reversed(wanted), strict=False))
+    return right / longest if longest else 0.0
+
+
 @dataclass(frozen=True)
 class GeneratedTask:
     """A dataset of reasoning-gym as a task; see `jaxrl_llm.environments.tasks.Task` for the members all tasks have.
@@ -63,6 +75,8 @@ class GeneratedTask:
         prompt: entry -> the text to continue.
         identity: entry -> canonical form; see `Problem`.
         keep: entry -> whether the problem belongs to the family.
+        place_credit: reward of a wrong number per fraction of matching places, in [0, 1); see `matching_places`.
+            It shapes the reward only: lenient and strict scores stay right or wrong.
         stop: the text that ends an answer.
         held_out_count: at most this many problems are in held_out(); all others of that third stay untouched.
         seconds: limit for one call of a generator or a verifier [s].
@@ -74,9 +88,14 @@ class GeneratedTask:
     prompt: Callable[[Entry], str] = question_prompt
     identity: Callable[[Entry], str] = question_identity
     keep: Callable[[Entry], bool] = every_entry
+    place_credit: float = 0.0
     stop: str = "\n"
     held_out_count: int = 128
     seconds: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.place_credit < 1.0:
+            raise ValueError(f"place_credit is {self.place_credit}; it must be in [0, 1).")
 
     def train(self, seed: int, step: int, count: int) -> list[Problem]:
         """`count` problems whose identity is not held out.
@@ -93,16 +112,19 @@ class GeneratedTask:
         return list(self._held_out)
 
     def score(self, problem: Problem, text: str) -> Score:
-        """Verifier of the dataset on the final answer (lenient, the reward) and on the whole text (strict).
+        """Verifier of the dataset on the final answer (lenient) and on the whole text (strict).
+
+        The reward is 1 if lenient, else place_credit * matching_places(final answer, right answer).
+
 
         An answer on which the verifier fails or does not end in time is wrong.
         """
         text = before_stop(text, self.stop).strip()
         final = final_answer(text, like=problem.answer)
         lenient = self._verified(problem, final)
-        return Score(
-            reward=float(lenient), lenient=lenient, strict=(text == final and lenient) or self._verified(problem, text)
-        )
+        strict = lenient if text == final else self._verified(problem, text)
+        reward = 1.0 if lenient else self.place_credit * matching_places(final, problem.answer)
+        return Score(reward=reward, lenient=lenient, strict=strict)
 
     @functools.cached_property
     def _held_out(self) -> tuple[Problem, ...]:

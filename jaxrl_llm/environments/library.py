@@ -11,6 +11,7 @@ from jaxrl_llm.environments.strings import StringTask
 from jaxrl_llm.environments.strings import ascending
 from jaxrl_llm.environments.strings import backwards
 from jaxrl_llm.environments.strings import either_direction
+from jaxrl_llm.environments.strings import unchanged
 from jaxrl_llm.environments.tasks import Task
 from jaxrl_llm.environments.tasks import register
 
@@ -40,6 +41,7 @@ TASKS: dict[str, Callable[[], Task]] = {
     "gcd": partial(GeneratedTask, "gcd", "gcd", {"max_value": 30}, identity=_same_numbers),
     "letter_counting": partial(GeneratedTask, "letter_counting", "letter_counting"),
     # Strings of digits for models that start from random weights.
+    "copy_digits": partial(StringTask, "copy_digits", unchanged, unchanged),
     "sort_digits": partial(StringTask, "sort_digits", ascending, ascending),
     "reverse_digits": partial(StringTask, "reverse_digits", backwards, either_direction),
 }

@@ -26,6 +26,11 @@ def backwards(text: str) -> str:
     return text[::-1]
 
 
+def unchanged(text: str) -> str:
+    """The letters as they are."""
+    return text
+
+
 def either_direction(text: str) -> str:
     """The same for a string and its reverse."""
     return min(text, text[::-1])

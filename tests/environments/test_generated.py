@@ -12,6 +12,7 @@ from jaxrl_llm.environments import addition
 from jaxrl_llm.environments import chain_sum
 from jaxrl_llm.environments import get_task
 from jaxrl_llm.environments import is_held_out
+from jaxrl_llm.environments import matching_places
 from jaxrl_llm.environments import replaced_keys
 from jaxrl_llm.environments import signed_terms
 from jaxrl_llm.environments import stable_key
@@ -82,7 +83,32 @@ def test_lenient_and_strict_scores():
     assert wordy.reward == 1.0
     for wrong in ("{}1", "", "I do not know", "{} or 5000"):
         score = answers(task, wrong)
-        assert (score.reward, score.lenient, score.strict) == (0.0, False, False)
+        assert not score.lenient
+        assert not score.strict
+        assert score.reward < 1.0
+    assert answers(task, "").reward == 0.0
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted", "fraction"),
+    [("42", "42", 1.0), ("52", "42", 0.5), ("43", "42", 0.5), ("5", "42", 0.0), ("2", "42", 0.5), ("142", "42", 2 / 3)],
+)
+def test_place_credit_shapes_the_reward_of_wrong_sums_only(given, wanted, fraction):
+    assert matching_places(given, wanted) == pytest.approx(fraction)
+    assert matching_places(wanted, given) == pytest.approx(fraction)
+    plain, shaped = (addition("sums", largest=49, place_credit=credit) for credit in (0.0, 0.5))
+    problem = next(p for step in range(50) for p in plain.train(0, step, 16) if p.answer == wanted)
+    right = given == wanted
+    for task, credit in ((plain, 0.0), (shaped, 0.5)):
+        score = task.score(problem, given)
+        assert score.lenient == score.strict == right
+        assert score.reward == pytest.approx(1.0 if right else credit * fraction)
+
+
+def test_impossible_place_credit_is_refused():
+    assert matching_places("", "") == 0.0
+    with pytest.raises(ValueError, match="place_credit is 1"):
+        GeneratedTask("sums", "chain_sum", place_credit=1.0)
 
 
 def test_negative_answers_need_their_sign():

@@ -8,7 +8,9 @@ from jaxrl_llm.environments.strings import ascending
 from jaxrl_llm.environments.strings import either_direction
 
 
-@pytest.mark.parametrize(("name", "answer"), [("sort_digits", sorted), ("reverse_digits", reversed)])
+@pytest.mark.parametrize(
+    ("name", "answer"), [("copy_digits", str), ("sort_digits", sorted), ("reverse_digits", reversed)]
+)
 def test_answers(name, answer):
     task = get_task(name)
     for problem in task.held_out() + task.train(0, 0, 16):
