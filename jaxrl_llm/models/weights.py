@@ -250,7 +250,7 @@ def build_model(
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), param_dtype=kept, compute_dtype=products))
     slots = _slots(model)
     _check_names(tensors, slots, config, source)
-    placements = {} if mesh is None else _placements(model, mesh)
+    placements = {} if mesh is None else _placements(slots, mesh)
     wrong = []
     for name, slot in slots.items():
         tensor = tensors[name]
@@ -323,12 +323,10 @@ def _on_device(tensor: np.ndarray, transposed: bool, dtype: DTypeLike, placement
     return jnp.array(tensor, dtype=dtype, copy=True)
 
 
-def _placements(model: Transformer, mesh: Mesh) -> dict[str, Sharding]:
+def _placements(slots: Mapping[str, _Slot], mesh: Mesh) -> dict[str, Sharding]:
     """Where each tensor's parameter goes on the mesh."""
-    specs = nnx.to_flat_state(shardings(nnx.state(model, nnx.Param), mesh))
-    by_path = dict(specs)
-    paths = {id(variable): path for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-    return {name: by_path[paths[id(slot.parameter)]].get_value() for name, slot in _slots(model).items()}
+    placed = shardings({name: slot.parameter for name, slot in slots.items()}, mesh)
+    return {name: variable.get_value() for name, variable in placed.items()}
 
 
 def _is_conversion(folder: Path, origin: Mapping[str, str]) -> bool:

@@ -106,6 +106,22 @@ def test_interleave_makes_rotated_pairs_neighbours() -> None:
     np.testing.assert_array_equal(deinterleave(interleave(rows, 2), 2), rows)
 
 
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_only_the_llama_architecture_stores_rows_in_pairs(name: str, tmp_path: Path) -> None:
+    """The order in the file itself: reading back would undo any order that writing made."""
+    save_gguf(tiny_model(name), tmp_path / "model.gguf")
+    stored = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    config, tensors = config_from_hf(CHECKPOINTS[name]), tensors_of(name)
+    half = config.head_dim // 2
+    in_pairs = [row for first in range(half) for row in (first, first + half)]
+    order = in_pairs if name.startswith(("llama", "mistral")) else list(range(config.head_dim))
+    for part, heads in (("q", config.num_heads), ("k", config.num_kv_heads)):
+        rows = [head * config.head_dim + row for head in range(heads) for row in order]
+        source = tensors[f"model.layers.1.self_attn.{part}_proj.weight"]
+        np.testing.assert_array_equal(stored[f"blk.1.attn_{part}.weight"], source[rows])
+    np.testing.assert_array_equal(stored["blk.1.attn_v.weight"], tensors["model.layers.1.self_attn.v_proj.weight"])
+
+
 def test_rope_factors_are_those_of_llama_3() -> None:
     """Low frequencies are divided by the factor, high ones are not."""
     factors = rope_factors(config_from_hf(CHECKPOINTS[SCALED]))
