@@ -1,5 +1,9 @@
 """Bounds of LLM reinforcement learning as pure functions: what a theorem promises, next to what a sample shows."""
 
+from jaxrl_llm.bounds import logit_dynamics as logit_dynamics
+from jaxrl_llm.bounds import mismatch as mismatch
+from jaxrl_llm.bounds import pruning as pruning
+from jaxrl_llm.bounds import regret as regret
 from jaxrl_llm.bounds.inputs import BoundInputs as BoundInputs
 from jaxrl_llm.bounds.inputs import bound_inputs_from_scalars as bound_inputs_from_scalars
 from jaxrl_llm.bounds.inputs import bound_inputs_from_tokens as bound_inputs_from_tokens

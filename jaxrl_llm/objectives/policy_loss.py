@@ -41,7 +41,7 @@ class LossTerms(NamedTuple):
     metrics: dict[str, Pair]
 
 
-def _need(recipe: Recipe, field: str, name: str, array: Float[Array, "*shape"] | None) -> Float[Array, "*shape"]:
+def _need(recipe: Recipe, field: str, name: str, array: Array | None) -> Array:
     if array is None:
         what = f"its {field} ({getattr(recipe, field)!r})"
         raise ValueError(f"{name} is None; recipe {recipe.name!r} needs it for {what}.")
@@ -56,6 +56,7 @@ def policy_weights(
     log_prob_old: Float[Array, "B T"] | None = None,
     log_prob_behaviour: Float[Array, "B T"] | None = None,
     kl_t: Float[Array, "B T"] | None = None,
+    target_kept: Bool[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T"], Bool[Array, " B"]]:
     """The constants of the surrogate: correction weight of each token times the acceptance of its sequence.
 
@@ -66,9 +67,11 @@ def policy_weights(
         log_prob_old: under the policy at the start of the update [nats]; needed by a correction.
         log_prob_behaviour: under the policy that sampled [nats]; needed by a correction and by the sampled masks.
         kl_t: exact KL(behaviour || pi) of each context [nats], needed by the exact masks.
+        target_kept: true where the token is in the safe set of the trained policy; needed by a recipe with log_min_p.
 
     Returns:
-        (weight of each token, 0 in rejected sequences; true for accepted sequences), both constants to the gradient.
+        (weight of each token, 0 outside the safe set and in rejected sequences; true for accepted sequences), both
+        constants to the gradient.
 
     Raises:
         ValueError: if an array that the recipe needs is missing.
@@ -83,6 +86,11 @@ def policy_weights(
             weights = correct(log_weight, response_mask, cap=recipe.correction_high)
         else:
             weights = correct(log_weight, response_mask, low=recipe.correction_low, high=recipe.correction_high)
+    if recipe.log_min_p is not None:
+        kept = _need(recipe, "log_min_p", "target_kept", target_kept) | ~response_mask
+        if recipe.correction.startswith("sequence"):  # a product with a zero in it
+            kept = jnp.broadcast_to(jnp.all(kept, axis=1)[:, None], kept.shape)
+        weights = jnp.where(kept, weights, jnp.zeros((), weights.dtype))
     if recipe.mask == "none":
         return weights, jnp.ones(log_prob.shape[0], bool)
     if recipe.mask.startswith("sampled"):
@@ -203,7 +211,7 @@ def _weight_metrics(
     recipe: Recipe, weights: Float[Array, "B T"], accepted: Bool[Array, " B"], response_mask: Bool[Array, "B T"]
 ) -> dict[str, Pair]:
     metrics = {}
-    if recipe.correction != "none":
+    if recipe.correction != "none" or recipe.log_min_p is not None:
         metrics["weight"] = masked_sum_count(weights, response_mask)
         metrics["weight_zero"] = masked_sum_count((weights == 0).astype(weights.dtype), response_mask)
     if recipe.mask != "none":
@@ -245,6 +253,7 @@ def policy_loss(
     kl_t: Float[Array, "B T"] | None = None,
     kl_ref_t: Float[Array, "B T"] | None = None,
     entropy: Float[Array, "B T"] | None = None,
+    target_kept: Bool[Array, "B T"] | None = None,
     batch_fraction: ScalarLike = 1.0,
 ) -> LossTerms:
     """aggregate( mask * correction * surrogate(ratio, advantage) + kl_coefficient KL - entropy_coefficient entropy ).
@@ -263,12 +272,16 @@ def policy_loss(
         kl_t: exact KL(behaviour || pi) of each context [nats], for the exact masks and the metrics; a constant.
         kl_ref_t: exact KL(pi || ref) of each context [nats], with its gradient.
         entropy: exact entropy of each context under pi [nats], with its gradient if the recipe rewards it.
+        target_kept: true where the token is in the safe set of the trained policy, for a recipe with log_min_p;
+            log_prob
+            and the other log-probs are then those of the pruned policies, and may hold anything where it is false.
+            Ignored otherwise.
         batch_fraction: the share of the whole batch that these rows are; read by "token-sum" only.
 
     Returns:
         `LossTerms`: the loss as (sum, count), and metrics as (sum, count) pairs.
         Per response token: ratio; ratio_limited (its clamp binds); clip_fraction (the clip removes the gradient; for
-        CISPO it changes the weight); weight, weight_zero (correction); kl_old_k3 (KL(old || pi), sampled);
+        CISPO it changes the weight); weight, weight_zero (correction and pruning); kl_old_k3 (KL(old || pi), sampled);
         kl_behaviour_k3 (KL(behaviour || pi), sampled) and kl_behaviour (exact); kl_ref (KL(pi || ref) by the recipe's
         estimator, k3 if it has none); entropy; rejected_tokens (they lie in rejected sequences).
         Per sequence: rejected_sequences.
@@ -288,8 +301,17 @@ def policy_loss(
     require_rank(2, "B T", response_mask=response_mask, **arrays)
     require_same_shape(response_mask=response_mask, **arrays)
     require_dtype("floating", **arrays)
-    require_dtype("boolean", response_mask=response_mask)
+    require_rank(2, "B T", target_kept=target_kept)
+    require_same_shape(response_mask=response_mask, target_kept=target_kept)
+    require_dtype("boolean", response_mask=response_mask, target_kept=target_kept)
     advantages_t = _spread_advantages(advantages, response_mask)
+    if recipe.log_min_p is not None and target_kept is not None:
+
+        def inside(x: Float[Array, "B T"] | None) -> Float[Array, "B T"] | None:
+            return None if x is None else jnp.where(target_kept, x, jnp.zeros((), x.dtype))
+
+        log_prob = jnp.where(target_kept, log_prob, jnp.zeros((), log_prob.dtype))
+        log_prob_old, log_prob_behaviour, log_prob_ref = map(inside, (log_prob_old, log_prob_behaviour, log_prob_ref))
 
     def log_ratio_to(other: Float[Array, "B T"] | None) -> Float[Array, "B T"] | None:
         return None if other is None else token_log_ratio(log_prob, other, response_mask)
@@ -305,6 +327,7 @@ def policy_loss(
         log_prob_old=log_prob_old,
         log_prob_behaviour=log_prob_behaviour,
         kl_t=kl_t,
+        target_kept=target_kept,
     )
     losses = token_losses(
         recipe,

@@ -73,6 +73,8 @@ class Recipe:
         kl_coefficient: weight of the KL term.
         entropy_coefficient: weight of the entropy bonus, which needs the exact entropy of each context.
         length_normaliser: constant length of "seq-mean-token-sum-norm" [tokens].
+        log_min_p: the policy is the one renormalised on its safe set at this threshold (`pruning.py`): log-probs are
+            passed under it, with whether each target is inside; None for the whole vocabulary.
 
     Raises:
         ValueError: if a field holds a name that does not exist.
@@ -99,6 +101,7 @@ class Recipe:
     kl_coefficient: float = 0.0
     entropy_coefficient: float = 0.0
     length_normaliser: float | None = None
+    log_min_p: float | None = None
 
     def __post_init__(self):
         for field, choices in CHOICES.items():
@@ -209,6 +212,37 @@ _ALL = (
         _TRM, name="trm_avg", source="Li et al. 2025, arXiv 2512.23075 (TRM-Avg)", mask="average", mask_average=0.001
     ),
     _TRM,
+    dataclasses.replace(
+        _PPO,
+        name="empg",
+        source="Wang et al. 2025, arXiv 2509.09265 (advantages from `modulation.modulated_advantages`)",
+    ),
+    Recipe(
+        name="dvp",
+        source="Taming the Tail, arXiv 2512.23087 (REINFORCE on the pruned policy, token-level truncated correction)",
+        advantage="leave_one_out",
+        surrogate="score_function",
+        aggregation="seq-mean-token-sum",
+        correction="token_truncated",
+        correction_high=2.0,
+        log_min_p=-13.0,
+    ),
+    Recipe(
+        name="hybrid",
+        source="arXiv 2512.23097 (advantages: minus `hybrid.sparse_coefficient`; the reference is the teacher)",
+        advantage="given",
+        surrogate="score_function",
+        aggregation="seq-mean-token-sum",
+        kl_estimator="exact",
+        kl_coefficient=1.0,
+    ),
+    Recipe(
+        name="divergence_augmented",
+        source="Wang et al. 2019, arXiv 2501.15034 (advantages: `divergence_augmented.augmented_advantages`)",
+        advantage="given",
+        surrogate="importance_weighted",
+        aggregation="token-mean",
+    ),
 )
 
 RECIPES = {recipe.name: recipe for recipe in _ALL}

@@ -50,6 +50,7 @@ def make_batch(seed=0):
         "kl_ref_t": jax.random.uniform(keys[5], (B, T)),
         "entropy": jax.random.uniform(keys[6], (B, T)),
         "advantages": jnp.array([1.0, -0.5, 0.3, -1.2, 0.8, -0.4]),
+        "target_kept": jnp.ones((B, T), bool).at[0, 1].set(False).at[3, 0].set(False),
     }
 
 
@@ -99,7 +100,7 @@ def test_on_policy_gradient_is_that_of_the_score_function(name):
     recipe = dataclasses.replace(ALL[name], kl_estimator="none", entropy_coefficient=0.0)
     batch = make_batch()
     same = dict.fromkeys(("log_prob_old", "log_prob_behaviour", "log_prob_ref"), batch["log_prob"])
-    batch = {**batch, **same, "kl_t": jnp.zeros((B, T))}
+    batch = {**batch, **same, "kl_t": jnp.zeros((B, T)), "target_kept": jnp.ones((B, T), bool)}
     _, gradient = loss_and_gradient(recipe, batch)
     weights, count = token_weights(batch["response_mask"], mode=recipe.aggregation)
     np.testing.assert_allclose(gradient, -weights * batch["advantages"][:, None] / count, rtol=1e-5, atol=1e-8)
@@ -124,7 +125,7 @@ def test_token_by_token_route_gives_the_same_loss_and_gradient(name):
     """The route of the fused kernels: constants from a first pass, then one loss per token, weighted and summed."""
     recipe, batch = ALL[name], make_batch()
     mask = batch["response_mask"]
-    keys = ("log_prob", "log_prob_old", "log_prob_behaviour", "kl_t")
+    keys = ("log_prob", "log_prob_old", "log_prob_behaviour", "kl_t", "target_kept")
     constants, accepted = policy_weights(recipe, response_mask=mask, **{k: batch[k] for k in keys})
     kept = mask & accepted[:, None] if recipe.normalise_by == "accepted" else mask
     weights, count = token_weights(kept, mode=recipe.aggregation)
@@ -187,6 +188,17 @@ def test_metrics_say_what_they_are():
     np.testing.assert_array_equal(slope, np.zeros((B, T)))
 
 
+def test_a_token_outside_the_safe_set_takes_its_sequence_with_it_only_under_a_sequence_weight():
+    batch = make_batch()
+    outside = jnp.where(batch["target_kept"], batch["log_prob"], -jnp.inf)
+    for correction, rows in (("token_truncated", 0), ("sequence_truncated", 2)):
+        recipe = dataclasses.replace(RECIPES["dvp"], correction=correction)
+        _, gradient = loss_and_gradient(recipe, {**batch, "log_prob": outside})
+        assert np.all(np.isfinite(gradient))
+        np.testing.assert_array_equal(np.asarray(gradient)[~np.asarray(batch["target_kept"])], [0.0, 0.0])
+        assert (np.abs(gradient).sum(1) == 0).sum() == rows
+
+
 def test_a_nan_divergence_rejects_its_sequence_only():
     batch = make_batch()
     batch["kl_t"] = jnp.zeros((B, T)).at[2, 1].set(jnp.nan)
@@ -226,6 +238,9 @@ def test_a_mistake_is_answered_in_a_sentence(without_type_hook):
     missing = {k: v for k, v in batch.items() if k != "log_prob_ref"}
     with pytest.raises(ValueError, match="log_prob_ref is None; recipe 'grpo' needs it for its kl_estimator"):
         policy_loss(RECIPES["grpo"], **missing)
+    missing = {k: v for k, v in batch.items() if k != "target_kept"}
+    with pytest.raises(ValueError, match="target_kept is None; recipe 'dvp' needs it for its log_min_p"):
+        policy_loss(RECIPES["dvp"], **missing)
     with pytest.raises(ValueError, match="advantages has 3 sequences and response_mask 6"):
         policy_loss(RECIPES["dapo"], **{**batch, "advantages": jnp.ones(3)})
     with pytest.raises(ValueError, match=r"log_prob_old is float32\[6\]; it must have 2 axes"):

@@ -14,7 +14,12 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.objectives import RECIPES
+from jaxrl_llm.objectives import advantages
+from jaxrl_llm.objectives import divergence_augmented as augmented
+from jaxrl_llm.objectives import hybrid as hybrid_parts
+from jaxrl_llm.objectives import modulation
 from jaxrl_llm.objectives import policy_loss
+from jaxrl_llm.objectives import ratios
 from jaxrl_llm.objectives import sequence_advantages
 
 B, T = 6, 7
@@ -35,6 +40,10 @@ def batch():
         "behaviour": old + rng.normal(0, 0.25, (B, T)),
         "ref": old + rng.normal(0, 0.5, (B, T)),
         "kl": rng.uniform(0.0, 0.03, (B, T)),
+        "kl_ref": rng.uniform(0.0, 0.5, (B, T)),
+        "entropy": rng.uniform(0.1, 1.5, (B, T)),
+        "kept": rng.random((B, T)) < 0.8,
+        "steps": np.where(np.arange(T) < 4, 0, 1) + np.zeros((B, 1), int),
     }
     data["kl"][0, 3] = 0.2  # rejected by every maximum test
     data["kl"][4] = 0.0004  # accepted by every average test
@@ -138,7 +147,60 @@ def trm(maximum, average):
     return loss
 
 
+def empg(d, now, frozen):
+    a = group_standardised(d["rewards"])
+    steps = [(i, k, s[d["steps"][i, s] == k]) for i, s in enumerate(spans(d["mask"])) for k in (0, 1)]
+    steps = [(i, k, ts) for i, k, ts in steps if len(ts)]
+    h = np.array([d["entropy"][i, ts].mean() for i, _, ts in steps])
+    hn = (h - h.min()) / (h.max() - h.min())
+    g = np.exp(-hn) / np.exp(-hn).mean()
+    bonus = {(i, k): np.exp(-x) for (i, k, _), x in zip(steps, hn, strict=True)}
+    mod = np.array([a[i] * gk + 0.1 * bonus.get((i, k + 1), 0.0) for (i, k, _), gk in zip(steps, g, strict=True)])
+    mod -= mod.mean()
+    terms = [
+        ppo_term(now[i, t], d["old"][i, t], m, 0.2, 0.2) for (i, _, ts), m in zip(steps, mod, strict=True) for t in ts
+    ]
+    return -np.mean(terms)
+
+
+def dvp(d, now, frozen):
+    total = 0.0
+    for i, s in enumerate(spans(d["mask"])):
+        others = [d["rewards"][j] for j in range(B) if GROUPS[j] == GROUPS[i] and j != i]
+        for t in s[d["kept"][i, s]]:
+            weight = min(np.exp(d["old"][i, t] - d["behaviour"][i, t]), 2.0)
+            total += weight * (d["rewards"][i] - np.mean(others)) * now[i, t]
+    return -total / B
+
+
+def hybrid(d, now, frozen):
+    # Its KL is exact and enters as numbers here, so it moves the value and not the gradient in log_prob.
+    total = 0.0
+    for i, s in enumerate(spans(d["mask"])):
+        log_ratio = frozen[i] - d["ref"][i]
+        for t in s:
+            future = sum(log_ratio[u] for u in s if u > t)
+            total += d["kl_ref"][i, t] + (future - 2.0 * (d["rewards"][i] - 0.3)) * now[i, t]
+    return total / B
+
+
+def divergence_augmented(d, now, frozen):
+    terms = []
+    for i, s in enumerate(spans(d["mask"])):
+        for n, t in enumerate(s):
+            divergence, trace = frozen[i, t] - d["old"][i, t], 1.0
+            for m, u in enumerate(s[n + 1 :], start=1):
+                trace *= min(1.0, np.exp(frozen[i, u] - d["old"][i, u]))
+                divergence += 0.9**m * trace * (frozen[i, u] - d["old"][i, u])
+            terms.append(-(d["rewards"][i] - 0.3 - 0.5 * divergence) * np.exp(now[i, t] - d["old"][i, t]))
+    return np.mean(terms)
+
+
 TRANSCRIPTIONS = {
+    "empg": empg,
+    "dvp": dvp,
+    "hybrid": hybrid,
+    "divergence_augmented": divergence_augmented,
     "reinforce": reinforce,
     "reinforce_plus_plus": reinforce_plus_plus,
     "reinforce_plus_plus_baseline": reinforce_plus_plus_baseline,
@@ -165,12 +227,47 @@ def central_difference(f, x, step=1e-6):
     return gradient
 
 
+def given_empg(d):
+    mask, ids = jnp.asarray(d["mask"]), jnp.asarray(d["steps"])
+    step_h, step_mask = modulation.step_entropy(jnp.asarray(d["entropy"], jnp.float32), ids, mask, steps=2)
+    a = advantages.group_normalised(jnp.asarray(d["rewards"], jnp.float32), jnp.asarray(GROUPS))
+    return modulation.spread_to_tokens(modulation.modulated_advantages(a, step_h, step_mask), ids, mask)
+
+
+def given_hybrid(d):
+    mask = jnp.asarray(d["mask"])
+    rewards = hybrid_parts.terminal_rewards(jnp.asarray(d["rewards"], jnp.float32), mask)
+    log_ratio = jnp.asarray(d["now"] - d["ref"], jnp.float32)
+    return -hybrid_parts.sparse_coefficient(log_ratio, rewards, mask, reward_weight=2.0, baseline=jnp.full(B, 0.3))
+
+
+def given_divergence_augmented(d):
+    mask, now, old = jnp.asarray(d["mask"]), jnp.asarray(d["now"], jnp.float32), jnp.asarray(d["old"], jnp.float32)
+    phi = augmented.pseudo_reward(now, old)
+    ratio = ratios.token_ratio(now - old, mask)
+    divergence = augmented.multi_step_divergence(phi, ratio, mask, discount=0.9)
+    a = jnp.broadcast_to(jnp.asarray(d["rewards"], jnp.float32)[:, None] - 0.3, mask.shape)
+    return augmented.augmented_advantages(a, divergence, coefficient=0.5)
+
+
+GIVEN = {
+    "ppo": lambda d: jnp.asarray(d["rewards"] - 0.3, jnp.float32),
+    "empg": given_empg,
+    "hybrid": given_hybrid,
+    "divergence_augmented": given_divergence_augmented,
+}
+
+
 def evaluate(recipe, d, log_prob=None):
     def f(x):
         return jnp.asarray(x, jnp.float32)
 
     rewards = f(d["rewards"])
-    a = rewards - 0.3 if recipe.advantage == "given" else sequence_advantages(recipe, rewards, jnp.asarray(GROUPS))
+    a = (
+        GIVEN[recipe.name](d)
+        if recipe.advantage == "given"
+        else sequence_advantages(recipe, rewards, jnp.asarray(GROUPS))
+    )
 
     def loss(log_prob):
         terms = policy_loss(
@@ -182,6 +279,8 @@ def evaluate(recipe, d, log_prob=None):
             log_prob_behaviour=f(d["behaviour"]),
             log_prob_ref=f(d["ref"]),
             kl_t=f(d["kl"]),
+            kl_ref_t=f(d["kl_ref"]),
+            target_kept=jnp.asarray(d["kept"]) if recipe.log_min_p is not None else None,
         )
         return terms.loss[0] / terms.loss[1], terms.metrics
 
