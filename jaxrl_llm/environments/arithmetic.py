@@ -41,6 +41,7 @@ def addition(
     terms: int = 2,
     shots: tuple[str, ...] = (),
     place_credit: float = 0.5,
+    wordy_reward: float = 0.5,
     held_out_count: int = 128,
 ) -> GeneratedTask:
     """Sums of whole numbers that are uniform in [smallest, largest]: "12 + 7 = " after worked examples, one a line.
@@ -54,6 +55,7 @@ def addition(
         terms: how many numbers are added.
         shots: expressions worked out in front of every problem; problems to train on, never held-out ones.
         place_credit: what a wrong sum earns per fraction of right places, in [0, 1); 0 rewards right sums only.
+        wordy_reward: what a right sum earns that has other text around it, in [0, 1].
         held_out_count: see `GeneratedTask`.
 
     Raises:
@@ -65,7 +67,7 @@ def addition(
     config = {"operators": ("+",), "allow_parentheses": False, "allow_negation": False}
     bounds = (smallest, largest)
     task = _worked_examples(name, "basic_arithmetic", config, terms, (digits, digits), bounds, shots, held_out_count)
-    return dataclasses.replace(task, place_credit=place_credit)
+    return dataclasses.replace(task, place_credit=place_credit, wordy_reward=wordy_reward)
 
 
 def chain_sum(

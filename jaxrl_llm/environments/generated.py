@@ -13,6 +13,7 @@ from jaxrl_llm.environments.tasks import Problem
 from jaxrl_llm.environments.tasks import Score
 from jaxrl_llm.environments.tasks import before_stop
 from jaxrl_llm.environments.tasks import final_answer
+from jaxrl_llm.environments.tasks import is_number
 from jaxrl_llm.environments.time_limits import TimeLimitError
 from jaxrl_llm.environments.time_limits import time_limit
 
@@ -77,6 +78,8 @@ class GeneratedTask:
         keep: entry -> whether the problem belongs to the family.
         place_credit: reward of a wrong number per fraction of matching places, in [0, 1); see `matching_places`.
             It shapes the reward only: lenient and strict scores stay right or wrong.
+        wordy_reward: reward of a right final answer with other text around it, in [0, 1]. Below 1 it keeps the whole
+            answer clean: at 1, what follows the number is free to drift.
         stop: the text that ends an answer.
         held_out_count: at most this many problems are in held_out(); all others of that third stay untouched.
         seconds: limit for one call of a generator or a verifier [s].
@@ -89,6 +92,7 @@ class GeneratedTask:
     identity: Callable[[Entry], str] = question_identity
     keep: Callable[[Entry], bool] = every_entry
     place_credit: float = 0.0
+    wordy_reward: float = 1.0
     stop: str = "\n"
     held_out_count: int = 128
     seconds: float = 5.0
@@ -96,6 +100,8 @@ class GeneratedTask:
     def __post_init__(self) -> None:
         if not 0.0 <= self.place_credit < 1.0:
             raise ValueError(f"place_credit is {self.place_credit}; it must be in [0, 1).")
+        if not 0.0 <= self.wordy_reward <= 1.0:
+            raise ValueError(f"wordy_reward is {self.wordy_reward}; it must be in [0, 1].")
 
     def train(self, seed: int, step: int, count: int) -> list[Problem]:
         """`count` problems whose identity is not held out.
@@ -114,16 +120,21 @@ class GeneratedTask:
     def score(self, problem: Problem, text: str) -> Score:
         """Verifier of the dataset on the final answer (lenient) and on the whole text (strict).
 
-        The reward is 1 if lenient, else place_credit * matching_places(final answer, right answer).
-
-
+        The reward is 1 if strict, wordy_reward if lenient only, else place_credit * matching_places(final, right).
         An answer on which the verifier fails or does not end in time is wrong.
         """
         text = before_stop(text, self.stop).strip()
         final = final_answer(text, like=problem.answer)
         lenient = self._verified(problem, final)
-        strict = lenient if text == final else self._verified(problem, text)
-        reward = 1.0 if lenient else self.place_credit * matching_places(final, problem.answer)
+        if text == final or is_number(problem.answer):
+            strict = lenient and text == final
+        else:
+            strict = self._verified(problem, text)
+            lenient = lenient or strict  # answers of several lines
+        if strict:
+            reward = 1.0
+        else:
+            reward = self.wordy_reward if lenient else self.place_credit * matching_places(final, problem.answer)
         return Score(reward=reward, lenient=lenient, strict=strict)
 
     @functools.cached_property

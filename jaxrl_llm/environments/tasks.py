@@ -120,9 +120,14 @@ def last_number(text: str) -> str | None:
     return number
 
 
+def is_number(text: str) -> bool:
+    """Whether `text` is one number and nothing else but white space around it."""
+    return _NUMBER.fullmatch(text.strip()) is not None
+
+
 def final_answer(text: str, *, like: str) -> str:
     """The part of `text` that lenient scoring looks at: its last number if `like` is a number, else its last line."""
-    if _NUMBER.fullmatch(like.strip()):
+    if is_number(like):
         return last_number(text) or ""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else ""

@@ -1,5 +1,7 @@
 """Tasks of reasoning-gym: split by identity, verifiers, and generators that never end."""
 
+import dataclasses
+
 import pytest
 import reasoning_gym
 
@@ -80,13 +82,29 @@ def test_lenient_and_strict_scores():
     wordy = answers(task, "that makes {}")
     assert wordy.lenient
     assert not wordy.strict
-    assert wordy.reward == 1.0
+    assert wordy.reward == 0.5
+    assert answers(dataclasses.replace(task, wordy_reward=1.0), "that makes {}").reward == 1.0
     for wrong in ("{}1", "", "I do not know", "{} or 5000"):
         score = answers(task, wrong)
         assert not score.lenient
         assert not score.strict
         assert score.reward < 1.0
     assert answers(task, "").reward == 0.0
+
+
+def test_digits_joined_by_underscores_are_not_a_strict_answer():
+    """Python's Decimal, which the verifier uses, would read them."""
+    task = get_task("sums_to_49")
+    problem = next(p for p in task.held_out() if len(p.answer) == 2)
+    assert not task.score(problem, "_".join(problem.answer)).strict
+
+
+def test_an_answer_of_several_lines_is_verified_as_a_whole():
+    task = GeneratedTask("lines", "rotate_matrix", {"min_n": 2, "max_n": 3}, stop="")
+    problem = next(p for p in task.train(0, 0, 8) if "\n" in p.answer)
+    assert task.score(problem, problem.answer).strict
+    assert task.score(problem, problem.answer).lenient
+    assert not task.score(problem, problem.answer.split("\n")[-1]).lenient
 
 
 @pytest.mark.parametrize(
@@ -109,6 +127,8 @@ def test_impossible_place_credit_is_refused():
     assert matching_places("", "") == 0.0
     with pytest.raises(ValueError, match="place_credit is 1"):
         GeneratedTask("sums", "chain_sum", place_credit=1.0)
+    with pytest.raises(ValueError, match=r"wordy_reward is 1\.5"):
+        GeneratedTask("sums", "chain_sum", wordy_reward=1.5)
 
 
 def test_negative_answers_need_their_sign():
