@@ -110,7 +110,7 @@ def make_generate(
         max_new_tokens: R, the width of the responses.
         group_size: G, responses per prompt.
         sampling: temperature and truncation.
-        eos_id: token that ends a response, or several.
+        eos_id: token that ends a response, or several; with an empty sequence every response has full width.
         pad_id: token written after the end.
         decode_dtype: of the decode loop's products and cache; None for the model's compute dtype. The prompts are
             always read in the model's own precision.
@@ -175,7 +175,7 @@ def _generate(
     keys: Key[Array, " B"],
 ) -> Rollout:
     hidden, cache = model.prefill(prompt_tokens, prompt_mask)
-    first_logits = jnp.repeat(model.logits(hidden[:, -1]), plan.group_size, axis=0)
+    first_logits = jnp.repeat(model.logits(hidden[:, -1]).T, plan.group_size, axis=1)
     weights = DecodeWeights.of(model, plan.decode_dtype)
     prompt = PromptCache.of(cache, weights.dtype)
     rows, slots = keys.shape[0], plan.max_new_tokens
@@ -186,8 +186,8 @@ def _generate(
         _Progress(
             count=jnp.zeros((), jnp.int32),
             ended=jnp.zeros(rows, bool),
-            # The last token is never read, so it needs no slot; one slot at least keeps the shapes legal.
-            cache=ResponseCache.empty(model.config, rows, max(slots - 1, 1), weights.dtype),
+            # The last token is never read, so it needs no slot.
+            cache=ResponseCache.empty(model.config, rows, slots - 1, weights.dtype),
             tokens=jnp.full((rows, slots), plan.pad_id, prompt_tokens.dtype),
             mask=jnp.zeros((rows, slots), bool),
             log_probs=jnp.zeros((rows, slots), first_logits.dtype),
@@ -214,7 +214,7 @@ def _generate(
     )
 
 
-def _record(plan: _Plan, keys: Key[Array, " B"], logits: Float[Array, "B V"], progress: _Progress) -> _Progress:
+def _record(plan: _Plan, keys: Key[Array, " B"], logits: Float[Array, "V B"], progress: _Progress) -> _Progress:
     """Draw token number `count` of every row that has not ended, and write it down."""
     count, ended = progress.count, progress.ended
     drawn, log_probs = sample_tokens(logits, token_uniforms(keys, count), plan.sampling)

@@ -81,12 +81,12 @@ def token_uniforms(keys: Key[Array, " B"], token_index: Int[Array, ""] | int) ->
 
 
 def sample_tokens(
-    logits: Float[Array, "B V"], uniforms: Float[Array, "B 2"], settings: SamplingSettings
+    logits: Float[Array, "V B"], uniforms: Float[Array, "B 2"], settings: SamplingSettings
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-    """Draw one token per row.
+    """Draw one token per column.
 
     Args:
-        logits: in float32 or wider; -inf is probability zero.
+        logits: vocabulary first, as `decode_logits` gives them; in float32 or wider; -inf is probability zero.
         uniforms: of `token_uniforms`; not looked at by a greedy choice.
         settings: temperature and truncation.
 
@@ -95,54 +95,51 @@ def sample_tokens(
         drew them.
     """
     blocks = _in_blocks(logits)
-    block_max = jnp.max(blocks, axis=2)
-    maximum = jnp.max(block_max, axis=1)
+    block_max = jnp.max(blocks, axis=1)
+    maximum = jnp.max(block_max, axis=0)
     if settings.greedy:
-        block = jnp.argmax(block_max, axis=1)
-        entry = jnp.argmax(_take_block(blocks, block), axis=1)
-        return (block * blocks.shape[2] + entry).astype(jnp.int32), jnp.zeros_like(maximum)
+        block = jnp.argmax(block_max, axis=0)
+        entry = jnp.argmax(_take_block(blocks, block), axis=0)
+        return (block * blocks.shape[1] + entry).astype(jnp.int32), jnp.zeros_like(maximum)
     reach = _reach(blocks, maximum, settings)
-    masses = jnp.sum(_weights(blocks, maximum[:, None, None], reach, settings), axis=2)
+    masses = jnp.sum(_weights(blocks, maximum, reach, settings), axis=1)
     block = _invert(masses, uniforms[:, 0])
     chosen = _take_block(blocks, block)
-    entry = _invert(_weights(chosen, maximum[:, None], reach, settings), uniforms[:, 1])
-    logit = jnp.take_along_axis(chosen, entry[:, None], axis=1)[:, 0]
-    log_prob = (logit - maximum) / settings.temperature - jnp.log(jnp.sum(masses, axis=1))
-    return (block * blocks.shape[2] + entry).astype(jnp.int32), log_prob
+    entry = _invert(_weights(chosen, maximum, reach, settings), uniforms[:, 1])
+    logit = jnp.take_along_axis(chosen, entry[None], axis=0)[0]
+    log_prob = (logit - maximum) / settings.temperature - jnp.log(jnp.sum(masses, axis=0))
+    return (block * blocks.shape[1] + entry).astype(jnp.int32), log_prob
 
 
-def _in_blocks(logits: Float[Array, "B V"]) -> Float[Array, "B blocks size"]:
-    rows, vocabulary = logits.shape
+def _in_blocks(logits: Float[Array, "V B"]) -> Float[Array, "blocks size B"]:
+    vocabulary, columns = logits.shape
     balanced = 1 << math.ceil(math.log2(vocabulary) / 2)
     size = min(max(SMALLEST_BLOCK, balanced), vocabulary)
     padding = -vocabulary % size
     if padding:
-        logits = jnp.pad(logits, ((0, 0), (0, padding)), constant_values=-jnp.inf)
-    return logits.reshape(rows, -1, size)
+        logits = jnp.pad(logits, ((0, padding), (0, 0)), constant_values=-jnp.inf)
+    return logits.reshape(-1, size, columns)
 
 
-def _take_block(blocks: Float[Array, "B blocks size"], block: Int[Array, " B"]) -> Float[Array, "B size"]:
-    return jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+def _take_block(blocks: Float[Array, "blocks size B"], block: Int[Array, " B"]) -> Float[Array, "size B"]:
+    return jnp.take_along_axis(blocks, block[None, None], axis=0)[0]
 
 
 def _weights(
-    logits: Float[Array, "B ..."],
-    maximum: Float[Array, "B ..."],
+    logits: Float[Array, "... B"],
+    maximum: Float[Array, " B"],
     reach: Float[Array, " B"] | None,
     settings: SamplingSettings,
-) -> Float[Array, "B ..."]:
+) -> Float[Array, "... B"]:
     # exp((z - max) / temperature) where max - z <= reach. Membership is decided on max - z, a single subtraction, so
     # that all passes over the logits agree about it; exp may round differently in a vectorised pass and a scalar one.
     below = maximum - logits
     weights = jnp.exp(-below / settings.temperature)
-    if reach is None:
-        return weights
-    limit = reach.reshape(reach.shape + (1,) * (logits.ndim - 1))
-    return jnp.where(below <= limit, weights, 0)
+    return weights if reach is None else jnp.where(below <= reach, weights, 0)
 
 
 def _reach(
-    blocks: Float[Array, "B blocks size"], maximum: Float[Array, " B"], settings: SamplingSettings
+    blocks: Float[Array, "blocks size B"], maximum: Float[Array, " B"], settings: SamplingSettings
 ) -> Float[Array, " B"] | None:
     """How far below the maximum [logits, before temperature] an entry may lie and be kept; None if every entry is."""
     reach = None
@@ -155,7 +152,7 @@ def _reach(
 
 
 def _nucleus_reach(
-    blocks: Float[Array, "B blocks size"], maximum: Float[Array, " B"], settings: SamplingSettings
+    blocks: Float[Array, "blocks size B"], maximum: Float[Array, " B"], settings: SamplingSettings
 ) -> Float[Array, " B"]:
     """Smallest reach whose kept mass is at least top_p, to the last bit.
 
@@ -164,7 +161,7 @@ def _nucleus_reach(
     """
     integer = {4: jnp.int32, 8: jnp.int64}[blocks.dtype.itemsize]
     assert settings.top_p is not None
-    wanted = settings.top_p * jnp.sum(_weights(blocks, maximum[:, None, None], None, settings), axis=(1, 2))
+    wanted = settings.top_p * jnp.sum(_weights(blocks, maximum, None, settings), axis=(0, 1))
     # Beyond this distance exp underflows to 0, so nothing further away can be needed.
     furthest = settings.temperature * -math.log(jnp.finfo(blocks.dtype).smallest_subnormal)
     high = jnp.full(maximum.shape, furthest, blocks.dtype).view(integer)
@@ -173,7 +170,7 @@ def _nucleus_reach(
         low, high = bounds
         middle = low + (high - low) // 2
         reach = middle.view(blocks.dtype)
-        enough = jnp.sum(_weights(blocks, maximum[:, None, None], reach, settings), axis=(1, 2)) >= wanted
+        enough = jnp.sum(_weights(blocks, maximum, reach, settings), axis=(0, 1)) >= wanted
         return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
 
     steps = 8 * blocks.dtype.itemsize
@@ -181,12 +178,12 @@ def _nucleus_reach(
     return high.view(blocks.dtype)
 
 
-def _invert(weights: Float[Array, "B M"], uniform: Float[Array, " B"]) -> Int[Array, " B"]:
+def _invert(weights: Float[Array, "M B"], uniform: Float[Array, " B"]) -> Int[Array, " B"]:
     """Index drawn with probability weights / sum(weights); never one of weight zero, whatever the sums round to."""
-    size = weights.shape[1]
+    size = weights.shape[0]
     # A triangular product instead of cumsum: one small operation where a scan would be a chain of them.
-    ones = jnp.triu(jnp.ones((size, size), weights.dtype))
-    cumulative = jnp.matmul(weights, ones, precision=jax.lax.Precision.HIGHEST)
+    ones = jnp.tril(jnp.ones((size, size), weights.dtype))
+    cumulative = jnp.matmul(ones, weights, precision=jax.lax.Precision.HIGHEST)
     possible = weights > 0
-    total = jnp.max(jnp.where(possible, cumulative, 0), axis=1)
-    return jnp.argmax(possible & (cumulative > (uniform * total)[:, None]), axis=1)
+    total = jnp.max(jnp.where(possible, cumulative, 0), axis=0)
+    return jnp.argmax(possible & (cumulative > uniform * total), axis=0)

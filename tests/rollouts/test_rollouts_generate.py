@@ -16,6 +16,7 @@ from jaxrl_llm.models.lora import LoraSettings
 from jaxrl_llm.models.lora import add_lora
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.rollouts import generate as generate_module
+from jaxrl_llm.rollouts.decode import SLOT_MULTIPLE
 from jaxrl_llm.rollouts.generate import make_generate
 from jaxrl_llm.rollouts.sampling import SamplingSettings
 
@@ -252,7 +253,7 @@ def test_the_loop_does_not_copy_its_caches(model, prompts):
     looping = [body for body in bodies if "dynamic-update-slice" in body]
     assert looping
     config = model.config
-    shape = (PROMPTS * GROUP, config.num_kv_heads, config.head_dim, NEW - 1)
+    shape = (PROMPTS * GROUP, config.num_kv_heads, config.head_dim, SLOT_MULTIPLE)
     for text in (shape, (*shape[:2], shape[3], shape[2])):
         cache = re.escape("[" + ",".join(map(str, text)) + "]")
         assert re.search(cache, "".join(looping))

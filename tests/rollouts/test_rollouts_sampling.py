@@ -41,7 +41,7 @@ def uniform_grid(rows: int) -> jax.Array:
 
 
 def draw(logits, uniforms, settings):
-    return jax.jit(sample_tokens, static_argnames="settings")(logits, uniforms, settings=settings)
+    return jax.jit(sample_tokens, static_argnames="settings")(logits.T, uniforms, settings=settings)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -99,7 +99,7 @@ def test_rare_tokens_in_rare_blocks_are_drawn_as_often_as_they_should():
     draws = 400_000
     uniforms = token_uniforms(jax.random.split(jax.random.key(2), draws), 5)
     tokens = jax.lax.map(
-        lambda u: sample_tokens(jnp.broadcast_to(jnp.asarray(logits), (1000, logits.size)), u, SamplingSettings())[0],
+        lambda u: sample_tokens(jnp.broadcast_to(logits.T, (logits.size, 1000)), u, SamplingSettings())[0],
         uniforms.reshape(-1, 1000, 2),
     )
     counts = np.bincount(np.asarray(tokens).ravel(), minlength=logits.size)[np.isfinite(logits[0])][1:]
@@ -134,7 +134,7 @@ def test_float64_logits_keep_their_precision():
     with jax.enable_x64(True):
         logits = 3 * jax.random.normal(jax.random.key(0), (32, 300), jnp.float64)
         settings = SamplingSettings(temperature=0.7, top_p=0.9)
-        tokens, log_prob = sample_tokens(logits, uniform_grid(32), settings)
+        tokens, log_prob = sample_tokens(logits.T, uniform_grid(32), settings)
         assert log_prob.dtype == jnp.float64
         expected = [
             plain_log_probs(row, settings)[token] for row, token in zip(np.asarray(logits), tokens, strict=True)
