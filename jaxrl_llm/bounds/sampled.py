@@ -207,3 +207,38 @@ def sampled_sequence_tv_one_sided(
     log_ratio, real = _prepare(log_ratio_t, response_mask)
     drop = -jnp.minimum(_expm1(jnp.sum(log_ratio, axis=1), limit), 0)
     return clustered_mean(drop, real, group_ids)
+
+
+def sampled_weighted_deviation(
+    log_ratio_t: Float[Array, "B T"],
+    response_mask: Bool[Array, "B T"],
+    weights_t: Float[Array, " T"],
+    *,
+    group_ids: Int[Array, " B"] | None = None,
+    limit: ScalarLike = LOG_RATIO_LIMIT,
+) -> Estimate:
+    """E_mu[W], W = sum_t |rho_t - 1| w_t, from sampled log-probs alone; |Error| <= E_mu[W] for rewards in [0, 1].
+
+    For weights w_t that are at least the TV between pi and mu over what follows position t, given any context: for
+    instance w_t = min(1, (T - t) eps). Proof: Error = E_mu sum_t (rho_t - 1) E_mu[R (prod_{j>t} rho_j - 1) | c_t, y_t],
+    and the inner expectation is a difference of mean rewards, at most w_t. Because E_mu |rho_t - 1| = 2 Dbar_t, it
+    estimates the adaptive bound.
+    Source: the length-neutral variant of TRM (arXiv 2512.23075, appendix), which states 2 E_mu[W] (errata F2.2). The
+    weights must belong to the largest length, not to the realised one (errata F2.12).
+
+    Args:
+        log_ratio_t: log pi - log mu of the sampled tokens [nats].
+        response_mask: true at the tokens that mu sampled.
+        weights_t: weight of each column.
+        group_ids: equal for sequences that answer the same prompt.
+        limit: clamp of the log-ratio [nats].
+
+    Returns:
+        the estimate of E_mu[W].
+
+    Raises:
+        ValueError, TypeError: if the arrays are not [B, T], [B, T] and [T].
+    """
+    log_ratio, real = _prepare(log_ratio_t, response_mask)
+    require_rank(1, "T", weights_t=weights_t)
+    return clustered_mean(jnp.sum(jnp.abs(_expm1(log_ratio, limit)) * weights_t[None, :], axis=1), real, group_ids)

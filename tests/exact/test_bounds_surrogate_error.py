@@ -12,6 +12,7 @@ import pytest
 from jaxrl_llm.bounds import PRINTED
 from jaxrl_llm.bounds import SHARP
 from jaxrl_llm.bounds import sampled_surrogate_error
+from jaxrl_llm.bounds import sampled_weighted_deviation
 from jaxrl_llm.bounds import surrogate_error_bounds
 from jaxrl_llm.bounds.surrogate_error import average_only_from_kl
 from tests.exact import token_trees as trees
@@ -29,11 +30,15 @@ def measure(pi, mu, rewards):
     # The estimator on "every sequence, in proportion": weights enter through the rewards, the mean through the size.
     ratio_form = sampled_surrogate_error(ratios, every, weight * rewards * rewards.size).value
     bounds = surrogate_error_bounds(inputs)
+    after = jnp.arange(ratios.shape[1], dtype=ratios.dtype)[::-1]
+    weights = jnp.minimum(after * inputs.max_tv, 1.0)
+    deviations = jax.vmap(lambda row: sampled_weighted_deviation(row[None], every[:1], weights).value)(ratios)
     return {
         "error": error,
         "gain": gain,
         "surrogate": surrogate,
         "ratio_form": ratio_form,
+        "weighted_deviation": jnp.sum(weight * deviations),
         "bounds": bounds,
         "from_kl": average_only_from_kl(inputs),
     }
@@ -63,6 +68,11 @@ def test_runs_in_float64(measured):
 def test_the_ratio_form_is_the_error(measured):
     np.testing.assert_allclose(measured["ratio_form"], measured["error"], atol=1e-12)
     assert np.abs(measured["error"]).max() > 0.1
+
+
+def test_the_weighted_deviation_is_the_adaptive_bound(measured):
+    np.testing.assert_allclose(measured["weighted_deviation"], measured["bounds"].sharp["adaptive_tv"], rtol=1e-10)
+    assert np.all(np.abs(measured["error"]) <= measured["weighted_deviation"] + 1e-12)
 
 
 @pytest.mark.parametrize("name", sorted(SHARP))

@@ -1,0 +1,177 @@
+"""What EMPG, vocabulary pruning and divergence augmentation do to the exact gradient, in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_llm import categorical
+from jaxrl_llm.objectives import divergence_augmented as augmented
+from jaxrl_llm.objectives import modulation
+from jaxrl_llm.objectives import pruning
+from tests.exact import token_trees as trees
+
+
+class TestEntropyModulation:
+    """Two trajectories of two steps: after the first choice the policy is certain on branch 0 and uncertain on branch
+    1.
+    """
+
+    step_h = jnp.array([[0.5, 0.0], [0.5, 1.0]])
+    steps = jnp.ones((2, 2), bool)
+
+    def pull_towards_branch_one(self, returns, bonus, zeta):
+        # Exact policy gradient of the root's log-odds at probability 1/2, up to the factor p (1 - p).
+        return float(returns[1] - returns[0] + zeta * (bonus[1, 0] - bonus[0, 0]))
+
+    def test_the_bonus_changes_which_branch_is_optimal(self):
+        returns = jnp.array([0.5, 0.6])  # the uncertain branch is worth more
+        normalised = modulation.normalised_entropy(self.step_h, self.steps)
+        clarity = modulation.future_clarity(normalised, self.steps)
+        assert self.pull_towards_branch_one(returns, clarity, 0.05) > 0
+        assert self.pull_towards_branch_one(returns, clarity, 0.5) < 0
+
+    def test_one_shaping_reward_alone_changes_it_as_well_and_its_sum_does_not(self):
+        # (errata F4.3)
+        returns = jnp.array([0.5, 0.6])
+        potential = jnp.exp(-modulation.normalised_entropy(self.step_h, self.steps))
+        shaped = modulation.potential_shaping(potential, self.steps)
+        bonus = modulation.potential_bonus(potential, self.steps)
+        assert self.pull_towards_branch_one(returns, shaped, 0.5) < 0
+        for zeta in (0.05, 0.5, 50.0):
+            np.testing.assert_allclose(self.pull_towards_branch_one(returns, bonus, zeta), 0.1, rtol=1e-9)
+        np.testing.assert_allclose(bonus, shaped[:, ::-1].cumsum(1)[:, ::-1], atol=1e-12)
+
+    def test_the_scale_has_mean_one_but_weights_the_signs_unevenly(self):
+        # (errata F4.4) failures happen where the policy is uncertain: mean of A g is not zero although both means are
+        # right.
+        normalised = modulation.normalised_entropy(self.step_h, self.steps)
+        scale = modulation.self_calibrating_scale(normalised, self.steps)
+        np.testing.assert_allclose(scale.mean(), 1.0, rtol=1e-12)
+        advantages = jnp.array([1.0, -1.0])
+        assert abs(float(jnp.mean(advantages[:, None] * scale))) > 0.1
+
+
+class TestPruning:
+    V, T = 4, 3
+    log_min_p = float(np.log(0.25))
+
+    @pytest.fixture
+    def world(self):
+        keys = jax.random.split(jax.random.key(3), 3)
+        train = trees.random_policy(keys[0], vocabulary=self.V, horizon=self.T, scale=1.5)
+        infer = trees.perturb(keys[1], train, noise=0.3)
+        return train, infer, jax.random.uniform(keys[2], (self.V**self.T,))
+
+    def pruned(self, policy):
+        return [categorical.restrict(z, categorical.safe_set(z, log_min_p=self.log_min_p)) for z in policy]
+
+    def sequences(self):
+        grid = np.indices((self.V,) * self.T).reshape(self.T, -1).T
+        contexts = [np.zeros(len(grid), int)]
+        for t in range(self.T - 1):
+            contexts.append(contexts[-1] * self.V + grid[:, t])
+        return jnp.asarray(grid), [jnp.asarray(c) for c in contexts]
+
+    def token_values(self, policy):
+        tokens, contexts = self.sequences()
+        each = [
+            pruning.pruned_log_prob(policy[t][contexts[t]], tokens[:, t], log_min_p=self.log_min_p)
+            for t in range(self.T)
+        ]
+        return jnp.stack([x.log_prob for x in each], 1), jnp.stack([x.kept for x in each], 1)
+
+    def test_the_gradient_of_the_pruned_objective(self, world):
+        train, _, rewards = world
+        exact = jax.grad(lambda p: jnp.sum(jnp.exp(trees.sequence_log_probs(self.pruned(p))) * rewards))(train)
+
+        def loss(p):
+            log_prob, kept = self.token_values(p)
+            law = jnp.where(jnp.all(kept, 1), jnp.exp(jnp.sum(jax.lax.stop_gradient(log_prob), 1)), 0.0)
+            return jnp.sum(law * (rewards - 0.5) * jnp.sum(log_prob, axis=1))
+
+        pruned_away = 0
+        for ours, theirs, z in zip(jax.grad(loss)(train), exact, train, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-13)
+            outside = ~np.asarray(categorical.safe_set(z, log_min_p=self.log_min_p))
+            pruned_away += outside.sum()
+            assert np.all(np.asarray(ours)[outside] == 0)
+        assert pruned_away > 5
+        unpruned = jax.grad(lambda p: jnp.sum(jnp.exp(trees.sequence_log_probs(p)) * rewards))(train)
+        assert max(float(jnp.max(jnp.abs(a - b))) for a, b in zip(unpruned, exact, strict=True)) > 1e-3
+
+    def test_importance_weights_miss_exactly_what_the_sampler_cannot_produce(self, world):
+        train, infer, _ = world
+        log_prob, kept = self.token_values(train)
+        log_behaviour, kept_behaviour = self.token_values(infer)
+        every = jnp.ones(kept.shape, bool)
+        law_infer = jnp.where(jnp.all(kept_behaviour, 1), jnp.exp(log_behaviour.sum(1)), 0.0)
+        law_train = jnp.where(jnp.all(kept, 1), jnp.exp(log_prob.sum(1)), 0.0)
+        np.testing.assert_allclose(law_train.sum(), 1.0, rtol=1e-12)
+        weights = pruning.pruned_sequence_weights(log_prob, log_behaviour, kept, every, cap=jnp.inf)
+        f = jnp.linspace(-1.0, 2.0, weights.size)
+        left = jnp.sum(law_infer * weights * f)
+        right = jnp.sum(jnp.where(jnp.all(kept_behaviour, 1), law_train * f, 0.0))
+        np.testing.assert_allclose(left, right, rtol=1e-10)
+        assert abs(float(left - jnp.sum(law_train * f))) > 1e-4  # the missing mass
+
+
+class TestDivergenceAugmentation:
+    """Occupancies of a random MDP, all in closed form."""
+
+    S, A, discount = 5, 3, 0.9
+
+    @pytest.fixture
+    def mdp(self):
+        rng = np.random.default_rng(0)
+        kernel = jnp.asarray(rng.dirichlet(np.ones(self.S), (self.S, self.A)))
+        old = jnp.asarray(rng.normal(size=(self.S, self.A)))
+        return kernel, old, old + 0.5 * jnp.asarray(rng.normal(size=(self.S, self.A)))
+
+    def occupancy(self, kernel, logits):
+        pi = jax.nn.softmax(logits)
+        step = jnp.einsum("sa,sat->st", pi, kernel)
+        start = jnp.zeros(self.S).at[0].set(1.0)
+        return (1 - self.discount) * jnp.linalg.solve(jnp.eye(self.S) - self.discount * step.T, start)
+
+    def policy_gradient(self, kernel, logits, phi, *, future=True, states=None):
+        """E_{d, pi}[Q grad log pi] with Q the discounted sum of the fixed pseudo-reward phi."""
+        pi = jax.nn.softmax(logits)
+        step = jnp.einsum("sa,sat->st", pi, kernel)
+        value = jnp.linalg.solve(jnp.eye(self.S) - self.discount * step, jnp.sum(pi * phi, 1))
+        q = phi + (self.discount * jnp.einsum("sat,t->sa", kernel, value) if future else 0.0)
+        states = self.occupancy(kernel, logits) if states is None else states
+        return jax.grad(lambda z: jnp.sum(states[:, None] * pi * q * jax.nn.log_softmax(z)))(logits)
+
+    def test_the_divergence_is_a_policy_gradient_with_a_pseudo_reward(self, mdp):
+        kernel, old, new = mdp
+
+        def divergence(z):
+            return jnp.sum(self.occupancy(kernel, z) * categorical.kl(z, old))
+
+        exact = jax.grad(divergence)(new)
+        phi = augmented.pseudo_reward(jax.nn.log_softmax(new), jax.nn.log_softmax(old))
+        np.testing.assert_allclose(self.policy_gradient(kernel, new, phi), exact, atol=1e-14)
+        scale = float(jnp.max(jnp.abs(exact)))
+        assert scale > 1e-3
+        # Dropping the future, or taking the states of the old policy, is another gradient.
+        short = self.policy_gradient(kernel, new, phi, future=False)
+        stale = self.policy_gradient(kernel, new, phi, states=self.occupancy(kernel, old))
+        assert float(jnp.max(jnp.abs(short - exact))) > 0.002 * scale
+        assert float(jnp.max(jnp.abs(stale - exact))) > 0.01 * scale
+
+    def test_the_full_entropy_needs_the_ratio_of_state_densities(self, mdp):
+        # (errata F8.4) F = sum mu log mu: phi = log pi/pi_old + log d/d_old, and without the second term it is wrong.
+        kernel, old, new = mdp
+        d_old = self.occupancy(kernel, old)
+
+        def divergence(z):
+            d = self.occupancy(kernel, z)
+            return jnp.sum(d * (categorical.kl(z, old) + jnp.log(d / d_old)))
+
+        exact = jax.grad(divergence)(new)
+        phi = jax.nn.log_softmax(new) - jax.nn.log_softmax(old)
+        density = jnp.log(self.occupancy(kernel, new) / d_old)[:, None]
+        scale = float(jnp.max(jnp.abs(exact)))
+        np.testing.assert_allclose(self.policy_gradient(kernel, new, phi + density), exact, atol=1e-13)
+        assert float(jnp.max(jnp.abs(self.policy_gradient(kernel, new, phi) - exact))) > 0.005 * scale
