@@ -231,6 +231,8 @@ class Update:
             total, terms = gradient(params, take_rows(batch, rows[0]))
         else:
             # The number of micro-batches that hold something differs between minibatches; the program does not.
+            # Jitted, so that the loop finds the trace that the shapes were read from.
+            gradient = jax.jit(gradient)
             shapes = jax.eval_shape(gradient, params, take_rows(batch, rows[0]))
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 

@@ -18,6 +18,7 @@ from jaxrl_llm.models.config import tiny
 from jaxrl_llm.models.tokenizers import ByteTokenizer
 from jaxrl_llm.models.trainable import Trainable
 from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.objectives import Recipe
 from jaxrl_llm.objectives import get_recipe
 from jaxrl_llm.training import OptimizerSettings
 from jaxrl_llm.training import Parts
@@ -58,12 +59,13 @@ SETTINGS = TrainSettings(
 )
 
 
-def make_parts(recipe: str = "dapo", choice: Trainable | None = None, **changes) -> Parts:
+def make_parts(recipe: str | Recipe = "dapo", choice: Trainable | None = None, *, layers: int = 1, **changes) -> Parts:
     tokenizer = ByteTokenizer()
+    recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
     choice = trainable.full() if choice is None else choice
-    model = Transformer(tiny(vocab_size=tokenizer.vocab_size), rngs=nnx.Rngs(0))
+    model = Transformer(tiny(vocab_size=tokenizer.vocab_size, num_layers=layers), rngs=nnx.Rngs(0))
     model = choice.prepare(model, rngs=nnx.Rngs(1))
-    parts = Parts(model=model, trainable=choice, tokenizer=tokenizer, task=SayTheDigit(), recipe=get_recipe(recipe))
+    parts = Parts(model=model, trainable=choice, tokenizer=tokenizer, task=SayTheDigit(), recipe=recipe)
     return dataclasses.replace(parts, **changes)
 
 
