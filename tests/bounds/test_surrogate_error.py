@@ -106,6 +106,22 @@ def test_the_trivial_bound_is_exactly_the_edge_of_saying_nothing():
     np.testing.assert_allclose(untold.threshold, 1.5 * bound, rtol=1e-5)
 
 
+def test_the_cap_of_the_adaptive_bound_binds_early():
+    # min(1, sqrt((T - t) delta / 2)) is 1 while T - t >= 2 / delta, at the first positions (errata F2.10).
+    horizon, delta = 64, 0.1
+    base = bound_inputs_from_scalars(max_kl=delta, horizon=horizon)
+
+    def weight(position):
+        one = jnp.zeros(horizon).at[position].set(1.0)
+        return float(SHARP["adaptive_kl"](base._replace(mean_tv_t=one))) / 2
+
+    weights = [weight(t) for t in range(horizon)]
+    assert weights[0] == 1.0
+    assert weights == sorted(weights, reverse=True)
+    assert sum(w == 1.0 for w in weights) == horizon - 20
+    assert weights[-1] == 0.0
+
+
 def test_identical_policies_give_zero_bounds_with_finite_gradients():
     def smallest(delta):
         return surrogate_error_bounds(bound_inputs_from_scalars(max_kl=delta, horizon=8)).unified_sharp

@@ -154,8 +154,38 @@ def test_the_sharp_constant_is_attained_at_two_tokens(eps):
     np.testing.assert_allclose(error, 2 * eps**2, rtol=1e-9)
     for name in ("classical", "coupling", "adaptive", "adaptive_tv"):
         np.testing.assert_allclose(error, sharp[name], rtol=1e-9)
+    if eps < 0.01:  # Pinsker's inequality is an equality in the limit of small steps
+        for name in ("pinsker_marginal_kl", "pinsker_marginal_tv", "adaptive_kl"):
+            assert error > 0.999 * sharp[name]
     # So a quarter of the printed constant would be a wrong theorem, and this world shows it.
     assert error > 0.99 * sharp["adaptive"] > 0.5 * sharp["adaptive"]
+
+
+@pytest.mark.parametrize("baseline", [0.0, 0.3])
+def test_the_printed_surrogate_is_off_by_a_constant(baseline):
+    # E_mu[(R - b) sum_t rho_t] = L' + T (J(mu) - b): the bounds are for L', not for the printed surrogate (errata
+    # F2.1).
+    pi, mu, rewards = (jax.tree.map(lambda x: x[0], part) for part in one_world())
+    law = jnp.exp(trees.sequence_log_probs(mu))
+    ratios = jnp.exp(trees.token_log_ratios(pi, mu))
+    printed = jnp.sum(law * (rewards - baseline) * ratios.sum(axis=1))
+    _, surrogate, error = trees.error_of_surrogate(pi, mu, rewards)
+    offset = ratios.shape[1] * (jnp.sum(law * rewards) - baseline)
+    np.testing.assert_allclose(printed, surrogate + offset, rtol=1e-12)
+    gain = jnp.sum(jnp.exp(trees.sequence_log_probs(pi)) * rewards) - jnp.sum(law * rewards)
+    assert abs(float(gain - printed)) > 100 * abs(float(error))
+
+
+def one_world():
+    return trees.draw(
+        np.random.default_rng(1),
+        worlds=1,
+        vocabulary=3,
+        horizon=5,
+        noise=np.array([0.05]),
+        share=np.ones(1),
+        kind=np.zeros(1),
+    )
 
 
 def test_wrong_formulas_are_caught(measured):

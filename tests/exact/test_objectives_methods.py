@@ -162,16 +162,18 @@ class TestDivergenceAugmentation:
 
     def test_the_full_entropy_needs_the_ratio_of_state_densities(self, mdp):
         # (errata F8.4) F = sum mu log mu: phi = log pi/pi_old + log d/d_old, and without the second term it is wrong.
-        kernel, old, new = mdp
+        kernel, old, far = mdp
         d_old = self.occupancy(kernel, old)
 
         def divergence(z):
             d = self.occupancy(kernel, z)
             return jnp.sum(d * (categorical.kl(z, old) + jnp.log(d / d_old)))
 
-        exact = jax.grad(divergence)(new)
-        phi = jax.nn.log_softmax(new) - jax.nn.log_softmax(old)
-        density = jnp.log(self.occupancy(kernel, new) / d_old)[:, None]
-        scale = float(jnp.max(jnp.abs(exact)))
-        np.testing.assert_allclose(self.policy_gradient(kernel, new, phi + density), exact, atol=1e-13)
-        assert float(jnp.max(jnp.abs(self.policy_gradient(kernel, new, phi) - exact))) > 0.005 * scale
+        for step in (1.0, 0.01):
+            new = old + step * (far - old)
+            exact = jax.grad(divergence)(new)
+            phi = jax.nn.log_softmax(new) - jax.nn.log_softmax(old)
+            density = jnp.log(self.occupancy(kernel, new) / d_old)[:, None]
+            scale = float(jnp.max(jnp.abs(exact)))
+            np.testing.assert_allclose(self.policy_gradient(kernel, new, phi + density), exact, atol=1e-13)
+            assert float(jnp.max(jnp.abs(self.policy_gradient(kernel, new, phi) - exact))) > 0.005 * scale
