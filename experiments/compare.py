@@ -11,9 +11,11 @@ from experiments import metric_names as names
 from experiments import records
 from experiments import style
 from experiments import words
+from experiments.figures import AVERAGED
 from experiments.figures import STEP
 from experiments.figures import legend
-from experiments.figures import smooth
+from experiments.figures import line
+from experiments.figures import positive
 from experiments.records import Record
 from experiments.report import render
 from experiments.report import shown_picture
@@ -124,22 +126,12 @@ def overlay(first: Record, second: Record) -> list[Picture]:
         figure, axes = new_axes(STEP, unit)
         if name in LOGARITHMIC:
             axes.set_yscale("log")
-        for (steps, values), colour, dashes, record in zip(
-            columns, (style.BLUE, style.VERMILION), ("-", "--"), (first, second), strict=True
-        ):
-            marker = "o" if len(steps) < 20 else ""
-            axes.plot(
-                steps,
-                smooth(values, 9) if len(steps) > 18 else values,
-                color=colour,
-                linestyle=dashes,
-                marker=marker,
-                markersize=3.5,
-                label=record.run.label,
-            )
+        looks = ((first, style.BLUE, "-"), (second, style.VERMILION, "--"))
+        for (steps, values), (record, colour, dashes) in zip(columns, looks, strict=True):
+            if name in LOGARITHMIC:
+                steps, values = positive(steps, values)
+            line(axes, steps, values, colour, record.run.label, dashes)
         legend(axes, 1)
-        caption = (
-            f"Solid: {first.run.label}; dashed: {second.run.label}. Moving average of 9 batches where there are enough."
-        )
+        caption = f"Solid: {first.run.label}; dashed: {second.run.label}. Moving averages over {AVERAGED} batches."
         pictures.append(Picture(name.replace("/", "-"), title, caption, figure))
     return pictures

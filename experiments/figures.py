@@ -1,7 +1,5 @@
 """The figures of a report, each drawn from the rows of a run's files."""
 
-from typing import Any
-
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,6 +11,8 @@ from experiments.style import Picture
 from experiments.style import new_axes
 
 STEP = "rollout batch"
+AVERAGED = 9
+"""Steps in a moving average."""
 
 
 def smooth(values: np.ndarray, width: int) -> np.ndarray:
@@ -23,13 +23,14 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
 
-def line(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str, label: str, *, width: int = 9) -> None:
-    """One metric: every step faint with its moving average on top; a short run as it is."""
-    if len(steps) < 2 * width:
-        axes.plot(steps, values, color=colour, label=label, marker="o", markersize=3)
+def line(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str, label: str, dashes: str = "-") -> None:
+    """One metric: every step faint with its moving average on top (geometric on a log axis); a short run as it is."""
+    if len(steps) < 2 * AVERAGED:
+        axes.plot(steps, values, color=colour, linestyle=dashes, label=label, marker="o", markersize=3)
         return
-    axes.plot(steps, values, color=colour, linewidth=0.9, alpha=0.35)
-    axes.plot(steps, smooth(values, width), color=colour, label=label)
+    averaged = np.exp(smooth(np.log(values), AVERAGED)) if axes.get_yscale() == "log" else smooth(values, AVERAGED)
+    axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.35)
+    axes.plot(steps, averaged, color=colour, linestyle=dashes, label=label)
 
 
 def legend(axes: Axes, columns: int = 3) -> None:
@@ -79,7 +80,7 @@ def length(record: Record) -> Picture | None:
         return None
     figure, axes = new_axes(STEP, "tokens per answer")
     line(axes, steps, lengths, style.BLUE, "mean")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * float(lengths.max()))
     return Picture(
         "length",
         "Length of the answers",
@@ -95,7 +96,7 @@ def entropy(record: Record) -> Picture | None:
         return None
     figure, axes = new_axes(STEP, "nats per token")
     line(axes, steps, values, style.GREEN, "mean")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * float(values.max()) or 1)
     caption = (
         "Exact entropy of the next-token distribution over the whole vocabulary, mean over sampled contexts, in nats: "
         f"{_between_ends(values, '.2f')}."
@@ -117,7 +118,7 @@ def shift(record: Record) -> Picture | None:
     axes.set_yscale("log")
     for name, colour, label, dashes in lines:
         steps, values = positive(*record.column(name))
-        axes.plot(steps, values, color=colour, linestyle=dashes, linewidth=1.4, label=label, **_dots(steps))
+        line(axes, steps, values, colour, label, dashes)
     legend(axes, 4)
     kl, tv = (float(np.median(record.column(name)[1])) for name in (names.KL_MEAN, names.TV_MEAN))
     caption = (
@@ -160,7 +161,7 @@ def bounds(record: Record) -> Picture | None:
         (names.THRESHOLD, style.INK, "--", "trivial bound: a bound at or above it is vacuous"),
     ):
         steps, values = positive(*record.column(name))
-        axes.plot(steps, values, color=colour, linestyle=dashes, linewidth=1.4, label=label, **_dots(steps))
+        line(axes, steps, values, colour, label, dashes)
     _measured_error(axes, record)
     legend(axes, 1)
     return Picture("bounds", "Bounds against the measured error of the surrogate", _bounds_caption(record), figure)
@@ -169,10 +170,6 @@ def bounds(record: Record) -> Picture | None:
 def positive(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What a log axis can show: a step that changed nothing has divergence and bound 0."""
     return steps[values > 0], values[values > 0]
-
-
-def _dots(steps: np.ndarray) -> dict[str, Any]:
-    return {"marker": "o", "markersize": 3} if len(steps) < 18 else {}
 
 
 def _measured_error(axes: Axes, record: Record) -> None:
@@ -227,7 +224,7 @@ def time_split(record: Record) -> Picture | None:
     # The first steps compile; they would flatten all the others.
     total = np.sum(values, axis=0)
     axes.set_ylim(0, float(np.quantile(total, 0.95)) * 1.3)
-    legend(axes, 4)
+    legend(axes, 5)
     medians = [float(np.median(value)) for value in values]
     caption = "Median per batch: " + ", ".join(
         f"{label} {median:.2f} s" for label, median in zip(labels, medians, strict=True)

@@ -1,12 +1,12 @@
-"""Reinforcement learning alone teaches a small transformer with random weights to turn strings round.
+"""Reinforcement learning alone teaches a small transformer with random weights to copy digits.
 
-Claim      Held-out accuracy on turning 4 digits round rises by at least 25 points from 0.
+Claim      Held-out accuracy on copying 4 digits rises from 0 by at least 50 points.
 Command    python -m experiments run from_scratch
-Cost       to be measured: below 90 seconds on two cores of an AMD EPYC
-Expected   accuracy_gain >= 0.25 in summary.json
+Cost       about 45 seconds on two cores of an AMD EPYC, compilation included
+Expected   accuracy_gain >= 0.5 in summary.json
 
 The model reads and writes bytes. The reward is the share of places that are right, so there is something to follow from
-the first step. Strings and their reverses are one problem; a third of the problems is never trained on.
+the first step. A third of the 10,000 strings is never trained on; 128 of that third are the held-out problems.
 """
 
 import dataclasses
@@ -72,8 +72,8 @@ def build(settings: RunSettings) -> tuple[Transformer, Tokenizer]:
 
 SETTINGS = FromScratchSettings(
     model="random",
-    task="reverse_digits",
-    recipe="dr_grpo",
+    task="copy_digits",
+    recipe="grpo",
     learns="full",
     train=TrainSettings(
         steps=300,
@@ -84,7 +84,7 @@ SETTINGS = FromScratchSettings(
         optimizer=OptimizerSettings(learning_rate=1e-3),
         update=UpdateSettings(minibatches=4),
         checkpoint_every=50,
-        evaluate_every=50,
+        evaluate_every=25,
     ),
 )
 
@@ -98,10 +98,10 @@ TINY = dataclasses.replace(
 
 EXPERIMENT = Experiment(
     name="from_scratch",
-    claim="Reinforcement learning alone teaches a small transformer with random weights to turn strings round.",
-    cost="below 90 seconds on two cores of an AMD EPYC",
+    claim="Reinforcement learning alone teaches a small transformer with random weights to copy digits.",
+    cost="about 45 seconds on two cores of an AMD EPYC",
     settings=SETTINGS,
     tiny=TINY,
-    expectation=Expectation("accuracy_gain", at_least=0.25),
+    expectation=Expectation("accuracy_gain", at_least=0.5),
     build=build,
 )

@@ -165,7 +165,8 @@ def samples_section(record: Record) -> dict[str, Any] | None:
         answers, key=lambda answer: not has_after or answer["before"]["lenient"] == answer["after"]["lenient"]
     )
     changed = sum(answer["before"]["lenient"] != answer["after"]["lenient"] for answer in answers) if has_after else 0
-    shown = _spread(rows[:changed], SHOWN_SAMPLES * 2 // 3) + _spread(rows[changed:], SHOWN_SAMPLES // 3)
+    others = min(SHOWN_SAMPLES // 3, len(rows) - changed) if changed else SHOWN_SAMPLES
+    shown = _spread(rows[:changed], SHOWN_SAMPLES - others) + _spread(rows[changed:], others)
     note = f"{len(shown)} of {len(answers)} held-out problems, greedy answers."
     if has_after:
         note += f" Right or wrong changed for {changed} of them; the first rows are such."
@@ -189,7 +190,8 @@ def _sample_row(answer: Mapping[str, Any]) -> dict[str, Any]:
     for when in ("before", "after"):
         if when in answer:
             right = answer[when]["lenient"]
-            text = answer[when]["text"].rstrip("\n")
+            # Bytes of an untrained model are no text; what cannot be printed is shown as such.
+            text = "".join(letter if letter.isprintable() else "\ufffd" for letter in answer[when]["text"].strip())
             row[when] = {
                 "kind": "right" if right else "wrong",
                 "mark": "✓" if right else "✗",
