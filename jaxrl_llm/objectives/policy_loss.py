@@ -13,20 +13,17 @@ from jaxrl_llm.checks import require_dtype
 from jaxrl_llm.checks import require_rank
 from jaxrl_llm.checks import require_same_shape
 from jaxrl_llm.masked import masked_mean
-from jaxrl_llm.masked import masked_sum_count
 from jaxrl_llm.objectives import corrections
 from jaxrl_llm.objectives import masks
 from jaxrl_llm.objectives import surrogates
 from jaxrl_llm.objectives.aggregation import aggregate
 from jaxrl_llm.objectives.aggregation import aggregate_accepted
 from jaxrl_llm.objectives.divergences import ESTIMATORS
-from jaxrl_llm.objectives.divergences import k3
-from jaxrl_llm.objectives.ratios import LOG_RATIO_LIMIT
+from jaxrl_llm.objectives.loss_metrics import Pair
+from jaxrl_llm.objectives.loss_metrics import loss_metrics
 from jaxrl_llm.objectives.ratios import ratio_from_log
 from jaxrl_llm.objectives.ratios import token_log_ratio
 from jaxrl_llm.objectives.recipes import Recipe
-
-Pair = tuple[Float[Array, ""], Float[Array, ""]]
 
 
 class LossTerms(NamedTuple):
@@ -34,7 +31,7 @@ class LossTerms(NamedTuple):
 
     Attributes:
         loss: (sum, count); the number to minimise is their quotient, its gradient that of the sum over the count.
-        metrics: name -> (sum, count), constants to the gradient. `policy_loss` lists names and normalisations.
+        metrics: name -> (sum, count), constants to the gradient. `loss_metrics` lists them.
     """
 
     loss: Pair
@@ -189,56 +186,40 @@ def _spread_advantages(
     return advantages
 
 
-def _ratio_metrics(
-    recipe: Recipe, log_ratio: Float[Array, "B T"], advantages: Float[Array, "B T"], response_mask: Bool[Array, "B T"]
-) -> dict[str, Pair]:
-    ratio = ratio_from_log(log_ratio)
-    limited = (jnp.abs(log_ratio) > LOG_RATIO_LIMIT).astype(ratio.dtype)
-    metrics = {
-        "ratio": masked_sum_count(ratio, response_mask),
-        "ratio_limited": masked_sum_count(limited, response_mask),
-    }
-    if recipe.surrogate in ("clipped", "dual_clipped"):
-        binds = surrogates.clip_binds(ratio, advantages, clip_low=recipe.clip_low, clip_high=recipe.clip_high)
-        metrics["clip_fraction"] = masked_sum_count(binds.astype(ratio.dtype), response_mask)
-    if recipe.surrogate == "clipped_weight":
-        outside = (ratio < 1 - recipe.clip_low) | (ratio > 1 + recipe.clip_high)
-        metrics["clip_fraction"] = masked_sum_count(outside.astype(ratio.dtype), response_mask)
-    return metrics
+def _check(response_mask: Bool[Array, "B T"], target_kept: Bool[Array, "B T"] | None, arrays: dict) -> None:
+    require_rank(2, "B T", response_mask=response_mask, target_kept=target_kept, **arrays)
+    require_same_shape(response_mask=response_mask, target_kept=target_kept, **arrays)
+    require_dtype("floating", **arrays)
+    require_dtype("boolean", response_mask=response_mask, target_kept=target_kept)
 
 
-def _weight_metrics(
-    recipe: Recipe, weights: Float[Array, "B T"], accepted: Bool[Array, " B"], response_mask: Bool[Array, "B T"]
-) -> dict[str, Pair]:
-    metrics = {}
-    if recipe.correction != "none" or recipe.log_min_p is not None:
-        metrics["weight"] = masked_sum_count(weights, response_mask)
-        metrics["weight_zero"] = masked_sum_count((weights == 0).astype(weights.dtype), response_mask)
-    if recipe.mask != "none":
-        metrics["rejected_sequences"] = masks.rejected_sequences(accepted, response_mask)
-        metrics["rejected_tokens"] = masks.rejected_tokens(accepted, response_mask)
-    return metrics
+def _inside(x: Array | None, target_kept: Bool[Array, "B T"]) -> Array | None:
+    return None if x is None else jnp.where(target_kept, x, jnp.zeros((), x.dtype))
 
 
-def _metrics(
+def _recipe_log_ratio(
+    recipe: Recipe, log_ratio: Float[Array, "B T"] | None, response_mask: Bool[Array, "B T"]
+) -> Float[Array, "B T"] | None:
+    if log_ratio is None or recipe.ratio == "token":
+        return log_ratio
+    return jnp.broadcast_to(masked_mean(log_ratio, response_mask, axis=1)[:, None], log_ratio.shape)
+
+
+def _aggregate(
     recipe: Recipe,
+    losses: Float[Array, "B T"],
     response_mask: Bool[Array, "B T"],
-    *,
-    to_old: Float[Array, "B T"] | None,
-    to_behaviour: Float[Array, "B T"] | None,
-    to_ref: Float[Array, "B T"] | None,
-    kl_t: Float[Array, "B T"] | None,
-    kl_ref_t: Float[Array, "B T"] | None,
-) -> dict[str, Pair]:
-    if kl_ref_t is None and to_ref is not None:
-        kl_ref_t = ESTIMATORS.get(recipe.kl_estimator, k3)(to_ref)
-    divergences = {
-        "kl_old_k3": None if to_old is None else k3(-to_old),
-        "kl_behaviour_k3": None if to_behaviour is None else k3(-to_behaviour),
-        "kl_behaviour": kl_t,
-        "kl_ref": kl_ref_t,
+    accepted: Bool[Array, " B"],
+    batch_fraction: ScalarLike,
+) -> Pair:
+    rule = {
+        "mode": recipe.aggregation,
+        "length_normaliser": recipe.length_normaliser,
+        "batch_fraction": batch_fraction,
     }
-    return {name: masked_sum_count(x, response_mask) for name, x in divergences.items() if x is not None}
+    if recipe.normalise_by == "accepted":
+        return aggregate_accepted(losses, response_mask, accepted, **rule)
+    return aggregate(losses, response_mask, **rule)
 
 
 def policy_loss(
@@ -272,89 +253,56 @@ def policy_loss(
         kl_t: exact KL(behaviour || pi) of each context [nats], for the exact masks and the metrics; a constant.
         kl_ref_t: exact KL(pi || ref) of each context [nats], with its gradient.
         entropy: exact entropy of each context under pi [nats], with its gradient if the recipe rewards it.
-        target_kept: true where the token is in the safe set of the trained policy, for a recipe with log_min_p;
-            log_prob
-            and the other log-probs are then those of the pruned policies, and may hold anything where it is false.
-            Ignored otherwise.
+        target_kept: true where the token is in the safe set of the trained policy, for a recipe with log_min_p and
+            ignored otherwise. The log-probs are then those of pruned policies and may hold anything where it is false.
         batch_fraction: the share of the whole batch that these rows are; read by "token-sum" only.
 
     Returns:
-        `LossTerms`: the loss as (sum, count), and metrics as (sum, count) pairs.
-        Per response token: ratio; ratio_limited (its clamp binds); clip_fraction (the clip removes the gradient; for
-        CISPO it changes the weight); weight, weight_zero (correction and pruning); kl_old_k3 (KL(old || pi), sampled);
-        kl_behaviour_k3 (KL(behaviour || pi), sampled) and kl_behaviour (exact); kl_ref (KL(pi || ref) by the recipe's
-        estimator, k3 if it has none); entropy; rejected_tokens (they lie in rejected sequences).
-        Per sequence: rejected_sequences.
+        `LossTerms`: the loss as (sum, count), and the metrics that `loss_metrics.loss_metrics` lists.
 
     Raises:
         ValueError, TypeError: if ranks, shapes or dtypes do not fit, or an array that the recipe needs is missing.
     """
-    arrays = {
-        "log_prob": log_prob,
-        "log_prob_old": log_prob_old,
-        "log_prob_behaviour": log_prob_behaviour,
-        "log_prob_ref": log_prob_ref,
-        "kl_t": kl_t,
-        "kl_ref_t": kl_ref_t,
-        "entropy": entropy,
-    }
-    require_rank(2, "B T", response_mask=response_mask, **arrays)
-    require_same_shape(response_mask=response_mask, **arrays)
-    require_dtype("floating", **arrays)
-    require_rank(2, "B T", target_kept=target_kept)
-    require_same_shape(response_mask=response_mask, target_kept=target_kept)
-    require_dtype("boolean", response_mask=response_mask, target_kept=target_kept)
-    advantages_t = _spread_advantages(advantages, response_mask)
+    statistics = {"kl_t": kl_t, "kl_ref_t": kl_ref_t, "entropy": entropy}
+    others = {"log_prob_old": log_prob_old, "log_prob_behaviour": log_prob_behaviour, "log_prob_ref": log_prob_ref}
+    _check(response_mask, target_kept, {"log_prob": log_prob, **others, **statistics})
+    advantages = _spread_advantages(advantages, response_mask)
     if recipe.log_min_p is not None and target_kept is not None:
-
-        def inside(x: Float[Array, "B T"] | None) -> Float[Array, "B T"] | None:
-            return None if x is None else jnp.where(target_kept, x, jnp.zeros((), x.dtype))
-
         log_prob = jnp.where(target_kept, log_prob, jnp.zeros((), log_prob.dtype))
-        log_prob_old, log_prob_behaviour, log_prob_ref = map(inside, (log_prob_old, log_prob_behaviour, log_prob_ref))
-
-    def log_ratio_to(other: Float[Array, "B T"] | None) -> Float[Array, "B T"] | None:
-        return None if other is None else token_log_ratio(log_prob, other, response_mask)
-
-    to_old, to_behaviour, to_ref = map(log_ratio_to, (log_prob_old, log_prob_behaviour, log_prob_ref))
-    log_ratio = to_old if recipe.denominator == "old" else to_behaviour
-    if log_ratio is not None and recipe.ratio == "geometric":
-        log_ratio = jnp.broadcast_to(masked_mean(log_ratio, response_mask, axis=1)[:, None], log_ratio.shape)
+        others = {name: _inside(x, target_kept) for name, x in others.items()}
+    to_old, to_behaviour, to_ref = (
+        None if x is None else token_log_ratio(log_prob, x, response_mask) for x in others.values()
+    )
+    log_ratio = _recipe_log_ratio(recipe, to_old if recipe.denominator == "old" else to_behaviour, response_mask)
     weights, accepted = policy_weights(
         recipe,
         log_prob=log_prob,
         response_mask=response_mask,
-        log_prob_old=log_prob_old,
-        log_prob_behaviour=log_prob_behaviour,
+        log_prob_old=others["log_prob_old"],
+        log_prob_behaviour=others["log_prob_behaviour"],
         kl_t=kl_t,
         target_kept=target_kept,
     )
     losses = token_losses(
         recipe,
         log_prob=log_prob,
-        advantages=advantages_t,
+        advantages=advantages,
         log_ratio=log_ratio,
         weights=weights,
         log_ratio_ref=to_ref,
         kl_ref_t=kl_ref_t,
         entropy=entropy,
     )
-    rule = {
-        "mode": recipe.aggregation,
-        "length_normaliser": recipe.length_normaliser,
-        "batch_fraction": batch_fraction,
-    }
-    if recipe.normalise_by == "accepted":
-        loss = aggregate_accepted(losses, response_mask, accepted, **rule)
-    else:
-        loss = aggregate(losses, response_mask, **rule)
-
-    metrics = _metrics(
-        recipe, response_mask, to_old=to_old, to_behaviour=to_behaviour, to_ref=to_ref, kl_t=kl_t, kl_ref_t=kl_ref_t
+    metrics = loss_metrics(
+        recipe,
+        response_mask,
+        weights=weights,
+        accepted=accepted,
+        advantages=advantages,
+        log_ratio=log_ratio,
+        log_ratio_old=to_old,
+        log_ratio_behaviour=to_behaviour,
+        log_ratio_ref=to_ref,
+        **statistics,
     )
-    if entropy is not None:
-        metrics["entropy"] = masked_sum_count(entropy, response_mask)
-    if log_ratio is not None:
-        metrics |= _ratio_metrics(recipe, log_ratio, advantages_t, response_mask)
-    metrics |= _weight_metrics(recipe, weights, accepted, response_mask)
-    return LossTerms(loss, jax.tree.map(jax.lax.stop_gradient, metrics))
+    return LossTerms(_aggregate(recipe, losses, response_mask, accepted, batch_fraction), metrics)
