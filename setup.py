@@ -1,6 +1,7 @@
 """Package discovery over two source roots; everything else is in pyproject.toml."""
 
-from setuptools import find_packages, setup
+from setuptools import find_packages
+from setuptools import setup
 
 setup(
     packages=find_packages(include=["jaxrl_llm", "jaxrl_llm.*"]) + find_packages("kernels"),

@@ -1,7 +1,7 @@
 """Masked reductions: the only place in the project where a mask meets a sum.
 
-Masked entries are replaced by `where` before any arithmetic, so a NaN or inf at a masked place never reaches the result nor its gradient.
-Every denominator is a count; an empty mask gives zero, never NaN.
+Masked entries are replaced by `where` before any arithmetic, so a NaN or inf at a masked place never reaches the
+result nor its gradient. Every denominator is a count; an empty mask gives zero, never NaN.
 """
 
 import jax.numpy as jnp

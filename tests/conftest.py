@@ -1,4 +1,4 @@
-"""Settings of every test process: shape checks at run time, strict promotion for the mathematics, no silent skips in CI."""
+"""Settings of every test process: shape checks at run time, strict promotion in the mathematics, no silent skips."""
 
 import os
 from collections.abc import Iterator
@@ -23,7 +23,9 @@ CANNOT_RUN_HERE = "needs a newer jax"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "requires_jax(version): skip below this jax version (Python 3.11 ends at 0.10.2)")
+    config.addinivalue_line(
+        "markers", "requires_jax(version): skip below this jax version (Python 3.11 ends at 0.10.2)"
+    )
     config.addinivalue_line("markers", "slow: more than 20 seconds")
 
 
