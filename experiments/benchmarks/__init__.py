@@ -1,0 +1,1 @@
+"""Speed against the neighbours, measured on this machine; each script states its command."""
