@@ -27,8 +27,7 @@ class RunArguments:
         settings: the settings of the run.
         tiny: start from the settings of the tiny twin, which runs in seconds and claims nothing.
         id: name of the run's folder, the time by default; a run of that name is gone on with.
-        resume: go on with this run, with its settings: a folder, experiment/id, an id, or the experiment's name for its
-            newest run.
+        resume: go on with this run, with its settings: a folder, experiment/id or an id; alone, with the newest run.
         allow_changed_config: go on although settings differ from those the run was started with.
         runs_folder: where the folders of runs are made.
         wandb: also send the numbers to this Weights & Biases project (pip install 'jaxrl_llm[wandb]').
@@ -88,6 +87,7 @@ def parse_run(experiment: Experiment, words: Sequence[str]) -> RunArguments:
         UserError: an unknown field, or a run to resume that is not there.
         SystemExit: after --help, and for a value that its field cannot have.
     """
+    words = _with_newest_run(experiment, words)
     start = RunArguments(settings=experiment.tiny if "--tiny" in words else experiment.settings)
     reject_unknown_fields(words, field_names(start), f"Experiment {experiment.name}")
     arguments = _parse(experiment, words, start)
@@ -102,6 +102,16 @@ def parse_run(experiment: Experiment, words: Sequence[str]) -> RunArguments:
         )
     settings = with_values(experiment.tiny if saved["tiny"] else experiment.settings, saved["settings"])
     return _parse(experiment, words, RunArguments(settings=settings, tiny=saved["tiny"]))
+
+
+def _with_newest_run(experiment: Experiment, words: Sequence[str]) -> list[str]:
+    """`--resume` without a run means the newest run of the experiment."""
+    complete = []
+    for word, following in zip(words, [*words[1:], "--"], strict=True):
+        complete.append(word)
+        if word == "--resume" and following.startswith("--"):
+            complete.append(experiment.name)
+    return complete
 
 
 def _parse(experiment: Experiment, words: Sequence[str], start: RunArguments) -> RunArguments:

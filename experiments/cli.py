@@ -25,12 +25,13 @@ USAGE = f"""Experiments: each trains a model by reinforcement learning and write
   {PROGRAM} run NAME --resume RUN                go on with a run that was stopped
   {PROGRAM} report RUN                           write report.html again, from the run's files alone
   {PROGRAM} compare RUN RUN                      settings that differ, numbers side by side, compare.html
+  {PROGRAM} results [RUN ...]                    keep the numbers of runs, and write the tables of the documents
 
 RUN is a folder, experiment/id, an id, or an experiment's name (its newest run)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 done, 1 claim not met, 2 cannot be done, 130 interrupted."""
+    """Run one command; returns the exit status: 0 done, 2 cannot be done, 130 interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _dispatch(words)
@@ -51,6 +52,7 @@ def _dispatch(words: list[str]) -> int:
         "run": _run,
         "report": _report,
         "compare": _compare,
+        "results": _results,
     }
     if words[0] not in commands:
         near = difflib.get_close_matches(words[0], commands, n=1, cutoff=0.4)
@@ -132,4 +134,27 @@ def _list(words: list[str]) -> int:
     reject_unknown_fields(words, ["runs-folder"], "list")
     arguments = tyro.cli(ListArguments, args=words, prog=f"{PROGRAM} list")
     print_experiments(arguments.runs_folder)
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ResultsArguments:
+    """Keep the numbers of runs as result files to commit, and write the tables of docs/results.md and README.md."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Runs whose numbers replace the kept ones of their experiments; none writes the tables only."""
+    runs_folder: Path = RUNS
+    """Where runs are looked for."""
+
+
+def _results(words: list[str]) -> int:
+    from experiments.results import keep
+    from experiments.results import write_tables
+
+    reject_unknown_fields(words, ["runs-folder"], "results")
+    arguments = tyro.cli(ResultsArguments, args=words, prog=f"{PROGRAM} results")
+    for text in arguments.runs:
+        print(f"kept: {keep(run_folder.find_run(text, arguments.runs_folder))}")
+    for path in write_tables():
+        print(f"written: {path}")
     return 0

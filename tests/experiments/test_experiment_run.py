@@ -86,8 +86,8 @@ def test_other_settings_are_refused_with_the_difference(runs, capsys) -> None:
 
 
 def test_resume_keeps_the_settings_and_may_be_told_to_change_them(runs, capsys) -> None:
-    # "first" is the tiny twin; --resume takes its settings without being told so.
-    words = ["run", "from_scratch", "--resume", "first", "--runs-folder", str(runs), "--samples", "1"]
+    # The newest run is the tiny twin; --resume takes its settings without being told so.
+    words = ["run", "from_scratch", "--resume", "--runs-folder", str(runs), "--samples", "1"]
     assert main(words) == 2
     assert capsys.readouterr().err.count("->") == 1
     assert main([*words, "--allow-changed-config"]) == 0

@@ -1,0 +1,75 @@
+"""`results`: committed result files, and the tables of docs/results.md and README.md made from them."""
+
+import re
+from collections.abc import Mapping
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import words
+from experiments.run_folder import ROOT
+from experiments.run_folder import RunFolder
+from experiments.run_folder import UserError
+from experiments.run_folder import read_json
+from experiments.run_folder import write_json
+
+RESULTS = Path(__file__).parent / "results"
+START, END = "<!-- results: made by python -m experiments results -->", "<!-- end of results -->"
+MACHINE = ("processor", "processor_cores", "device", "python", "git_commit", "started")
+
+
+def keep(run: RunFolder, results: Path = RESULTS) -> Path:
+    """Write the result file of a complete run; it replaces that of an earlier run of the same experiment.
+
+    Raises:
+        UserError: the run is not complete, or is a tiny one, which claims nothing.
+    """
+    summary, environment = read_json(run.summary), read_json(run.environment)
+    if summary["claim_met"] is None:
+        raise UserError(f"Run {run.label} is a tiny one; results are of runs that claim something.")
+    machine = {name: environment[name] for name in MACHINE} | {"jax": environment["packages"]["jax"]}
+    results.mkdir(exist_ok=True)
+    path = results / f"{run.experiment}.json"
+    write_json(path, {"summary": summary, "machine": machine, "settings": read_json(run.config)["settings"]})
+    return path
+
+
+def table(results: Path = RESULTS) -> str:
+    """One row per result file, in Markdown."""
+    rows = [_row(read_json(path)) for path in sorted(results.glob("*.json"))]
+    head = ("experiment", "before", "after", "gain", "claim", "training", "machine")
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _row(result: Mapping[str, Any]) -> Sequence[str]:
+    summary, machine = result["summary"], result["machine"]
+    accuracy = [
+        f"{words.percent(summary[f'accuracy_{when}'])} ({words.interval(summary[f'accuracy_{when}_interval'])})"
+        for when in ("before", "after")
+    ]
+    gain = f"{words.points(summary['accuracy_gain'])} ({words.point_interval(summary['accuracy_gain_interval'])})"
+    claim = ("met" if summary["claim_met"] else "missed") + f": at least {100 * summary['expected']['at_least']:+.0f}"
+    cores = f"{machine['processor']}, {machine['processor_cores']} cores"
+    where = f"{cores}, {machine['device']}, jax {machine['jax']}"
+    return f"`{summary['experiment']}`", *accuracy, gain, claim, words.duration(summary["seconds_training"]), where
+
+
+def write_tables(results: Path = RESULTS, root: Path = ROOT) -> list[Path]:
+    """Write docs/results.md, and the table in README.md where it has the two marks; returns what was written."""
+    made = table(results)
+    document = (
+        "# Results\n\nMade by `python -m experiments results` from `experiments/results/`; do not edit. Accuracies are "
+        "over held-out problems, greedy, last number or line; intervals at 95 %, Wilson's over problems and Agresti-Min "
+        f"(paired) for the gain. One seed each.\n\n{made}\n"
+    )
+    page, readme = root / "docs" / "results.md", root / "README.md"
+    page.parent.mkdir(exist_ok=True)
+    page.write_text(document, encoding="utf-8")
+    written = [page]
+    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
+    if START in text and END in text:
+        part = re.compile(f"{re.escape(START)}.*?{re.escape(END)}", re.DOTALL)
+        readme.write_text(part.sub(lambda _: f"{START}\n{made}\n{END}", text), encoding="utf-8")
+        written.append(readme)
+    return written
