@@ -60,8 +60,8 @@ def write_tables(results: Path = RESULTS, root: Path = ROOT) -> list[Path]:
     made = table(results)
     document = (
         "# Results\n\nMade by `python -m experiments results` from `experiments/results/`; do not edit. Accuracies are "
-        "over held-out problems, greedy, last number or line; intervals at 95 %, Wilson's over problems and Agresti-Min "
-        f"(paired) for the gain. One seed each.\n\n{made}\n"
+        "over held-out problems, greedy, last number or line; intervals at 95 %, Wilson's over problems and "
+        f"Agresti-Min (paired) for the gain. One seed each.\n\n{made}\n"
     )
     page, readme = root / "docs" / "results.md", root / "README.md"
     page.parent.mkdir(exist_ok=True)
