@@ -39,6 +39,7 @@ from jaxrl_llm.training import TensorBoard
 from jaxrl_llm.training import TrainingError
 from jaxrl_llm.training import WeightsAndBiases
 from jaxrl_llm.training import split_policy
+from jaxrl_llm.training import state_hash
 from jaxrl_llm.training import train
 
 INTERRUPTED = 130
@@ -98,7 +99,7 @@ def run_experiment(experiment: Experiment, arguments: RunArguments, command: Seq
         return INTERRUPTED
     if not outcome.finished:
         return INTERRUPTED
-    summary = write_summary(run, experiment, arguments)
+    summary = write_summary(run, experiment, arguments, state_sha256=state_hash(outcome.state))
     print(_ending(summary))
     print(f"report: {write_report(run)}")
     return 0

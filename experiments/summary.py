@@ -14,8 +14,12 @@ from experiments.settings import changed_settings
 from experiments.settings import flat_settings
 
 
-def write_summary(run: RunFolder, experiment: Experiment, arguments: RunArguments) -> dict[str, Any]:
+def write_summary(
+    run: RunFolder, experiment: Experiment, arguments: RunArguments, *, state_sha256: str
+) -> dict[str, Any]:
     """Compute the summary of a run that has taken all its steps, and write it.
+
+    `state_sha256` is the fingerprint of the last policy and optimiser: equal for runs that are the same bit for bit.
 
     Raises:
         UserError: a file of the run is missing or cannot be written.
@@ -30,6 +34,7 @@ def write_summary(run: RunFolder, experiment: Experiment, arguments: RunArgument
     )
     summary |= {
         "steps": record.batches,
+        "state_sha256": state_sha256,
         "seconds_training": total - evaluation,
         "seconds_evaluation": evaluation,
         "replaced_problems": replaced_problems(run),
