@@ -76,7 +76,7 @@ def main() -> int:
             same = fingerprint(folder / arguments.experiment / f"killed-{trial}") == expected
             different += not same
             print(
-                f"{trial + 1:2d}: killed after {moment:5.1f} s ({last[:40]}): {'same' if same else 'DIFFERENT'}",
+                f"{done + 1:2d}: killed after {moment:5.1f} s ({last[:40]}): {'same' if same else 'DIFFERENT'}",
                 flush=True,
             )
     print(f"{arguments.kills - different} of {arguments.kills} killed and resumed runs equal the one left alone")
