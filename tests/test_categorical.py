@@ -1,4 +1,4 @@
-"""Statistics from logits against plain NumPy sums, at the edges where probabilities vanish, and against the kernels.
+"""Statistics from logits against NumPy sums, at the edges where probabilities vanish, and against the kernels."""
 
 import jax
 import jax.numpy as jnp
