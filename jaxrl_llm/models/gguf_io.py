@@ -51,7 +51,8 @@ class GGUFFile(Mapping[str, np.ndarray]):
     """The tensors of a GGUF file under their Hugging Face names; each is dequantised to float32 when it is asked for.
 
     Attributes:
-        metadata: the key-value entries of the file.
+        reader: the open file, a memory map.
+        metadata: its key-value entries.
         config: the configuration they describe.
 
     Raises:
@@ -60,9 +61,9 @@ class GGUFFile(Mapping[str, np.ndarray]):
     """
 
     def __init__(self, path: Path) -> None:
-        reader = _open(path)
-        self.metadata: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
-        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self.reader = _open(path)
+        self.metadata: dict[str, Any] = {name: field.contents() for name, field in self.reader.fields.items()}
+        tensors = {tensor.name: tensor for tensor in self.reader.tensors}
         factors = tensors.pop(ROPE_FACTORS, None)
         self._tensors = {_hf_name(name): tensor for name, tensor in tensors.items()}
         self.config = _config(self.metadata, self._tensors, source=str(path))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxrl_llm.models import weights
 from jaxrl_llm.models.config import tiny
@@ -72,7 +73,7 @@ def test_half_precision_rounds_matrices_and_keeps_vectors(dtype: Any, rounded: t
 
 def test_eight_bits_round_each_block_of_32(tmp_path: Path) -> None:
     config = tiny()
-    model = Transformer(config, rngs=weights.nnx.Rngs(0))
+    model = Transformer(config, rngs=nnx.Rngs(0))
     save_gguf(model, tmp_path / "model.gguf", dtype="Q8_0")
     found, source = model_tensors(load_gguf(tmp_path / "model.gguf")), model_tensors(model)
     for key, tensor in source.items():
@@ -259,6 +260,19 @@ def test_a_cache_that_cannot_be_written_costs_time_only(path: Path, cache: Path)
     assert_equal(model_tensors(model), expected)
     with pytest.raises(OSError, match="cannot be written"):
         converted_gguf(path)
+
+
+@pytest.mark.parametrize("name", ["x", "x" * 33])
+def test_parameters_own_their_memory(name: str, tmp_path: Path) -> None:
+    """A donated parameter is overwritten in place; in the read-only memory map of a float32 file that would crash.
+
+    JAX takes over memory that is aligned to 64 bytes, which one of the two names brings about.
+    """
+    save_gguf(tiny_model(), tmp_path / "model.gguf", name=name)
+    file = GGUFFile(tmp_path / "model.gguf")
+    mapped = file.reader.data
+    pointer = build_model(file.config, file).embedding[...].unsafe_buffer_pointer()
+    assert not 0 <= pointer - mapped.ctypes.data < mapped.nbytes
 
 
 def test_two_processes_may_convert_at_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -30,7 +29,6 @@ from jaxrl_llm.models.lora import LoraSettings
 from jaxrl_llm.models.lora import add_lora
 from jaxrl_llm.models.sharding import make_mesh
 from jaxrl_llm.models.tokenizers import ByteTokenizer
-from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.models.weights import build_model
 from jaxrl_llm.models.weights import load_hf
 from jaxrl_llm.models.weights import model_tensors
@@ -122,17 +120,6 @@ def test_adapters_are_merged_when_saved(checkpoint: Path, tmp_path: Path) -> Non
     assert merged.layers[1].mlp.down.low_rank is None
     np.testing.assert_allclose(merged(tokens), before, atol=1e-4)
     assert np.abs(merged(tokens) - load_hf(checkpoint)(tokens)).max() > 0.1
-
-
-def test_parameters_own_their_memory(checkpoint: Path) -> None:
-    """A donated parameter is overwritten in place, which must not reach the memory map of the file."""
-    before = (checkpoint / "model.safetensors").read_bytes()
-    model = load_hf(checkpoint)
-    graphdef, state = nnx.split(model)
-    jax.block_until_ready(jax.jit(lambda state: jax.tree.map(jnp.zeros_like, state), donate_argnums=0)(state))
-    assert (checkpoint / "model.safetensors").read_bytes() == before
-    assert_same_tensors(model_tensors(load_hf(checkpoint)), tensors_of(NAME))
-    assert isinstance(nnx.merge(graphdef, nnx.state(load_hf(checkpoint))), Transformer)
 
 
 def test_names_that_follow_from_the_configuration_are_ignored(tmp_path: Path) -> None:
