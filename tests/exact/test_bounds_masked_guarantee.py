@@ -7,7 +7,7 @@ import pytest
 
 from jaxrl_llm.bounds import masked_gain_lower_bound
 from jaxrl_llm.bounds import surrogate_error_bounds
-from tests.exact import token_trees as trees
+from theory_checks import token_trees as trees
 
 THRESHOLD = 0.02
 WORLDS = 300

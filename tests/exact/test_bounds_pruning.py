@@ -7,7 +7,7 @@ import pytest
 
 from jaxrl_llm import categorical
 from jaxrl_llm.bounds import pruning
-from tests.exact import token_trees as trees
+from theory_checks import token_trees as trees
 
 V, T, WORLDS = 4, 4, 200
 LOG_MIN_P = np.log(0.3)

@@ -15,7 +15,7 @@ from jaxrl_llm.bounds import sampled_surrogate_error
 from jaxrl_llm.bounds import sampled_weighted_deviation
 from jaxrl_llm.bounds import surrogate_error_bounds
 from jaxrl_llm.bounds.surrogate_error import average_only_from_kl
-from tests.exact import token_trees as trees
+from theory_checks import token_trees as trees
 
 SHAPES = [(2, 6), (3, 5), (4, 4), (5, 4)]
 WORLDS = 150

@@ -13,7 +13,7 @@ from jaxrl_llm import categorical
 from jaxrl_llm.objectives import RECIPES
 from jaxrl_llm.objectives import divergences
 from jaxrl_llm.objectives import policy_loss
-from tests.exact import token_trees as trees
+from theory_checks import token_trees as trees
 
 V, T = 3, 3
 

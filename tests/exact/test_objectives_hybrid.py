@@ -7,7 +7,7 @@ import pytest
 
 from jaxrl_llm import categorical
 from jaxrl_llm.objectives import hybrid
-from tests.exact import token_trees as trees
+from theory_checks import token_trees as trees
 
 V, T, WEIGHT = 3, 3, 1.5
 

@@ -9,7 +9,7 @@ from jaxrl_llm import categorical
 from jaxrl_llm.objectives import divergence_augmented as augmented
 from jaxrl_llm.objectives import modulation
 from jaxrl_llm.objectives import pruning
-from tests.exact import token_trees as trees
+from theory_checks import token_trees as trees
 
 
 class TestEntropyModulation:

@@ -3,7 +3,7 @@ finite sum.
 
 A policy is a list of T arrays; the t-th holds the logits of the V^t contexts at depth t, the context with tokens
 a_1..a_t at row sum_i a_i V^(t-i). A sequence law is an array of V^T probabilities in the same order. float64
-throughout.
+throughout, and every operation acts on all contexts of a depth at once.
 """
 
 import jax
@@ -64,6 +64,28 @@ def bound_inputs(pi, mu):
         sequence_tv=jnp.sum(jnp.abs(law_pi - law_mu)) / 2,
         mean_tv_t=jnp.stack([jnp.sum(d * v) for d, v in zip(reached, tv, strict=True)]),
     )
+
+
+def per_sequence(per_context):
+    """[V^T, T]: the value of every context that a sequence visits, from one array per depth."""
+    horizon = len(per_context)
+    vocabulary = per_context[1].shape[0] if horizon > 1 else None
+    if vocabulary is None:
+        raise ValueError("per_context has one depth; it must have at least 2, from which the vocabulary is read.")
+    columns = [jnp.repeat(x, vocabulary ** (horizon - t)) for t, x in enumerate(per_context)]
+    return jnp.stack(columns, axis=1)
+
+
+def performance_differences(pi, mu, rewards):
+    """Per depth: (g(c) = sum_a (pi - mu)(a|c) Q^mu(c, a), probability of c under pi, under mu)."""
+    gaps, value = [], rewards
+    for p, m in zip(reversed(pi), reversed(mu), strict=True):
+        q = value.reshape(m.shape)
+        prob_pi, prob_mu = jnp.exp(categorical.log_probs(p)), jnp.exp(categorical.log_probs(m))
+        gaps.insert(0, jnp.sum((prob_pi - prob_mu) * q, axis=-1))
+        value = jnp.sum(prob_mu * q, axis=-1)
+    reached = [[jnp.exp(r) for r in prefix_log_probs(policy)[:-1]] for policy in (pi, mu)]
+    return gaps, reached[0], reached[1]
 
 
 def draw(rng, *, worlds, vocabulary, horizon, noise, share, kind):

@@ -1,0 +1,105 @@
+"""Every theory check holds on a few instances, every wrong twin is caught, and the command line says so."""
+
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from theory_checks import cli
+from theory_checks.check import run_check
+from theory_checks.registry import FAMILIES
+from theory_checks.registry import all_checks
+from theory_checks.registry import select
+
+ROOT = Path(__file__).parents[2]
+INSTANCES = 20
+NAMES = [check.name for check in all_checks()]
+
+
+@functools.cache
+def measured(world_name):
+    world = next(check.world for check in all_checks() if check.world.name == world_name)
+    return world.measured(jax.random.key(1), INSTANCES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_holds_and_its_wrong_twin_is_caught(name):
+    (check,) = select(name)
+    numbers = measured(check.world.name)
+    assert all(value.dtype in (np.float64, np.bool_) for value in numbers.values())
+    assert np.all(check.margin(numbers) >= 0)
+    assert np.any(check.wrong_margin(numbers) < 0)
+    assert run_check(check, numbers).passed
+
+
+def test_there_are_at_least_forty_with_names_of_their_own():
+    assert len(set(NAMES)) == len(NAMES) >= 40
+    for family, checks in FAMILIES.items():
+        assert (ROOT / "theory_checks" / f"{family}.py").exists()
+        assert checks
+        assert all(check.family == family for check in checks)
+
+
+def test_every_function_that_a_check_names_exists():
+    import importlib
+
+    for check in all_checks():
+        assert check.functions
+        for name in check.functions:
+            module, _, attribute = name.rpartition(".")
+            assert hasattr(importlib.import_module(f"jaxrl_llm.{module}"), attribute), (check.name, name)
+
+
+def test_a_measurement_that_is_not_a_number_is_a_violation():
+    (check,) = select("mismatch.kl")
+    numbers = dict(measured(check.world.name))
+    spoilt = {key: np.where(np.arange(value.shape[0]) == 0, np.nan, value.T).T for key, value in numbers.items()}
+    assert not run_check(check, spoilt).passed
+
+
+def test_a_check_whose_twin_passes_does_not_pass():
+    import dataclasses
+
+    (check,) = select("mismatch.kl")
+    toothless = dataclasses.replace(check, wrong=check.sides)
+    assert not run_check(toothless, measured(check.world.name)).passed
+
+
+def test_json_through_the_command_line():
+    done = subprocess.run(
+        [sys.executable, "-m", "theory_checks", "mismatch", "--json", "--instances", "30", "--seed", "3"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert [row["name"] for row in rows] == [check.name for check in FAMILIES["mismatch"]]
+    assert all(row["passed"] is True for row in rows)
+    assert all(isinstance(row["margin"], float) and row["margin"] >= 0 for row in rows)
+    assert all(row["tightness"] >= 0 for row in rows)
+
+
+def test_a_violation_is_exit_code_1(monkeypatch, capsys):
+    import dataclasses
+
+    (check,) = select("mismatch.kl")
+    broken = dataclasses.replace(check, sides=check.wrong)
+    monkeypatch.setattr(cli, "select", lambda name: [broken])
+    assert cli.main(["mismatch.kl", "--instances", "20"]) == 1
+    assert "VIOLATED" in capsys.readouterr().out
+
+
+def test_the_list_and_a_name_that_does_not_exist(capsys):
+    assert cli.main(["list"]) == 0
+    assert "surrogate_error.adaptive_sharp" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as error:
+        cli.main(["no_such_check"])
+    assert error.value.code == 2
+    assert "no_such_check" in capsys.readouterr().err

@@ -1,0 +1,117 @@
+"""The command line: run checks, print a table or JSON, exit 1 on any violation."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from theory_checks.check import Check
+from theory_checks.check import Result
+from theory_checks.check import run_checks
+from theory_checks.registry import FAMILIES
+from theory_checks.registry import all_checks
+from theory_checks.registry import select
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m theory_checks",
+        description="Check every theorem by exact enumeration in float64. Exit code 1 if any is violated.",
+    )
+    parser.add_argument(
+        "name", nargs="?", help=f"one check, a family ({', '.join(FAMILIES)}), or `list`; default: all checks"
+    )
+    parser.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random instances (default 0)")
+    parser.add_argument(
+        "--instances", type=int, default=1000, help="random instances per world, about (default 1000, at least 20)"
+    )
+    return parser
+
+
+def as_json(results: Sequence[Result]) -> str:
+    """The results as a JSON list of objects."""
+    rows = [
+        {
+            "name": result.check.name,
+            "passed": result.passed,
+            "margin": result.margin,
+            "tightness": result.tightness,
+            "instances": result.instances,
+            "wrong_caught": result.wrong_caught,
+            "kind": "identity" if result.check.equality else "bound",
+            "paper": result.check.paper,
+            "statement": result.check.statement,
+            "functions": list(result.check.functions),
+        }
+        for result in results
+    ]
+    return json.dumps(rows, indent=1)
+
+
+def as_table(results: Sequence[Result], *, seconds: float) -> Table:
+    """The results as a table, the worst margin and the tightest ratio of each check."""
+    failed = sum(not result.passed for result in results)
+    table = Table(
+        title=f"{len(results)} checks, {failed} failed, {seconds:.0f} s",
+        caption="margin: smallest right - left plus the rounding allowed. tightness: largest left / right. "
+        "wrong twin: instances that catch a wrong constant or sign.",
+    )
+    table.add_column("check", no_wrap=True)
+    table.add_column("statement", ratio=1)
+    for heading in ("result", "margin", "tightness", "wrong twin", "instances"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for result in results:
+        table.add_row(
+            result.check.name,
+            escape(result.check.statement),
+            "[green]holds[/]" if result.passed else "[bold red]VIOLATED[/]",
+            f"{result.margin:.1e}",
+            "=" if result.check.equality else f"{result.tightness:.4f}",
+            f"{result.wrong_caught:.0%}",
+            f"{result.instances:,}",
+        )
+    return table
+
+
+def as_listing(checks: Sequence[Check]) -> Table:
+    """Names, sources, statements and functions of the checks."""
+    table = Table(title=f"{len(checks)} checks")
+    table.add_column("check", no_wrap=True)
+    for heading in ("paper", "statement", "functions"):
+        table.add_column(heading)
+    for check in checks:
+        table.add_row(check.name, check.paper, escape(check.statement), " ".join(check.functions))
+    return table
+
+
+def _console() -> Console:
+    # Piped into a file there is no width to ask for, and 80 columns would cut every statement to shreds.
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code is 1 on any violation, 2 on a wrong argument."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.instances < 20:
+        parser.error(f"--instances is {arguments.instances}; it must be at least 20, so that every world has some.")
+    if arguments.name == "list":
+        _console().print(as_listing(all_checks()))
+        return 0
+    try:
+        checks = all_checks() if arguments.name is None else select(arguments.name)
+    except ValueError as error:
+        parser.error(str(error))
+    start = time.perf_counter()
+    results = run_checks(checks, seed=arguments.seed, instances=arguments.instances)
+    if arguments.json:
+        print(as_json(results))
+    else:
+        _console().print(as_table(results, seconds=time.perf_counter() - start))
+    return 0 if all(result.passed for result in results) else 1

@@ -1,0 +1,36 @@
+"""All checks by name."""
+
+from theory_checks import logit_dynamics
+from theory_checks import masked_guarantee
+from theory_checks import mismatch
+from theory_checks import pruning
+from theory_checks import surrogate_error
+from theory_checks.check import Check
+
+FAMILIES: dict[str, list[Check]] = {
+    "surrogate_error": surrogate_error.CHECKS,
+    "masked_guarantee": masked_guarantee.CHECKS,
+    "mismatch": mismatch.CHECKS,
+    "pruning": pruning.CHECKS,
+    "logit_dynamics": logit_dynamics.CHECKS,
+}
+"""Family -> its checks, in the order of the table."""
+
+
+def all_checks() -> list[Check]:
+    """Every check of every family."""
+    return [check for checks in FAMILIES.values() for check in checks]
+
+
+def select(name: str) -> list[Check]:
+    """The check of that name, or all checks of the family of that name.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if name in FAMILIES:
+        return FAMILIES[name]
+    found = [check for check in all_checks() if check.name == name]
+    if not found:
+        raise ValueError(f"name is {name!r}; it must be a family ({', '.join(FAMILIES)}) or a name that `list` shows.")
+    return found
