@@ -84,9 +84,34 @@ def expected_squared_update_norm(
 def expected_update_norm_range(
     collision: Float[Array, "*shape"], *, step: ScalarLike = 1.0
 ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
-    """|step| (1 - C) / sqrt(2) <= E_{c~p} |dz| <= |step| sqrt(1 - C): what squares say about norms."""
+    """|step| (1 - C) / sqrt(2) <= E_{c~p} |dz| <= |step| sqrt(1 - C): what squares say about norms.
+
+    The lower end is loose by a factor of at least sqrt(2), see `expected_update_norm_range_sharp` (errata F5.2).
+    """
     rest = 1 - collision
     return jnp.abs(step) * rest / 2**0.5, jnp.abs(step) * safe_sqrt(rest)
+
+
+def expected_update_norm_range_sharp(
+    collision: Float[Array, "*shape"], *, vocabulary: int, step: ScalarLike = 1.0
+) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+    """|step| (1 - C) sqrt(V / (V - 1)) <= E_{c~p} |dz| <= |step| sqrt(1 - C); the uniform policy attains both ends.
+
+    The lower end is the mean over c of the lower end of `update_norm_range`.
+
+    Args:
+        collision: C of the context.
+        vocabulary: V, at least 2.
+        step: learning rate times advantage.
+
+    Returns:
+        (smallest, largest) expected norm.
+
+    Raises:
+        ValueError: if vocabulary is smaller than 2.
+    """
+    low, _ = update_norm_range(collision, vocabulary=vocabulary, step=step)
+    return low, expected_update_norm_range(collision, step=step)[1]
 
 
 def log_prob_changes(

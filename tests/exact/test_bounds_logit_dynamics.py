@@ -65,6 +65,20 @@ def test_expectation_over_the_sampled_action(case):
     assert bool(jnp.all((low <= mean + 1e-12) & (mean <= high + 1e-12)))
 
 
+def test_sharp_range_of_the_expected_norm(case):
+    p, _ = case
+    vocabulary = p.shape[-1]
+    norms = jnp.stack([jnp.linalg.norm(residual(p, jnp.full(p.shape[0], a)), axis=1) for a in range(vocabulary)], 1)
+    mean, collision = jnp.sum(p * norms, 1), jnp.sum(p * p, 1)
+    low, high = logit_dynamics.expected_update_norm_range_sharp(collision, vocabulary=vocabulary)
+    assert bool(jnp.all((low <= mean + 1e-12) & (mean <= high + 1e-12)))
+    # sqrt(2) times the looser bound at least, and 1 % more is broken by the uniform policy, which attains both ends.
+    assert bool(jnp.all(low >= 2**0.5 * logit_dynamics.expected_update_norm_range(collision)[0]))
+    ends = logit_dynamics.expected_update_norm_range_sharp(jnp.asarray(1 / vocabulary), vocabulary=vocabulary)
+    uniform = jnp.linalg.norm(residual(jnp.full(vocabulary, 1 / vocabulary), jnp.asarray(0)))
+    np.testing.assert_allclose(ends, [uniform, uniform], rtol=1e-12)
+
+
 def test_first_order_changes_of_log_probs_and_entropy(case):
     p, action = case
     p = 0.9 * p + 0.1 / p.shape[-1]
