@@ -1,8 +1,6 @@
 """Short sums and differences from reasoning-gym, worked examples in front, for small pretrained models."""
 
-import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
 
 from jaxrl_llm.environments.generated import Entry
 from jaxrl_llm.environments.generated import GeneratedTask
@@ -28,9 +26,9 @@ def sum_identity(expression: str) -> str:
     return "sum:" + ",".join(str(term) for term in sorted(signed_terms(expression)))
 
 
-def worked(expression: str) -> str:
-    """One worked example on a line of its own."""
-    return f"{expression} = {sum(signed_terms(expression))}\n"
+def worked(expression: str, *, wording: str = "") -> str:
+    """One worked example on a line of its own, `wording` in front of it."""
+    return f"{wording}{expression} = {sum(signed_terms(expression))}\n"
 
 
 def addition(
@@ -40,6 +38,7 @@ def addition(
     smallest: int = 0,
     terms: int = 2,
     shots: tuple[str, ...] = (),
+    wording: str = "",
     place_credit: float = 0.5,
     wordy_reward: float = 0.5,
     held_out_count: int = 128,
@@ -54,6 +53,7 @@ def addition(
         largest, smallest: bounds of the numbers, both included.
         terms: how many numbers are added.
         shots: expressions worked out in front of every problem; problems to train on, never held-out ones.
+        wording: text in front of each expression, "Sum: " for example; part of the prompt, never of the identity.
         place_credit: what a wrong sum earns per fraction of right places, in [0, 1); 0 rewards right sums only.
         wordy_reward: what a right sum earns that has other text around it, in [0, 1].
         held_out_count: see `GeneratedTask`.
@@ -64,14 +64,37 @@ def addition(
     if not 0 <= smallest < largest:
         raise ValueError(f"smallest is {smallest} and largest is {largest}; 0 <= smallest < largest must hold.")
     digits = len(str(largest - 1))
-    config = {"operators": ("+",), "allow_parentheses": False, "allow_negation": False}
+    config = {
+        "operators": ("+",),
+        "allow_parentheses": False,
+        "allow_negation": False,
+        "min_terms": terms,
+        "max_terms": terms,
+        "min_digits": digits,
+        "max_digits": digits,
+    }
     bounds = (smallest, largest)
-    task = _worked_examples(name, "basic_arithmetic", config, terms, (digits, digits), bounds, shots, held_out_count)
-    return dataclasses.replace(task, place_credit=place_credit, wordy_reward=wordy_reward)
+    return GeneratedTask(
+        name=name,
+        dataset="basic_arithmetic",
+        config=config,
+        prompt=_worked_prompt(shots, wording),
+        identity=_identity,
+        keep=lambda entry: all(bounds[0] <= value <= bounds[1] for value in signed_terms(_expression(entry))),
+        place_credit=place_credit,
+        wordy_reward=wordy_reward,
+        held_out_count=held_out_count,
+    )
 
 
 def chain_sum(
-    name: str, *, digits: tuple[int, int], terms: int = 2, shots: tuple[str, ...] = (), held_out_count: int = 128
+    name: str,
+    *,
+    digits: tuple[int, int],
+    terms: int = 2,
+    shots: tuple[str, ...] = (),
+    wording: str = "",
+    held_out_count: int = 128,
 ) -> GeneratedTask:
     """Chains of + and - over numbers with equally many digits: "12 - 7 = " after worked examples, one a line.
 
@@ -80,39 +103,38 @@ def chain_sum(
         digits: fewest and most digits of the numbers of a chain.
         terms: numbers in a chain.
         shots: see `addition`.
+        wording: see `addition`.
         held_out_count: see `GeneratedTask`.
 
     Raises:
         ValueError: a worked example is a held-out problem.
     """
-    return _worked_examples(name, "chain_sum", {}, terms, digits, None, shots, held_out_count)
+    return GeneratedTask(
+        name=name,
+        dataset="chain_sum",
+        config={"min_terms": terms, "max_terms": terms, "min_digits": digits[0], "max_digits": digits[1]},
+        prompt=_worked_prompt(shots, wording),
+        identity=_identity,
+        held_out_count=held_out_count,
+    )
 
 
-def _worked_examples(
-    name: str,
-    dataset: str,
-    config: Mapping[str, Any],
-    terms: int,
-    digits: tuple[int, int],
-    bounds: tuple[int, int] | None,
-    shots: tuple[str, ...],
-    held_out_count: int,
-) -> GeneratedTask:
+def _expression(entry: Entry) -> str:
+    return entry["metadata"]["expression"]
+
+
+def _identity(entry: Entry) -> str:
+    return sum_identity(_expression(entry))
+
+
+def _worked_prompt(shots: tuple[str, ...], wording: str) -> Callable[[Entry], str]:
+    """Entry -> the worked examples and then the expression.
+
+    Raises:
+        ValueError: a worked example is a held-out problem.
+    """
     leaked = [shot for shot in shots if is_held_out(sum_identity(shot))]
     if leaked:
         raise ValueError(f"shots has {leaked[0]!r}, which is a held-out problem; it must be one to train on.")
-    prefix = "".join(worked(shot) for shot in shots)
-
-    def keep(entry: Entry) -> bool:
-        values = signed_terms(entry["metadata"]["expression"])
-        return bounds is None or all(bounds[0] <= value <= bounds[1] for value in values)
-
-    return GeneratedTask(
-        name=name,
-        dataset=dataset,
-        config={**config, "min_terms": terms, "max_terms": terms, "min_digits": digits[0], "max_digits": digits[1]},
-        prompt=lambda entry: f"{prefix}{entry['metadata']['expression']} = ",
-        identity=lambda entry: sum_identity(entry["metadata"]["expression"]),
-        keep=keep,
-        held_out_count=held_out_count,
-    )
+    prefix = "".join(worked(shot, wording=wording) for shot in shots)
+    return lambda entry: f"{prefix}{wording}{_expression(entry)} = "

@@ -33,7 +33,7 @@ TASKS: dict[str, Callable[[], Task]] = {
     "sums_to_10": partial(addition, "sums_to_10", largest=10, shots=SUM_SHOTS),
     "sums_to_30": partial(addition, "sums_to_30", largest=30, shots=SUM_SHOTS),
     "sums_to_49": partial(addition, "sums_to_49", largest=49, shots=SUM_SHOTS),
-    "sums_to_99": partial(addition, "sums_to_99", largest=99, shots=SUM_SHOTS),
+    "sums_to_99": partial(addition, "sums_to_99", largest=99, shots=WORDED_SHOTS, wording="Sum: "),
     "three_sums": partial(addition, "three_sums", largest=10, terms=3, shots=("1 + 2 + 3", "8 + 7 + 9")),
     "sums_and_differences": partial(
         chain_sum, "sums_and_differences", digits=(1, 2), shots=("3 + 5", "9 - 2", "14 + 8")

@@ -50,6 +50,13 @@ def test_sums_are_what_they_say_and_closed_under_commutation():
         assert not problem.metadata["replaced_keys"]
 
 
+def test_wording_is_in_the_prompt_and_not_in_the_identity():
+    plain, worded = (addition("sums", largest=99, shots=SUM_SHOTS, wording=words) for words in ("", "Sum: "))
+    for short, long in zip(plain.train(1, 2, 8), worded.train(1, 2, 8), strict=True):
+        assert "".join(f"Sum: {line}\n" for line in short.prompt.split("\n"))[:-1] == long.prompt
+        assert (short.identity, short.answer) == (long.identity, long.answer)
+
+
 def test_identity_of_sums():
     assert sum_identity("12 + 3") == sum_identity("3 + 12")
     assert sum_identity("12 - 3") != sum_identity("3 - 12")
