@@ -1,5 +1,8 @@
 """All checks by name."""
 
+from theory_checks import divergence
+from theory_checks import empg
+from theory_checks import hybrid
 from theory_checks import logit_dynamics
 from theory_checks import masked_guarantee
 from theory_checks import mismatch
@@ -13,6 +16,9 @@ FAMILIES: dict[str, list[Check]] = {
     "mismatch": mismatch.CHECKS,
     "pruning": pruning.CHECKS,
     "logit_dynamics": logit_dynamics.CHECKS,
+    "hybrid": hybrid.CHECKS,
+    "empg": empg.CHECKS,
+    "divergence": divergence.CHECKS,
 }
 """Family -> its checks, in the order of the table."""
 

@@ -21,7 +21,7 @@ from jaxrl_llm.objectives.divergences import k3
 from theory_checks import token_trees as trees
 from theory_checks.check import World
 
-SHAPES = ((2, 6), (3, 4), (4, 4))
+SHAPES = ((2, 6), (4, 4))
 """(vocabulary, horizon) of the random trees; each takes one compilation."""
 
 NO_CLAMP = jnp.inf

@@ -1,6 +1,8 @@
 """Every theory check holds on a few instances, every wrong twin is caught, and the command line says so."""
 
+import dataclasses
 import functools
+import importlib
 import json
 import subprocess
 import sys
@@ -46,8 +48,6 @@ def test_there_are_at_least_forty_with_names_of_their_own():
 
 
 def test_every_function_that_a_check_names_exists():
-    import importlib
-
     for check in all_checks():
         assert check.functions
         for name in check.functions:
@@ -63,8 +63,6 @@ def test_a_measurement_that_is_not_a_number_is_a_violation():
 
 
 def test_a_check_whose_twin_passes_does_not_pass():
-    import dataclasses
-
     (check,) = select("mismatch.kl")
     toothless = dataclasses.replace(check, wrong=check.sides)
     assert not run_check(toothless, measured(check.world.name)).passed
@@ -72,7 +70,7 @@ def test_a_check_whose_twin_passes_does_not_pass():
 
 def test_json_through_the_command_line():
     done = subprocess.run(
-        [sys.executable, "-m", "theory_checks", "mismatch", "--json", "--instances", "30", "--seed", "3"],
+        [sys.executable, "-m", "theory_checks", "logit_dynamics", "--json", "--instances", "30", "--seed", "3"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -80,15 +78,13 @@ def test_json_through_the_command_line():
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
-    assert [row["name"] for row in rows] == [check.name for check in FAMILIES["mismatch"]]
+    assert [row["name"] for row in rows] == [check.name for check in FAMILIES["logit_dynamics"]]
     assert all(row["passed"] is True for row in rows)
     assert all(isinstance(row["margin"], float) and row["margin"] >= 0 for row in rows)
     assert all(row["tightness"] >= 0 for row in rows)
 
 
 def test_a_violation_is_exit_code_1(monkeypatch, capsys):
-    import dataclasses
-
     (check,) = select("mismatch.kl")
     broken = dataclasses.replace(check, sides=check.wrong)
     monkeypatch.setattr(cli, "select", lambda name: [broken])
