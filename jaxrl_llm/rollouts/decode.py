@@ -47,7 +47,7 @@ class Dense(NamedTuple):
 
     def __call__(self, x: Float[Array, "B I"]) -> Float[Array, "B O"]:
         """x @ kernel + bias, summed and returned in float32 or wider."""
-        y = _product("bi,io->bo", x, self.kernel)
+        y = _product("bi,io->bo", _two_rows(x, self.kernel), self.kernel)[: x.shape[0]]
         return y if self.bias is None else y + self.bias
 
 
@@ -180,22 +180,17 @@ def decode_step(
     group = tokens.shape[0] // prompt.mask.shape[0]
     length = jnp.repeat(jnp.sum(prompt.mask, axis=1, dtype=jnp.int32), group)
     rotation = Rotation.at((length + slot)[:, None], config)
-    written = jnp.arange(response.keys[0].shape[3]) <= slot
     x = weights.embedding[tokens].astype(wide)
     keys, values = [], []
     for index, layer in enumerate(weights.layers):
         query, key, value = _project(layer, _norm(x, layer.attention_norm, config.norm_eps), rotation, config)
-        keys.append(
-            jax.lax.dynamic_update_slice(response.keys[index], key[..., None].astype(weights.dtype), (0, 0, 0, slot))
-        )
-        values.append(
-            jax.lax.dynamic_update_slice(
-                response.values[index], value[:, :, None].astype(weights.dtype), (0, 0, slot, 0)
-            )
-        )
-        own = (keys[-1], values[-1], written)
-        shared = (prompt.keys[index], prompt.values[index], prompt.mask)
-        x = x + layer.output(_attend(query, shared, own))
+        cached = (response.keys[index], response.values[index])
+        mixed = _attend(query, (key, value), cached, slot, (prompt.keys[index], prompt.values[index], prompt.mask))
+        # The write waits for the reads, which leave the lines it needs in the processor's cache.
+        mixed, key, value = jax.lax.optimization_barrier((mixed, key, value))
+        keys.append(_write(cached[0], key[..., None], (0, 0, 0, slot)))
+        values.append(_write(cached[1], value[:, :, None], (0, 0, slot, 0)))
+        x = x + layer.output(mixed)
         x = x + _feed_forward(layer, _norm(x, layer.mlp_norm, config.norm_eps))
     hidden = _norm(x, weights.final_norm, config.norm_eps)
     return hidden, ResponseCache(tuple(keys), tuple(values))
@@ -207,7 +202,13 @@ def decode_logits(weights: DecodeWeights, hidden: Float[Array, "B D"]) -> Float[
     A tied head lies as [V, D]. As the left factor it is read along its rows, once; on a CPU that takes three quarters
     of the time of the product that makes [B, V].
     """
-    return _product("bd,vd->vb" if weights.vocabulary_axis == 0 else "bd,dv->vb", hidden, weights.head)
+    formula = "bd,vd->vb" if weights.vocabulary_axis == 0 else "bd,dv->vb"
+    return _product(formula, _two_rows(hidden, weights.head), weights.head)[:, : hidden.shape[0]]
+
+
+def _two_rows(x: Float[Array, "B I"], kernel: Array) -> Float[Array, "B' I"]:
+    # XLA on a CPU makes the product of one narrow vector element by element, ten times slower than that of two.
+    return jnp.repeat(x, 2, axis=0) if x.shape[0] == 1 and kernel.dtype.itemsize < 4 else x
 
 
 def _write(cache: Array, entry: Array, origin: tuple) -> Array:
@@ -238,39 +239,43 @@ def _project(
     return rotation(query[:, None])[:, 0], rotation(key[:, None])[:, 0], value
 
 
-def _attend(query: Float[Array, "B H hd"], prompt: tuple, response: tuple) -> Float[Array, "B H*hd"]:
-    """softmax(q [K_prompt, K_response]^T / sqrt(hd)) [V_prompt; V_response], the prompt's part once per group.
+def _attend(
+    query: Float[Array, "B H hd"], own: tuple, response: tuple, slot: Int[Array, ""], prompt: tuple
+) -> Float[Array, "B H*hd"]:
+    """Attention of each row's new token to its prompt, to the response tokens before it, and to itself.
 
-    The two parts share one maximum and one denominator, so they add up to the softmax over all slots.
+    Args:
+        query: of the new tokens.
+        own: their keys and values [B, KV, hd].
+        response: keys [B, KV, hd, R] and values [B, KV, R, hd] of the response so far: slots below `slot`.
+        slot: number of the new token.
+        prompt: keys [N, KV, hd, P], values [N, KV, P, hd] and mask [N, P], once per prompt.
     """
     rows, heads, size = query.shape
     prompts, shared = prompt[0].shape[:2]
     group, per_key = rows // prompts, heads // shared
+
+    def to_prompts(x: Float[Array, "B KV g X"]) -> Float[Array, "N KV G*g X"]:
+        # The samples of a prompt become rows of one product.
+        x = x.reshape(prompts, group, shared, per_key, -1).swapaxes(1, 2)
+        return x.reshape(prompts, shared, group * per_key, -1)
+
+    def to_rows(x: Float[Array, "N KV G*g X"]) -> Float[Array, "B KV g X"]:
+        x = x.reshape(prompts, shared, group, per_key, -1).swapaxes(1, 2)
+        return x.reshape(rows, shared, per_key, -1)
+
     scaled = (query * size**-0.5).reshape(rows, shared, per_key, size)
-    # [N, G, KV, g, hd] -> [N, KV, G * g, hd]: the samples of a prompt become rows of one product.
-    by_prompt = scaled.reshape(prompts, group, shared, per_key, size).swapaxes(1, 2)
-    by_prompt = by_prompt.reshape(prompts, shared, group * per_key, size)
-    prompt_scores = _product("nkmd,nkdp->nkmp", by_prompt, prompt[0])
-    prompt_scores = jnp.where(prompt[2][:, None, None], prompt_scores, MASKED_SCORE)
-    response_scores = _product("bkgd,bkdr->bkgr", scaled, response[0])
-    response_scores = jnp.where(response[2], response_scores, MASKED_SCORE)
-
-    def to_rows(x):
-        x = x.reshape(prompts, shared, group, per_key, x.shape[-1]).swapaxes(1, 2)
-        return x.reshape(rows, shared, per_key, x.shape[-1])
-
-    def to_prompts(x):
-        x = x.reshape(prompts, group, shared, per_key, 1).swapaxes(1, 2)
-        return x.reshape(prompts, shared, group * per_key, 1)
-
-    prompt_max = jnp.max(prompt_scores, axis=-1, keepdims=True)
-    maximum = jnp.maximum(to_rows(prompt_max), jnp.max(response_scores, axis=-1, keepdims=True))
-    prompt_weights = jnp.exp(prompt_scores - to_prompts(maximum))
-    response_weights = jnp.exp(response_scores - maximum)
-    total = to_rows(jnp.sum(prompt_weights, axis=-1, keepdims=True)) + jnp.sum(response_weights, axis=-1, keepdims=True)
-    mixed = to_rows(_product("nkmp,nkpd->nkmd", prompt_weights, prompt[1]))
-    mixed = mixed + _product("bkgr,bkrd->bkgd", response_weights, response[1])
-    return (mixed / total).reshape(rows, heads * size)
+    prompt_scores = _product("nkmd,nkdp->nkmp", to_prompts(scaled), prompt[0])
+    prompt_scores = to_rows(jnp.where(prompt[2][:, None, None], prompt_scores, MASKED_SCORE))
+    before = jnp.arange(response[0].shape[3]) < slot
+    response_scores = jnp.where(before, _product("bkgd,bkdr->bkgr", scaled, response[0]), MASKED_SCORE)
+    own_score = jnp.sum(scaled * own[0][:, :, None], axis=-1, keepdims=True)
+    weights = jax.nn.softmax(jnp.concatenate([prompt_scores, response_scores, own_score], axis=-1), axis=-1)
+    width = prompt[2].shape[1]
+    mixed = to_rows(_product("nkmp,nkpd->nkmd", to_prompts(weights[..., :width]), prompt[1]))
+    mixed += _product("bkgr,bkrd->bkgd", weights[..., width:-1], response[1])
+    mixed += weights[..., -1:] * own[1][:, :, None]
+    return mixed.reshape(rows, heads * size)
 
 
 def _feed_forward(layer: DecodeLayer, x: Float[Array, "B D"]) -> Float[Array, "B D"]:
