@@ -33,7 +33,8 @@ def two_token_worlds(count: int) -> tuple[Any, Any, jax.Array]:
 
     mu is uniform; pi moves by eps at the root, and after token 0 towards the rewarded token, after token 1 away from
     it. In the last world mu always starts with token 0 and pi with token 1, and they disagree about the second token
-    as well: |Error| is then 2, half of the linear bound and two thirds of the average-only one.
+    as well: |Error| is then 2, half of the linear bound, two thirds of the average-only one, and
+    exactly sum_t Dbar_t.
     """
     eps = np.geomspace(1e-3, 0.45, count - 1)
     half = np.full_like(eps, 0.5)
