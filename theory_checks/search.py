@@ -72,10 +72,12 @@ def _ascend(world, which: jax.Array, *, steps: int, rate: float) -> tuple[jax.Ar
     return carry[3], ratios[-1], carry[4]
 
 
-def search(*, seed: int, restarts: int = 48, steps: int = 600, rate: float = 0.1) -> list[Found]:
+def search(
+    *, seed: int, restarts: int = 48, steps: int = 600, rate: float = 0.1, shapes: tuple[tuple[int, int], ...] = SHAPES
+) -> list[Found]:
     """The tightest world found for each sharp bound and each shape."""
     found, generator, names = [], np.random.default_rng(seed), list(SHARP)
-    for vocabulary, horizon in SHAPES:
+    for vocabulary, horizon in shapes:
         count = restarts * len(names)
         pi, mu, rewards = trees.draw(
             generator,
