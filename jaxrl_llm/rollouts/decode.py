@@ -29,11 +29,14 @@ from jaxrl_llm.models.layers import Linear
 from jaxrl_llm.models.layers import RMSNorm
 from jaxrl_llm.models.layers import Rotation
 from jaxrl_llm.models.lora import merge_lora
+from jaxrl_llm.models.sharding import constrain
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Bool
 from jaxrl_llm.typing import Float
 from jaxrl_llm.typing import Int
+
+ROW_AXES = ("batch", "activation")
 
 SLOT_MULTIPLE = 16
 """Slots of the response cache come in multiples of this: one 512-bit register of float32."""
@@ -180,7 +183,7 @@ def decode_step(
     group = tokens.shape[0] // prompt.mask.shape[0]
     length = jnp.repeat(jnp.sum(prompt.mask, axis=1, dtype=jnp.int32), group)
     rotation = Rotation.at((length + slot)[:, None], config)
-    x = weights.embedding[tokens].astype(wide)
+    x = constrain(weights.embedding[tokens].astype(wide), ROW_AXES)
     keys, values = [], []
     for index, layer in enumerate(weights.layers):
         query, key, value = _project(layer, _norm(x, layer.attention_norm, config.norm_eps), rotation, config)
@@ -191,7 +194,7 @@ def decode_step(
         keys.append(_write(cached[0], key[..., None], (0, 0, 0, slot)))
         values.append(_write(cached[1], value[:, :, None], (0, 0, slot, 0)))
         x = x + layer.output(mixed)
-        x = x + _feed_forward(layer, _norm(x, layer.mlp_norm, config.norm_eps))
+        x = constrain(x + _feed_forward(layer, _norm(x, layer.mlp_norm, config.norm_eps)), ROW_AXES)
     hidden = _norm(x, weights.final_norm, config.norm_eps)
     return hidden, ResponseCache(tuple(keys), tuple(values))
 
