@@ -107,7 +107,7 @@ def parse_run(experiment: Experiment, words: Sequence[str]) -> RunArguments:
 def _with_newest_run(experiment: Experiment, words: Sequence[str]) -> list[str]:
     """`--resume` without a run means the newest run of the experiment."""
     complete = []
-    for word, following in zip(words, [*words[1:], "--"], strict=True):
+    for word, following in zip(words, [*words, "--"][1:], strict=True):
         complete.append(word)
         if word == "--resume" and following.startswith("--"):
             complete.append(experiment.name)

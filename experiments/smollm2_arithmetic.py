@@ -9,6 +9,9 @@ Expected   accuracy_gain >= 0.25 in summary.json
 The model is the instruction-tuned SmolLM2-135M (4-bit weights, dequantised); its 16 top layers learn. It reads two
 worked examples, then "a + b =", and answers in at most 4 tokens. A third of the 1275 distinct sums (a + b and b + a are
 one) is never trained on; 128 of that third are the held-out problems.
+
+The claim holds for this prompt. A prompt three times as long, three examples in the words of reasoning-gym, lets the
+untrained model answer 0.64 of some other sums of this size, so against its best prompt the gain is smaller.
 """
 
 from experiments.registry import Expectation

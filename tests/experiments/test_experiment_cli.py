@@ -22,6 +22,11 @@ def said(capsys: pytest.CaptureFixture[str], *words: str, status: int = 2) -> st
     return capsys.readouterr().err
 
 
+def test_the_name_alone_is_enough() -> None:
+    experiment = get_experiment("smollm2_arithmetic")
+    assert parse_run(experiment, []).settings == experiment.settings
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
