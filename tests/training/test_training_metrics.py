@@ -1,13 +1,17 @@
 """Metric files: cut back to a position, readable after a full disk, and no clock inside."""
 
+import importlib.util
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from jaxrl_llm.training.errors import StorageError
+from jaxrl_llm.training.errors import TrainingError
 from jaxrl_llm.training.metrics import JsonLines
 from jaxrl_llm.training.metrics import TensorBoard
+from jaxrl_llm.training.metrics import WeightsAndBiases
 
 
 def test_cutting_back_and_writing_again_gives_the_same_bytes(tmp_path: Path):
@@ -57,16 +61,27 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path):
 
 def test_tensorboard_writes_the_numbers(tmp_path: Path):
     from tensorboardX.proto.event_pb2 import Event
-    from tensorboardX.record_writer import RecordWriter  # noqa: F401  (the reader below undoes its framing)
 
     board = TensorBoard(tmp_path)
     board.write(3, {"reward": 0.25, "name": "text is left out"})
     board.close()
     raw = next(tmp_path.iterdir()).read_bytes()
     found = []
+    # A record is 8 bytes of length, 4 of checksum, the event, 4 of checksum.
     while raw:
         length = int.from_bytes(raw[:8], "little")
         event = Event.FromString(raw[12 : 12 + length])
         found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
         raw = raw[16 + length :]
     assert found == [(3, "reward", 0.25)]
+
+
+def test_weights_and_biases_without_its_package_is_one_sentence():
+    if importlib.util.find_spec("wandb"):
+        os.environ["WANDB_MODE"] = "offline"
+        writer = WeightsAndBiases("project", "run", {})
+        writer.write(1, {"reward": 1.0})
+        writer.close()
+        return
+    with pytest.raises(TrainingError, match=r"needs its package: pip install 'jaxrl_llm\[wandb\]'"):
+        WeightsAndBiases("project", "run", {})
