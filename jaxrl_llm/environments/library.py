@@ -15,10 +15,9 @@ from jaxrl_llm.environments.strings import unchanged
 from jaxrl_llm.environments.tasks import Task
 from jaxrl_llm.environments.tasks import register
 
-SUM_SHOTS = ("5 + 3", "8 + 14")
+SUM_SHOTS = ("3 + 5", "14 + 8")
 """Worked examples in front of the sums, one a line: of the plain lists of sums tried, the untrained SmolLM2-135M scores
-best with these two (0.477 on 128 held-out sums to 49; the others, of 0 to 4 examples, 0.24 to 0.46). Words in front of
-each sum, longer prompts, can score higher."""
+best with these two (0.45 on 128 held-out sums to 49). Words in front of each sum, longer prompts, can score higher."""
 
 WORDED_SHOTS = ("3 + 5", "14 + 8", "27 + 15")
 """Worked examples in front of the large sums, each after "Sum: ": of the prompts tried on them, the untrained

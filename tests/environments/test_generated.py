@@ -41,7 +41,7 @@ def test_sums_are_what_they_say_and_closed_under_commutation():
     task = get_task("sums_to_49")
     for problem in task.held_out() + task.train(3, 5, 32):
         *shots, last = problem.prompt.split("\n")
-        assert shots == ["5 + 3 = 8", "8 + 14 = 22"]
+        assert shots == ["3 + 5 = 8", "14 + 8 = 22"]
         left, right = signed_terms(last.removesuffix(" = "))
         assert 0 <= left <= 49
         assert 0 <= right <= 49
