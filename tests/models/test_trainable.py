@@ -75,6 +75,12 @@ def test_only_the_final_norm_needs_no_layer(model):
     assert trainable.first_trained_layer(learned, LAYERS) == LAYERS
 
 
+def test_a_trained_embedding_leaves_nothing_to_keep(model):
+    learned, _ = nnx.split_state(nnx.state(model), lambda path, _: path[0] == "embedding" or 2 in path, ...)
+    assert sorted(learned["layers"]) == [2]
+    assert trainable.first_trained_layer(learned, LAYERS) == 0
+
+
 @pytest.mark.parametrize(
     ("choice", "remat"),
     [
