@@ -19,7 +19,7 @@ from jaxrl_kernels._token_statistics.types import Reference
 
 State = TypeVar("State")
 
-BLOCK_BYTES = 8 * 2**20
+BLOCK_BYTES = 4 * 2**20
 """Size of one block of logits. Measured on CPU: 4 to 10 MB is flat, larger falls out of the caches."""
 
 SMALLEST_BLOCK = 256
@@ -56,9 +56,15 @@ def block_size(rows: int, vocabulary: int, itemsize: int) -> int:
     return math.ceil(wanted / 128) * 128
 
 
+def promoted(*dtypes: jnp.dtype) -> jnp.dtype:
+    """The common dtype of operands that are cast explicitly, so a caller's strict promotion mode does not object to it."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)
+
+
 def accumulator(*dtypes: jnp.dtype) -> jnp.dtype:
     """The wider of float32 and the given dtypes."""
-    return jnp.result_type(jnp.float32, *dtypes)
+    return promoted(jnp.dtype(jnp.float32), *dtypes)
 
 
 def matmul(
@@ -68,7 +74,7 @@ def matmul(
 
     float32 operands ask for full precision by name: accelerators otherwise round them to fewer bits.
     """
-    narrow = jnp.promote_types(x.dtype, y.dtype)
+    narrow = promoted(x.dtype, y.dtype)
     precision = lax.Precision.DEFAULT if narrow in (jnp.bfloat16, jnp.float16) else lax.Precision.HIGHEST
     return lax.dot_general(
         x.astype(narrow),
@@ -77,6 +83,15 @@ def matmul(
         precision=precision,
         preferred_element_type=dtype,
     )
+
+
+def head_cotangent(hidden_t: Float[Array, "D N"], g: Float[Array, "N B"], axis: int, dtype: jnp.dtype) -> Array:
+    """hidden^T g in the head's layout: [D, B], or [B, D] for vocabulary_axis=0. The caller transposes `hidden` once.
+
+    On CPU a product that contracts the leading axes packs its left operand anew each time; transposed beforehand it is 15 % faster.
+    """
+    product = matmul(hidden_t, g, (1, 0), dtype)
+    return product if axis == 1 else product.T
 
 
 class Logits(NamedTuple):

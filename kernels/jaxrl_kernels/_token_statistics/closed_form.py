@@ -18,6 +18,7 @@ from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Int
 
+from jaxrl_kernels._token_statistics.streaming import Block
 from jaxrl_kernels._token_statistics.streaming import Rows
 from jaxrl_kernels._token_statistics.streaming import Summary
 from jaxrl_kernels._token_statistics.streaming import chi_square
@@ -30,13 +31,13 @@ class Constants(NamedTuple):
 
     maximum: Rows
     total: Rows
-    shift: Rows
-    collision: Rows
+    shift: Rows | None = None
+    collision: Rows | None = None
     floor: Rows | None = None
     maximum_ref: Rows | None = None
     total_ref: Rows | None = None
     centre: Rows | None = None
-    gap: Rows | None = None
+    gap: Rows | None = None  # log-normaliser of the policy minus that of the reference, without their cancellation
     sign: Rows | None = None
 
 
@@ -47,25 +48,28 @@ class Variation(NamedTuple):
     sign: Rows
 
 
-def variation(z: Float[Array, "N B"], z_ref: Float[Array, "N B"], constants: Constants) -> Variation:
-    """Contribution of one block to the total variation; needs the normalisers of both distributions.
+def difference(p: Block, q: Block, log_ratio: Block) -> Block:
+    """p - q = sign(l) max(p, q) (1 - e^{-|l|}), l = log p - log q: no cancellation however close the two are."""
+    return -jnp.sign(log_ratio) * lax.max(p, q) * jnp.expm1(-jnp.abs(log_ratio))
 
-    |p - q| = max(p, q) (1 - e^{-|l|}): no cancellation however close the two are.
-    """
-    assert constants.gap is not None
-    assert constants.maximum_ref is not None
-    assert constants.total_ref is not None
-    log_ratio = (z - z_ref) - constants.gap[:, None]
-    log_p = (z - constants.maximum[:, None]) - jnp.log(constants.total)[:, None]
-    p = jnp.exp(log_p)
-    q = jnp.exp((z_ref - constants.maximum_ref[:, None]) - jnp.log(constants.total_ref)[:, None])
-    difference = -lax.max(p, q) * jnp.expm1(-jnp.abs(log_ratio))
+
+def variation(z: Block, z_ref: Block, constants: Constants) -> Variation:
+    """Contribution of one block to the total variation; needs the normalisers of both distributions."""
+    column = _columns(constants)
+    log_ratio = (z - z_ref) - column["gap"]
+    p = jnp.exp(z - column["maximum"]) / column["total"]
+    q = jnp.exp(z_ref - column["maximum_ref"]) / column["total_ref"]
+    distance = jnp.abs(difference(p, q, log_ratio))
     signed = p * jnp.sign(log_ratio)
-    if constants.floor is not None:
-        kept = z >= constants.floor[:, None]
-        difference = jnp.where(kept, difference, q)
+    if "floor" in column:
+        kept = z >= column["floor"]
+        distance = jnp.where(kept, distance, q)
         signed = jnp.where(kept, signed, jnp.zeros((), z.dtype))
-    return Variation(0.5 * jnp.sum(difference, axis=-1), jnp.sum(signed, axis=-1))
+    return Variation(0.5 * jnp.sum(distance, axis=-1), jnp.sum(signed, axis=-1))
+
+
+def _columns(constants: Constants) -> dict[str, Float[Array, "N 1"]]:
+    return {name: value[:, None] for name, value in constants._asdict().items() if value is not None}
 
 
 def conclude(
@@ -79,17 +83,17 @@ def conclude(
     """Statistics and gradient constants of a whole vocabulary, all but the total variation."""
     policy, other = summary.policy, summary.reference
     log_total = jnp.log(policy.total)
-    shift = summary.shift / policy.total
-    collision = summary.square / policy.total**2
-    values: dict[str, Array] = {
-        "entropy": log_total - shift,
-        "collision": collision,
-        "max_log_prob": -log_total,
-    }
+    shift = collision = None
+    values: dict[str, Array] = {"max_log_prob": -log_total}
+    if summary.shift is not None:
+        shift = summary.shift / policy.total
+        values["entropy"] = log_total - shift
+    if summary.square is not None:
+        values["collision"] = collision = summary.square / policy.total**2
     log_prob = (summary.target - policy.maximum) - log_total
     if summary.target_kept is not None and whole is not None:
         log_prob = jnp.where(summary.target_kept > 0, log_prob, -jnp.inf)
-        values["kept_mass"] = policy.total / whole
+        values["kept_mass"] = lax.min(policy.total / whole, jnp.ones_like(whole))
         values["target_kept"] = summary.target_kept > 0
     in_range = (targets >= 0) & (targets < vocabulary)
     values["log_prob"] = jnp.where(in_range, log_prob, jnp.nan)
@@ -100,14 +104,16 @@ def conclude(
     if summary.reference_outside is not None:
         missing = -jnp.log1p(-summary.reference_outside / other.total)
     constants = constants._replace(maximum_ref=other.maximum, total_ref=other.total)
+    if other.spread is not None and other.centre is not None:
+        kl_reverse = divergence(other, policy, None)
+        values["kl_reverse"] = kl_reverse
+        constants = constants._replace(gap=kl_reverse - other.centre)
     if policy.spread is not None and policy.centre is not None:
         kl = divergence(policy, other, missing)
         values["kl"] = kl
         constants = constants._replace(centre=policy.centre, gap=policy.centre - kl)
         if summary.ratio is not None:
             values["chi_square"] = chi_square(policy, other, summary.ratio, kl)
-    if other.spread is not None:
-        values["kl_reverse"] = divergence(other, policy, None)
     return _select(values, wanted), constants
 
 
@@ -116,15 +122,15 @@ def _select(values: dict[str, Array], wanted: tuple[str, ...]) -> TokenStatistic
 
 
 def logit_gradient(
-    z: Float[Array, "N B"],
-    z_ref: Float[Array, "N B"] | None,
+    z: Block,
+    z_ref: Block | None,
     targets: Int[Array, " N"],
     start: int | Int[Array, ""],
     constants: Constants,
     cotangent: dict[str, Rows],
-) -> Float[Array, "N B"]:
+) -> Block:
     """Gradient of sum_x g_x statistic_x with respect to a block of (temperature-scaled) logits; absent cotangents are zero."""
-    column = {name: value[:, None] for name, value in constants._asdict().items() if value is not None}
+    column = _columns(constants)
     g = {name: value[:, None] for name, value in cotangent.items()}
     centred = z - column["maximum"]
     weight = jnp.exp(centred)
@@ -140,11 +146,10 @@ def logit_gradient(
         bracket = bracket + g["kl"] * ((z - z_ref) - column["centre"])
     if z_ref is not None and "total_variation" in g:
         bracket = bracket + 0.5 * g["total_variation"] * (jnp.sign((z - z_ref) - column["gap"]) - column["sign"])
-    if "kl_reverse" in g:
-        bracket = bracket + g["kl_reverse"]
     out = p * bracket
     if z_ref is not None and "kl_reverse" in g:
-        out = out - g["kl_reverse"] * jnp.exp(z_ref - column["maximum_ref"]) / column["total_ref"]
+        q = jnp.exp(z_ref - column["maximum_ref"]) / column["total_ref"]
+        out = out + g["kl_reverse"] * difference(p, q, (z - z_ref) - column["gap"])
     if "log_prob" in g:
         hit = lax.broadcasted_iota(targets.dtype, z.shape, 1) == (targets - start)[:, None]
         out = out + jnp.where(hit, g["log_prob"], jnp.zeros((), z.dtype))

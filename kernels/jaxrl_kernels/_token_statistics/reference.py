@@ -75,7 +75,7 @@ def statistics(
     if log_min_p is not None:
         target_kept = inside & jnp.take_along_axis(kept, index, axis=-1)[:, 0]
         log_prob = jnp.where(target_kept, log_prob, -jnp.inf)
-        values["kept_mass"] = lax.stop_gradient(total / whole)
+        values["kept_mass"] = lax.stop_gradient(jnp.minimum(total / whole, 1.0))
         values["target_kept"] = target_kept
     values["log_prob"] = jnp.where(inside, log_prob, jnp.nan)
     if reference is not None:

@@ -16,6 +16,7 @@ from jaxtyping import Array
 from jaxrl_kernels._token_statistics.blocks import Layout
 from jaxrl_kernels._token_statistics.blocks import Logits
 from jaxrl_kernels._token_statistics.blocks import fold
+from jaxrl_kernels._token_statistics.blocks import head_cotangent
 from jaxrl_kernels._token_statistics.blocks import matmul
 from jaxrl_kernels._token_statistics.closed_form import Constants
 from jaxrl_kernels._token_statistics.closed_form import Variation
@@ -46,7 +47,7 @@ def safe_set(logits: Logits, layout: Layout, log_min_p: Array) -> tuple[Array, A
     def step(start: int | Array, size: int) -> Moments:
         z, _ = logits._replace(reference=None).block(layout, start, size)
         top = row_maximum(z)
-        return moments(jnp.exp(z - top[:, None]), top, None, spread=False, growth=False)
+        return moments(jnp.exp(z - top[:, None]), top, None, None)
 
     whole = fold(layout, step, lambda a, b: combine_moments(a, b)[0])
     return whole.maximum + log_min_p.astype(whole.maximum.dtype), whole.maximum, whole.total
@@ -92,7 +93,7 @@ def backward(
     # A row without a cotangent is out of the gradient even if it holds NaN or inf.
     live = jnp.any(jnp.stack([value != 0 for value in cotangent.values()]), axis=0)
     row = live[:, None]
-    clean = jnp.where(row, hidden, jnp.zeros((), hidden.dtype))
+    hidden_t = jnp.where(row, hidden, jnp.zeros((), hidden.dtype)).T
 
     def step(start: int | Array, size: int) -> tuple[Array, Array | None]:
         z, z_ref = logits.block(layout, start, size)
@@ -104,8 +105,7 @@ def backward(
         d_hidden = matmul(g, block, (1, axis), logits.dtype)
         if not head_gradient:
             return d_hidden, None
-        pair = (clean, g) if axis == 1 else (g, clean)
-        return d_hidden, matmul(*pair, (0, 0), logits.dtype).astype(head.dtype)
+        return d_hidden, head_cotangent(hidden_t, g, axis, logits.dtype).astype(head.dtype)
 
     last, size = layout.last
     d_hidden, d_last = step(last, size)

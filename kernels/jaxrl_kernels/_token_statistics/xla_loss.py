@@ -17,6 +17,7 @@ from jaxtyping import Array
 
 from jaxrl_kernels._token_statistics.blocks import Layout
 from jaxrl_kernels._token_statistics.blocks import Logits
+from jaxrl_kernels._token_statistics.blocks import head_cotangent
 from jaxrl_kernels._token_statistics.blocks import matmul
 from jaxrl_kernels._token_statistics.closed_form import Constants
 from jaxrl_kernels._token_statistics.closed_form import conclude
@@ -125,6 +126,7 @@ def _tile_gradient(plan: LossPlan, logits: Logits, tile: Tile, d_head: Array | N
     named = cotangents._asdict()
     cotangent = {name: named[name] for name in DIFFERENTIABLE if named[name] is not None}
     hidden = logits.hidden
+    hidden_t = hidden.T
 
     def step(pair: Kept, start: int | Array, d_head: Array | None):
         size = pair[0].shape[1]
@@ -134,11 +136,9 @@ def _tile_gradient(plan: LossPlan, logits: Logits, tile: Tile, d_head: Array | N
         g = g.astype(hidden.dtype)
         block = lax.dynamic_slice_in_dim(logits.head, start, size, axis=axis)
         if d_head is not None:
-            operands = (hidden, g) if axis == 1 else (g, hidden)
             old = lax.dynamic_slice_in_dim(d_head, start, size, axis=axis)
-            d_head = lax.dynamic_update_slice_in_dim(
-                d_head, old + matmul(*operands, (0, 0), logits.dtype), start, axis=axis
-            )
+            new = old + head_cotangent(hidden_t, g, axis, logits.dtype)
+            d_head = lax.dynamic_update_slice_in_dim(d_head, new, start, axis=axis)
         return matmul(g, block, (1, axis), logits.dtype), d_head
 
     d_hidden, d_head = step(last, layout.last[0], d_head)
