@@ -41,7 +41,7 @@ from jaxrl_llm.rollouts.decode import DecodeWeights
 VOID_BELOW = 700
 PRODUCTS = ("query", "key", "value", "output", "gate", "up", "down")
 REPORTED = ("batches", "dtypes", "group_size", "prompt_tokens", "new_tokens", "rounds", "threads")
-WORKER = Path(__file__).with_name("llama_cpp_worker.py")
+WORKER = Path(__file__).parent / "peers" / "llama_cpp_worker.py"
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ def resolve(op: str, implementation: str | None, available: tuple[str, ...], pla
         return implementation
     if implementation in PLANNED:
         raise NotImplementedError(
-            f"{op}: implementation {implementation!r} is not written yet; choose one of {choices}, or None for the platform's default."
+            f"{op}: implementation {implementation!r} is not written yet; choose one of {choices}, or "
+            f"None for the platform's default."
         )
     raise ValueError(f"{op}: implementation must be None or one of {choices}, not {implementation!r}.")

@@ -1,4 +1,5 @@
-"""The definitions written out in float64 with everything in memory, their autodiff gradients, and inputs whose logits are exact in float32."""
+"""The definitions written out in float64 with everything in memory, their autodiff gradients, and inputs whose logits
+are exact in float32."""
 
 from typing import NamedTuple
 
@@ -39,7 +40,8 @@ def make_inputs(
     axis: int = 1,
     seed: int = 0,
 ) -> Inputs:
-    """Random inputs on a grid of binary fractions: products and sums are exact in float32, so a test sees the statistics' own error.
+    """Random inputs on a grid of binary fractions: products and sums are exact in float32, so a test sees the
+    statistics' own error.
 
     `near`: standard deviation of the reference logits' difference from the policy's; None draws an unrelated reference.
     """
@@ -104,6 +106,12 @@ def _logits(inputs: Inputs, temperature):
         head, head_ref = head.T, head_ref.T
     divisor = jnp.broadcast_to(jnp.asarray(temperature, jnp.float64), hidden.shape[:1])[:, None]
     return (hidden @ head) / divisor, (hidden_ref @ head_ref) / divisor
+
+
+def most_likely(inputs: Inputs) -> np.ndarray:
+    """The token of largest logit in each row."""
+    with jax.enable_x64(True):
+        return np.asarray(jnp.argmax(_logits(inputs, 1.0)[0], axis=-1))
 
 
 def expected_gradient(inputs: Inputs, cotangents: dict[str, np.ndarray], temperature=1.0, log_min_p=None):

@@ -117,8 +117,8 @@ def test_schedules():
         values = [float(schedule(s, steps=10, final=2.0)) for s in (0, 5, 10, 50)]
         np.testing.assert_allclose(values, [0.0, 1.0, 2.0, 2.0], atol=1e-6)
     np.testing.assert_allclose(hybrid.cosine_warmup(2, steps=10), (1 - np.cos(np.pi / 5)) / 2, rtol=1e-5)
-    values = [float(hybrid.log_linear(s, steps=4, start=0.01, final=1.0)) for s in (0, 2, 4, 9)]
-    np.testing.assert_allclose(values, [0.01, 0.1, 1.0, 1.0], rtol=1e-5)
+    values = [float(hybrid.log_linear(s, steps=4, start=0.01, final=4.0)) for s in (0, 2, 4, 9)]
+    np.testing.assert_allclose(values, [0.01, 0.2, 4.0, 4.0], rtol=1e-5)
 
 
 def test_bad_input_is_a_sentence(without_type_hook):

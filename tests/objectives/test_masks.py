@@ -72,9 +72,9 @@ def test_length_neutral_tests():
 
 
 def test_rejected_mass_counts_tokens_and_sequences():
-    accepted = jnp.array([True, False, False, True, True])
-    np.testing.assert_array_equal(masks.rejected_sequences(accepted, MASK), [2, 4])
-    np.testing.assert_array_equal(masks.rejected_tokens(accepted, MASK), [4, 9])
+    accepted = jnp.array([True, False, False, True, False])
+    np.testing.assert_array_equal(masks.rejected_sequences(accepted, MASK), [3, 4])
+    np.testing.assert_array_equal(masks.rejected_tokens(accepted, MASK), [7, 9])
 
 
 def test_a_mask_is_a_constant():

@@ -41,31 +41,38 @@ def token_statistics(
 ) -> TokenStatistics:
     """Per-token statistics of softmax(hidden @ head / temperature), without holding the logits.
 
-    With z = hidden @ head / temperature, p = softmax(z), and q the same of the reference: log p_a, entropy, collision, KL(p || q) and so on, as
-    `TokenStatistics` lists them. Reverse-mode gradients flow into `hidden` and `head`, by the closed form
+    With z = hidden @ head / temperature, p = softmax(z), and q the same of the reference: log p_a, entropy, collision,
+    KL(p || q) and so on, as `TokenStatistics` lists them. Reverse-mode gradients flow into `hidden` and `head`, by the
+    closed form
 
-        dz = g_logp (e_a - p) - g_H p (log p + H) + 2 g_C p (p - C) + g_KL p (l - KL) + g_KLr (p - q) + (1/2) g_TV p (sign l - E_p[sign l]),
+        dz = g_logp (e_a - p) - g_H p (log p + H) + 2 g_C p (p - C) + g_KL p (l - KL) + g_KLr (p - q) + (1/2) g_TV p
+        (sign l - E_p[sign l]),
 
-    with logits computed again in the backward pass. There is no gradient for max_log_prob, chi_square, kept_mass, target_kept, nor into targets,
-    the reference, temperature and log_min_p; there is no forward mode and no second derivative. Where the head is not differentiated (frozen),
-    its cotangent is not computed.
+    with logits computed again in the backward pass. There is no gradient for max_log_prob, chi_square, kept_mass,
+    target_kept, nor into targets, the reference, temperature and log_min_p; there is no forward mode and no second
+    derivative. Where the head is not differentiated (frozen), its cotangent is not computed.
 
-    A row with NaN or inf in it has NaN or inf statistics; other rows do not notice, and a row whose cotangents are all zero adds nothing to
-    the gradient whatever it holds.
+    A row with NaN or inf in it has NaN or inf statistics; other rows do not notice, and a row whose cotangents are all
+    zero adds nothing to the gradient whatever it holds.
 
     Args:
-        hidden: [N, D] float16, bfloat16, float32 or float64. Everything accumulates in the wider of float32 and the inputs' dtypes.
-        head: [D, V], or [V, D] with vocabulary_axis=0 (a tied embedding, read and differentiated in that layout without a copy).
-        targets: [N] token ids in [0, V). One outside gives NaN for log_prob in its row (ValueError where the ids are known while tracing and
-            jax_enable_checks is on).
+        hidden: [N, D] float16, bfloat16, float32 or float64. Everything accumulates in the wider of float32 and the
+            inputs' dtypes.
+        head: [D, V], or [V, D] with vocabulary_axis=0 (a tied embedding, read and differentiated in that layout without
+            a copy).
+        targets: [N] token ids in [0, V). One outside gives NaN for log_prob in its row (ValueError where the ids are
+            known while tracing and jax_enable_checks is on).
         vocabulary_axis: axis of `head`, and of the reference's, that runs over the vocabulary.
         reference: hidden states and head of the distribution q to compare with.
         temperature: divides the logits of policy and reference alike; a number, a scalar array or one per row.
-        log_min_p: if given, the policy is renormalised on its safe set {k : log p_k >= max_j log p_j + log_min_p} [nats, <= 0] (dynamic vocabulary
-            pruning, arXiv 2512.23087) and all statistics are those of the renormalised policy: log_prob is -inf with zero gradient for a target
-            outside. The reference stays whole; kl_reverse would be infinite and is left out. The set carries no gradient.
-        statistics: names to compute; None means all that apply. total_variation costs a second sweep over the vocabulary, log_min_p another.
-        implementation: "reference" (plain jax.numpy and autodiff, [N, V] in memory), "xla" (blocks), or None: the platform's default.
+        log_min_p: if given, the policy is renormalised on its safe set {k : log p_k >= max_j log p_j + log_min_p}
+            [nats, <= 0] (dynamic vocabulary pruning, arXiv 2512.23087) and all statistics are those of the renormalised
+            policy: log_prob is -inf with zero gradient for a target outside. The reference stays whole; kl_reverse
+            would be infinite and is left out. The set carries no gradient.
+        statistics: names to compute; None means all that apply. total_variation costs a second sweep over the
+            vocabulary, log_min_p another.
+        implementation: "reference" (plain jax.numpy and autodiff, [N, V] in memory), "xla" (blocks), or None: the
+            platform's default.
         block: columns per block of the "xla" implementation; None chooses blocks of about 8 MB of logits.
 
     Returns:
@@ -110,17 +117,19 @@ def token_loss(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """(sum, count) of a loss that each token's own statistics decide, its gradient made in the forward sweep.
 
-    sum = sum over rows in `mask` of per_token_loss(statistics of the row, side arrays of the row), count = number of those rows; divide once,
-    after micro-batches and shards were added. The same value and gradient as `token_statistics` followed by `per_token_loss`, with four matrix
-    products instead of six when a reference is given, because no logit is computed twice.
+    sum = sum over rows in `mask` of per_token_loss(statistics of the row, side arrays of the row), count = number of
+    those rows; divide once, after micro-batches and shards were added. The same value and gradient as
+    `token_statistics` followed by `per_token_loss`, with four matrix products instead of six when a reference is given,
+    because no logit is computed twice.
 
-    Gradients flow into `hidden` and `head` through the statistics that have one. Side arrays, the reference and the temperature get none
-    (they count as constants, whatever their origin); nor does anything that per_token_loss closes over.
+    Gradients flow into `hidden` and `head` through the statistics that have one. Side arrays, the reference and the
+    temperature get none (they count as constants, whatever their origin); nor does anything that per_token_loss closes
+    over.
 
     Args:
         hidden, head, targets, vocabulary_axis, reference, temperature, block: as for `token_statistics`.
-        per_token_loss: (TokenStatistics of [rows] arrays, side arrays of the same rows) -> [rows] losses. It is called on tiles of rows in any
-            order, so it must treat each row alone.
+        per_token_loss: (TokenStatistics of [rows] arrays, side arrays of the same rows) -> [rows] losses. It is called
+            on tiles of rows in any order, so it must treat each row alone.
         side_arrays: arrays with a leading axis N: advantages, old log-probs, weights.
         mask: [N] rows that count; None means all. Rows outside may hold anything, NaN included.
         statistics: names that per_token_loss reads; None means all that apply. The others are None, and cost nothing.
@@ -130,7 +139,8 @@ def token_loss(
         (sum, count), scalars in the wider of float32 and the inputs' dtypes.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: as `token_statistics`; also if per_token_loss does not return one loss per row.
+        ValueError, TypeError, NotImplementedError: as `token_statistics`; also if per_token_loss does not return one
+        loss per row.
     """
     op = "token_loss"
     vocabulary = _check(op, hidden, head, targets, vocabulary_axis, reference)
@@ -171,7 +181,7 @@ def token_loss(
         size = _block(op, block, tile, vocabulary, dtype)
         plan = xla_loss.LossPlan(Layout(vocabulary_axis, vocabulary, size), wanted, tile, checked)
         total = xla_loss.loss(plan, hidden, head, targets, reference, inverse, mask, side_arrays)
-        return total.astype(dtype), count
+        return total.astype(dtype), count  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _checked_loss(op: str, per_token_loss: Callable[..., Array]) -> Callable[..., Array]:
@@ -199,12 +209,14 @@ def _check(
         raise ValueError(f"{op}: vocabulary_axis must be 1 for a head [D, V] or 0 for [V, D], not {vocabulary_axis!r}.")
     if hidden.ndim != 2 or head.ndim != 2:
         raise ValueError(
-            f"{op}: hidden must be [N, D] and head a matrix, not of shapes {hidden.shape} and {head.shape}; flatten [B, T, D] to [B*T, D] first."
+            f"{op}: hidden must be [N, D] and head a matrix, not of shapes {hidden.shape} and "
+            f"{head.shape}; flatten [B, T, D] to [B*T, D] first."
         )
     wording = "[D, V]" if vocabulary_axis == 1 else "[V, D]"
     if head.shape[1 - vocabulary_axis] != hidden.shape[1]:
         raise ValueError(
-            f"{op}: head has shape {head.shape}, read as {wording} (vocabulary_axis={vocabulary_axis}), but hidden has width D = {hidden.shape[1]}."
+            f"{op}: head has shape {head.shape}, read as {wording} "
+            f"(vocabulary_axis={vocabulary_axis}), but hidden has width D = {hidden.shape[1]}."
         )
     if targets.shape != hidden.shape[:1]:
         raise ValueError(
@@ -217,7 +229,7 @@ def _check(
         raise ValueError(f"{op}: head has shape {head.shape}; the vocabulary must not be empty.")
     if reference is not None:
         _check_reference(op, hidden, reference, vocabulary, vocabulary_axis)
-    if jax.config.jax_enable_checks and not isinstance(targets, jax.core.Tracer) and targets.size:
+    if jax.config.jax_enable_checks and not isinstance(targets, jax.core.Tracer) and targets.size:  # pyright: ignore
         low, high = int(targets.min()), int(targets.max())
         if low < 0 or high >= vocabulary:
             raise ValueError(f"{op}: targets lie in [{low}, {high}]; they must lie in [0, {vocabulary - 1}].")
@@ -227,16 +239,19 @@ def _check(
 def _check_reference(op: str, hidden: Array, reference: Reference, vocabulary: int, axis: int) -> None:
     if reference.hidden.ndim != 2 or reference.hidden.shape[0] != hidden.shape[0]:
         raise ValueError(
-            f"{op}: reference.hidden has shape {reference.hidden.shape}; it must be [N, D'] with N = {hidden.shape[0]}, as hidden."
+            f"{op}: reference.hidden has shape {reference.hidden.shape}; it must be [N, D'] with N = "
+            f"{hidden.shape[0]}, as hidden."
         )
     if reference.head.ndim != 2 or reference.head.shape[1 - axis] != reference.hidden.shape[1]:
         raise ValueError(
-            f"{op}: reference.head has shape {reference.head.shape}; axis {1 - axis} must be D' = {reference.hidden.shape[-1]}, "
+            f"{op}: reference.head has shape {reference.head.shape}; axis {1 - axis} must be D' = "
+            f"{reference.hidden.shape[-1]}, "
             f"the width of reference.hidden."
         )
     if reference.head.shape[axis] != vocabulary:
         raise ValueError(
-            f"{op}: reference.head has {reference.head.shape[axis]} tokens, head has {vocabulary}; the vocabularies must be the same."
+            f"{op}: reference.head has {reference.head.shape[axis]} tokens, head has {vocabulary}; "
+            f"the vocabularies must be the same."
         )
 
 
@@ -247,7 +262,8 @@ def _wanted(op: str, statistics: Sequence[str] | None, with_reference: bool, pru
     if statistics is not None:
         if isinstance(statistics, str) or not statistics:
             raise ValueError(
-                f"{op}: statistics must be a non-empty sequence of names such as ('log_prob', 'entropy'), not {statistics!r}."
+                f"{op}: statistics must be a non-empty sequence of names such as ('log_prob', "
+                f"'entropy'), not {statistics!r}."
             )
         unknown = [name for name in statistics if name not in ALWAYS + WITH_REFERENCE]
         if unknown:
@@ -257,7 +273,8 @@ def _wanted(op: str, statistics: Sequence[str] | None, with_reference: bool, pru
         absent = [name for name in statistics if name not in possible]
         if absent and not with_reference:
             raise ValueError(
-                f"{op}: statistics names {absent[0]!r}, which needs a reference; pass reference=Reference(hidden, head)."
+                f"{op}: statistics names {absent[0]!r}, which needs a reference; pass "
+                f"reference=Reference(hidden, head)."
             )
         if absent:
             raise ValueError(

@@ -1,7 +1,8 @@
 """Blocks of logits: slices of the head, products with the hidden states, and folds over the vocabulary.
 
-The vocabulary is cut into `full` blocks of `size` columns and one last block of 1 to `size` columns, so no block has padding and nothing
-needs a mask. A fold starts from the last block and scans over the full ones: what it accumulates never needs a neutral element.
+The vocabulary is cut into `full` blocks of `size` columns and one last block of 1 to `size` columns, so no block has
+padding and nothing needs a mask. A fold starts from the last block and scans over the full ones: what it accumulates
+never needs a neutral element.
 """
 
 import math
@@ -57,7 +58,8 @@ def block_size(rows: int, vocabulary: int, itemsize: int) -> int:
 
 
 def promoted(*dtypes: jnp.dtype) -> jnp.dtype:
-    """The common dtype of operands that are cast explicitly, so a caller's strict promotion mode does not object to it."""
+    """The common dtype of operands that are cast explicitly, so a caller's strict promotion mode does not object to
+    it."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*dtypes)
 
@@ -88,7 +90,8 @@ def matmul(
 def head_cotangent(hidden_t: Float[Array, "D N"], g: Float[Array, "N B"], axis: int, dtype: jnp.dtype) -> Array:
     """hidden^T g in the head's layout: [D, B], or [B, D] for vocabulary_axis=0. The caller transposes `hidden` once.
 
-    On CPU a product that contracts the leading axes packs its left operand anew each time; transposed beforehand it is 15 % faster.
+    On CPU a product that contracts the leading axes packs its left operand anew each time; transposed beforehand it is
+    15 % faster.
     """
     product = matmul(hidden_t, g, (1, 0), dtype)
     return product if axis == 1 else product.T

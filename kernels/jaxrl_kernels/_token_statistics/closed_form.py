@@ -1,12 +1,13 @@
 """From accumulated sums to statistics, and from row cotangents to the gradient of a block of logits.
 
-With p the policy (renormalised on its safe set if there is one), q the reference, l = log p - log q, and g_x the cotangent of statistic x,
+With p the policy (renormalised on its safe set if there is one), q the reference, l = log p - log q, and g_x the
+cotangent of statistic x,
 
     dz = g_logp (e_a - p) - g_H p (log p + H) + 2 g_C p (p - C)
        + g_KL p (l - KL) + g_KLr (p - q) + (1/2) g_TV p (sign l - E_p[sign l])
 
-Each difference is taken between quantities of the same arithmetic: log p + H is (z - m) - E_p[z - m], and l - KL is d - E_p[d], so that rows
-of dz sum to zero and nothing cancels when policy and reference are close.
+Each difference is taken between quantities of the same arithmetic: log p + H is (z - m) - E_p[z - m], and l - KL is d -
+E_p[d], so that rows of dz sum to zero and nothing cancels when policy and reference are close.
 """
 
 from typing import NamedTuple
@@ -129,7 +130,8 @@ def logit_gradient(
     constants: Constants,
     cotangent: dict[str, Rows],
 ) -> Block:
-    """Gradient of sum_x g_x statistic_x with respect to a block of (temperature-scaled) logits; absent cotangents are zero."""
+    """Gradient of sum_x g_x statistic_x with respect to a block of (temperature-scaled) logits; absent cotangents are
+    zero."""
     column = _columns(constants)
     g = {name: value[:, None] for name, value in cotangent.items()}
     centred = z - column["maximum"]

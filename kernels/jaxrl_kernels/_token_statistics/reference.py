@@ -1,4 +1,5 @@
-"""token_statistics and token_loss in plain jax.numpy with plain autodiff: every logit is held, nothing is clever. The oracle."""
+"""token_statistics and token_loss in plain jax.numpy with plain autodiff: every logit is held, nothing is clever. The
+oracle."""
 
 from collections.abc import Callable
 

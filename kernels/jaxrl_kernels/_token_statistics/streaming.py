@@ -1,4 +1,5 @@
-"""One pass over the vocabulary: what a block of logits contributes, how two contributions combine, what they say in the end.
+"""One pass over the vocabulary: what a block of logits contributes, how two contributions combine, what they say in the
+end.
 
 With weights w_k = e^{z_k - m}, S = sum w_k and d_k = z_k - zref_k, a summary holds, next to m and S,
 
@@ -6,10 +7,12 @@ With weights w_k = e^{z_k - m}, S = sum w_k and d_k = z_k - zref_k, a summary ho
     square = sum w_k^2                    collision = square / S^2
     centre = sum w_k d_k / S              = E_p[d]
     spread = sum w_k phi(centre - d_k)    KL(p || q) = log(1 + spread / S)       phi(x) = e^x - 1 - x >= 0
-    growth = sum w_k phi(d_k - centre)    chi^2 + 1  = e^KL (1 + growth / S), or sum_k e^{2 z_k - zref_k} normalised where that is large
+    growth = sum w_k phi(d_k - centre)    chi^2 + 1  = e^KL (1 + growth / S), or sum_k e^{2 z_k - zref_k} normalised
+    where that is large
 
-The KL form is exact, because l_k = d_k - centre + KL and E_p[e^{-l}] = 1, and every term of it is non-negative: KL keeps its relative
-accuracy down to zero, where differences of log-normalisers lose every digit near 1e-7. Combining two summaries re-centres them by
+The KL form is exact, because l_k = d_k - centre + KL and E_p[e^{-l}] = 1, and every term of it is non-negative: KL
+keeps its relative accuracy down to zero, where differences of log-normalisers lose every digit near 1e-7. Combining two
+summaries re-centres them by
 
     spread' = e^t spread + S phi(t),  t = centre' - centre        (a sum of non-negative terms again)
 
@@ -72,9 +75,9 @@ def _guarded(total: Rows, divisor: Rows) -> Rows:
 def _apart(*arrays: Array) -> tuple[Array, ...]:
     """The same arrays, as if they were new ones.
 
-    On CPU a row sum reads its operands through cheap arithmetic for free, but arithmetic that two sums share is written out as a whole block
-    and read back. Behind the barrier each sum has its own: 12 % less time and a quarter less memory for a sweep. Accelerators fuse several
-    sums into one loop and do better without.
+    On CPU a row sum reads its operands through cheap arithmetic for free, but arithmetic that two sums share is written
+    out as a whole block and read back. Behind the barrier each sum has its own: 12 % less time and a quarter less
+    memory for a sweep. Accelerators fuse several sums into one loop and do better without.
     """
     return lax.optimization_barrier(arrays) if jax.default_backend() == "cpu" else arrays
 
@@ -214,8 +217,9 @@ def divergence(own: Moments, other: Moments, missing: Rows | None) -> Rows:
     refined = jnp.log1p(own.spread / own.total)
     if missing is not None:
         refined = refined + missing
-    # The direct form is right to a rounding of the log-normalisers, so it serves from 1 nat up. The refined one is right to its own rounding,
-    # unless an exponential overflowed or a weight underflowed on the way: then the two differ by more than a rounding, or it is NaN.
+    # The direct form is right to a rounding of the log-normalisers, so it serves from 1 nat up. The refined one is
+    # right to its own rounding, unless an exponential overflowed or a weight underflowed on the way: then the two
+    # differ by more than a rounding, or it is NaN.
     small = (direct < 1) & _agree(direct, refined, own_log, other_log)
     return jnp.where(small, refined, lax.max(direct, jnp.zeros_like(direct)))
 

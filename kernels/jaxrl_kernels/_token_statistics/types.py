@@ -17,7 +17,8 @@ DIFFERENTIABLE = ("log_prob", "entropy", "collision", "kl", "kl_reverse", "total
 
 
 class Reference(NamedTuple):
-    """The distribution that the policy is compared with: softmax(hidden @ head / temperature). No gradient flows into it.
+    """The distribution that the policy is compared with: softmax(hidden @ head / temperature). No gradient flows into
+    it.
 
     hidden: [N, D'] hidden states; the width may differ from the policy's.
     head: [D', V], or [V, D'] when the policy's head is given with vocabulary_axis=0.

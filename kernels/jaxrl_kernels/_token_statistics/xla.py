@@ -1,8 +1,9 @@
 """token_statistics by a scan over blocks of the vocabulary, closed-form VJP: portable XLA, no [N, V] array.
 
-Forward: one sweep, one matrix product per head. Backward: the logits of each block are computed again, the gradient of the block is closed
-form, and two more products give the cotangents of hidden states and head. Total variation needs both normalisers first and costs a
-second sweep; `log_min_p` needs the largest logit first and costs one more product with the policy's head.
+Forward: one sweep, one matrix product per head. Backward: the logits of each block are computed again, the gradient of
+the block is closed form, and two more products give the cotangents of hidden states and head. Total variation needs
+both normalisers first and costs a second sweep; `log_min_p` needs the largest logit first and costs one more product
+with the policy's head.
 """
 
 from functools import partial
@@ -42,7 +43,8 @@ class Plan(NamedTuple):
 
 
 def safe_set(logits: Logits, layout: Layout, log_min_p: Array) -> tuple[Array, Array, Array]:
-    """(smallest logit that is kept, largest logit, sum_k e^{z_k - max}) of each row: the sweep that pruning needs first."""
+    """(smallest logit that is kept, largest logit, sum_k e^{z_k - max}) of each row: the sweep that pruning needs
+    first."""
 
     def step(start: int | Array, size: int) -> Moments:
         z, _ = logits._replace(reference=None).block(layout, start, size)
@@ -141,7 +143,8 @@ def _forward_rule(plan: Plan, *arguments):
     )
     logits = Logits(hidden, head, reference, inverse_temperature)
     values, constants = forward(plan, logits, targets, log_min_p)
-    # The head is a residual entry of its own so that whether it was perturbed is known (as structure) in the backward rule.
+    # The head is a residual entry of its own so that whether it was perturbed is known (as structure) in the backward
+    # rule.
     marker = () if perturbed["head"] else None
     return values, (logits, targets, constants, marker)
 

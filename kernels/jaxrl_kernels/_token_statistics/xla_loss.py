@@ -1,8 +1,9 @@
-"""token_loss by tiles of rows and blocks of the vocabulary, the gradient made inside the forward sweep: four matrix products instead of six.
+"""token_loss by tiles of rows and blocks of the vocabulary, the gradient made inside the forward sweep: four matrix
+products instead of six.
 
-A tile keeps the logits of its rows while it needs them: one sweep gives the statistics, the loss of the tile and its cotangents follow at
-once, and a second sweep over the kept logits adds to the cotangents of hidden states and head. The backward pass only scales the two.
-Memory: 2 x tile x V logits with a reference, half without.
+A tile keeps the logits of its rows while it needs them: one sweep gives the statistics, the loss of the tile and its
+cotangents follow at once, and a second sweep over the kept logits adds to the cotangents of hidden states and head. The
+backward pass only scales the two. Memory: 2 x tile x V logits with a reference, half without.
 """
 
 import math
@@ -30,7 +31,8 @@ from jaxrl_kernels._token_statistics.types import Reference
 from jaxrl_kernels._token_statistics.types import TokenStatistics
 
 TILE_ROWS = 512
-"""Rows whose logits are kept at a time. Measured on CPU: 256 costs 10 % more time, 1024 gains nothing and doubles the memory."""
+"""Rows whose logits are kept at a time. Measured on CPU: 256 costs 10 % more time, 1024 gains nothing and doubles the
+memory."""
 
 
 class LossPlan(NamedTuple):
@@ -63,8 +65,9 @@ def tile_rows(rows: int) -> int:
 
 
 def _tiles(plan: LossPlan, tile: Tile) -> Tile:
-    # [N, ...] -> [tiles, rows, ...]; rows are dealt out in turn so that a sharded row axis stays sharded inside every tile.
-    # What is missing to whole tiles is filled with rows outside the mask: their hidden states and cotangents are zero.
+    # [N, ...] -> [tiles, rows, ...]; rows are dealt out in turn so that a sharded row axis stays sharded inside every
+    # tile. What is missing to whole tiles is filled with rows outside the mask: their hidden states and cotangents are
+    # zero.
     count = math.ceil(tile.mask.shape[0] / plan.rows)
 
     def cut(x: Array) -> Array:
@@ -75,7 +78,8 @@ def _tiles(plan: LossPlan, tile: Tile) -> Tile:
 
 
 def _evaluate(plan: LossPlan, statistics: TokenStatistics, tile: Tile) -> Array:
-    # Rows outside the mask are replaced before and after the loss: neither their statistics nor what the loss makes of them counts.
+    # Rows outside the mask are replaced before and after the loss: neither their statistics nor what the loss makes of
+    # them counts.
     clean = jax.tree.map(lambda x: jnp.where(tile.mask, x, jnp.zeros((), x.dtype)), statistics)
     losses = plan.per_token_loss(clean, *tile.side_arrays)
     return jnp.sum(jnp.where(tile.mask, losses, jnp.zeros((), losses.dtype)))
@@ -109,7 +113,7 @@ def _add_variation(kept: Kept | None, last: Kept, statistics: TokenStatistics, c
     if kept is not None:
 
         def body(carry, pair):
-            return jax.tree.map(jnp.add, carry, variation(*pair, constants)), None
+            return jax.tree.map(jnp.add, carry, variation(*pair, constants)), None  # pyright: ignore[reportCallIssue]
 
         sums, _ = lax.scan(body, sums, kept)
     return statistics._replace(total_variation=sums.distance), constants._replace(sign=sums.sign)
