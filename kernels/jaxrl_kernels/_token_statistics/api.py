@@ -18,6 +18,7 @@ from jaxrl_kernels._token_statistics import xla_loss
 from jaxrl_kernels._token_statistics.blocks import Layout
 from jaxrl_kernels._token_statistics.blocks import accumulator
 from jaxrl_kernels._token_statistics.blocks import block_size
+from jaxrl_kernels._token_statistics.blocks import vary_together
 from jaxrl_kernels._token_statistics.types import ALWAYS
 from jaxrl_kernels._token_statistics.types import WITH_REFERENCE
 from jaxrl_kernels._token_statistics.types import Reference
@@ -98,7 +99,7 @@ def token_statistics(
             )
         size = _block(op, block, hidden.shape[0], vocabulary, dtype)
         plan = xla.Plan(Layout(vocabulary_axis, vocabulary, size), wanted)
-        return xla.statistics(plan, hidden, head, targets, reference, inverse, pruning)
+        return xla.statistics(plan, *vary_together((hidden, head, targets, reference, inverse, pruning)))
 
 
 def token_loss(
@@ -180,7 +181,8 @@ def token_loss(
         tile = xla_loss.tile_rows(rows)
         size = _block(op, block, tile, vocabulary, dtype)
         plan = xla_loss.LossPlan(Layout(vocabulary_axis, vocabulary, size), wanted, tile, checked)
-        total = xla_loss.loss(plan, hidden, head, targets, reference, inverse, mask, side_arrays)
+        arguments = vary_together((hidden, head, targets, reference, inverse, mask, side_arrays))
+        total = xla_loss.loss(plan, *arguments)
         return total.astype(dtype), count  # pyright: ignore[reportAttributeAccessIssue]
 
 

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from jaxrl_kernels._token_statistics.types import Reference
 
 State = TypeVar("State")
+Tree = TypeVar("Tree")
 
 BLOCK_BYTES = 4 * 2**20
 """Size of one block of logits. Measured on CPU: 4 to 10 MB is flat, larger falls out of the caches."""
@@ -85,6 +86,27 @@ def matmul(
         precision=precision,
         preferred_element_type=dtype,
     )
+
+
+def varying_axes(x: Array) -> frozenset[str]:
+    """Mesh axes over which `x` differs inside a shard_map; empty outside."""
+    kind = jax.typeof(x)
+    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
+
+
+def vary_together(tree: Tree) -> Tree:
+    """The same arrays, all varying over the mesh axes that any of them varies over.
+
+    Inside a shard_map a custom VJP must return cotangents of the very types of its arguments. Cast like this before, a
+    head that is the same on every device gets its cotangent summed over them by the transpose of the cast.
+    """
+    axes = frozenset[str]().union(*(varying_axes(x) for x in jax.tree.leaves(tree)))
+
+    def cast(x: Array) -> Array:
+        missing = tuple(sorted(axes - varying_axes(x)))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, tree)
 
 
 def head_cotangent(hidden_t: Float[Array, "D N"], g: Float[Array, "N B"], axis: int, dtype: jnp.dtype) -> Array:

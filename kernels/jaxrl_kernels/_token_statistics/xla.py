@@ -32,6 +32,7 @@ from jaxrl_kernels._token_statistics.streaming import moments
 from jaxrl_kernels._token_statistics.streaming import row_maximum
 from jaxrl_kernels._token_statistics.streaming import summarise
 from jaxrl_kernels._token_statistics.types import DIFFERENTIABLE
+from jaxrl_kernels._token_statistics.types import WITH_REFERENCE
 from jaxrl_kernels._token_statistics.types import TokenStatistics
 
 
@@ -92,6 +93,9 @@ def backward(
     """Cotangents of hidden and (if asked for) head."""
     layout, axis = plan.layout, plan.layout.vocabulary_axis
     hidden, head = logits.hidden, logits.head
+    alone = logits._replace(reference=None)
+    if not set(cotangent) & set(WITH_REFERENCE) and alone.dtype == logits.dtype:
+        logits = alone
     # A row without a cotangent is out of the gradient even if it holds NaN or inf.
     live = jnp.any(jnp.stack([value != 0 for value in cotangent.values()]), axis=0)
     row = live[:, None]

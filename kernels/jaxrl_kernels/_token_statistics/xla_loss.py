@@ -20,6 +20,7 @@ from jaxrl_kernels._token_statistics.blocks import Layout
 from jaxrl_kernels._token_statistics.blocks import Logits
 from jaxrl_kernels._token_statistics.blocks import head_cotangent
 from jaxrl_kernels._token_statistics.blocks import matmul
+from jaxrl_kernels._token_statistics.blocks import vary_together
 from jaxrl_kernels._token_statistics.closed_form import Constants
 from jaxrl_kernels._token_statistics.closed_form import conclude
 from jaxrl_kernels._token_statistics.closed_form import logit_gradient
@@ -126,7 +127,7 @@ def _tile_gradient(plan: LossPlan, logits: Logits, tile: Tile, d_head: Array | N
     if "total_variation" in plan.wanted:
         values, constants = _add_variation(kept, last, values, constants)
     loss, pull = jax.vjp(lambda s: _evaluate(plan, s, tile), values)
-    (cotangents,) = pull(jnp.ones((), loss.dtype))
+    (cotangents,) = pull(jnp.ones_like(loss))
     named = cotangents._asdict()
     cotangent = {name: named[name] for name in DIFFERENTIABLE if named[name] is not None}
     hidden = logits.hidden
@@ -185,7 +186,7 @@ def with_gradient(plan: LossPlan, head, whole: Tile, head_ref, *, head_gradient:
         loss, d_hidden, d_head = _tile_gradient(plan, _tile_logits(tile, head, head_ref), tile, d_head)
         return d_head, (loss, d_hidden)
 
-    start = jnp.zeros(head.shape, dtype) if head_gradient else None
+    start = vary_together((jnp.zeros(head.shape, dtype), head))[0] if head_gradient else None
     d_head, (losses, d_hidden) = lax.scan(body, start, _tiles(plan, whole))
     flat = jnp.swapaxes(d_hidden, 0, 1).reshape(-1, d_hidden.shape[-1])[:rows]
     return jnp.sum(losses), flat, d_head
