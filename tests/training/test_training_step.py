@@ -130,8 +130,8 @@ CHOICES = {
 @pytest.mark.parametrize(
     ("choice", "name", "slots"),
     [
-        ("full", "trm_max", 2),
-        ("top", "trm_max", 1),
+        ("full", "dapo", 2),
+        ("top", "dapo", 1),
         ("lora", "dapo", 2),
         ("lora_everywhere", "dapo", 1),
     ],
