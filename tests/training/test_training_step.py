@@ -15,6 +15,7 @@ from jaxrl_llm.models.config import tiny
 from jaxrl_llm.models.trainable import combine
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.objectives import RECIPES
+from jaxrl_llm.objectives import Recipe
 from jaxrl_llm.training.packing import Layout
 from jaxrl_llm.training.packing import pack
 from jaxrl_llm.training.policy import head_copy
@@ -84,7 +85,14 @@ def rows(*lists: list[int]) -> jax.Array:
     return jnp.asarray(lists, jnp.int32)
 
 
-def written_out(world: World, name: str):
+def in_the_middle(world: World) -> float:
+    """A threshold that half of the sequences keep: between their largest exact KL(old || current) of a token. [nats]"""
+    shift = Scorer(world.policy).shift(world.params, world.frozen, world.batch, world.heads)
+    largest = np.sort(np.where(world.mask[:, PROMPT:], shift.kl, 0).max(axis=1))
+    return float(largest[SEQUENCES // 2 - 1 : SEQUENCES // 2 + 1].mean())
+
+
+def written_out(world: World, recipe: Recipe):
     """The objective on the whole texts, one sequence a row, with logits and nothing shared: loss and gradient."""
     tokens, mask = jnp.asarray(world.tokens), jnp.asarray(world.mask)
     real = mask[:, PROMPT:]
@@ -98,14 +106,14 @@ def written_out(world: World, name: str):
         hidden = model(tokens, mask)[:, PROMPT - 1 : -1]
         log_p = jax.nn.log_softmax(model.logits(hidden))
         log_prob = jnp.take_along_axis(log_p, tokens[:, PROMPT:, None], axis=-1)[..., 0]
-        if name == "dapo":
+        if recipe.name == "dapo":
             ratio = jnp.exp(log_prob - old)
             each = -jnp.minimum(ratio * advantage, jnp.clip(ratio, 0.8, 1.28) * advantage)
             return jnp.sum(jnp.where(real, each, 0)) / jnp.sum(real)
         head = model.head()[0] if world.heads.old is None else world.heads.old
         log_q = jax.nn.log_softmax(old_hidden @ head.T)
         kl = jnp.sum(jnp.exp(log_q) * (log_q - log_p), axis=-1)
-        accepted = jax.lax.stop_gradient(jnp.max(jnp.where(real, kl, 0), axis=1) <= 0.05)
+        accepted = jax.lax.stop_gradient(jnp.max(jnp.where(real, kl, 0), axis=1) <= recipe.mask_maximum)
         each = -jnp.where(accepted[:, None], advantage * jnp.exp(log_prob - behaviour), 0)
         return jnp.sum(jnp.where(real, each, 0)) / SEQUENCES
 
@@ -130,21 +138,22 @@ CHOICES = {
 @pytest.mark.parametrize(
     ("choice", "name", "slots"),
     [
-        ("full", "dapo", 2),
-        ("top", "dapo", 1),
+        ("full", "trm_max", 2),
+        ("top", "trm_max", 1),
         ("lora", "dapo", 2),
         ("lora_everywhere", "dapo", 1),
     ],
 )
 def test_gradient_is_that_of_the_objective_written_out(choice, name, slots):
     world = make_world(CHOICES[choice], slots)
-    update = Update(world.policy, RECIPES[name], optax.sgd(1.0))
+    recipe = dataclasses.replace(RECIPES[name], mask_maximum=in_the_middle(world))
+    update = Update(world.policy, recipe, optax.sgd(1.0))
     everything = jnp.arange(SEQUENCES // slots, dtype=jnp.int32)[None]
     gradient, terms = jax.jit(update.gradient)(world.params, world.frozen, world.batch, world.heads, everything, 1)
-    loss, expected = written_out(world, name)
+    loss, expected = written_out(world, recipe)
     if name == "trm_max":
         rejected, total = terms.metrics["rejected_sequences"]
-        assert 0 < rejected < total, "the mask must decide something here"
+        assert rejected == total / 2, "the mask must decide something here"
     np.testing.assert_allclose(terms.loss[0] / terms.loss[1], loss, rtol=1e-5)
     assert_close(gradient, expected)
     zeros = jax.tree.map(jnp.zeros_like, gradient)
@@ -155,7 +164,8 @@ def test_gradient_is_that_of_the_objective_written_out(choice, name, slots):
 @pytest.mark.parametrize("name", ["dapo", "trm_max"])
 def test_micro_batches_equal_the_batch(name):
     world = make_world(trainable.top_layers(1))
-    update = Update(world.policy, RECIPES[name], optax.sgd(1.0))
+    recipe = dataclasses.replace(RECIPES[name], mask_maximum=in_the_middle(world))
+    update = Update(world.policy, recipe, optax.sgd(1.0))
     gradient = jax.jit(update.gradient)
     arguments = (world.params, world.frozen, world.batch, world.heads)
     whole, terms = gradient(*arguments, rows([0, 1, 2]), 1)
