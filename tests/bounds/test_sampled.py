@@ -36,6 +36,14 @@ def test_hand_fixture():
         np.testing.assert_allclose(moved, estimator(LOG_RATIO, ALL, REWARDS).value, atol=1e-6)
 
 
+def test_a_baseline_is_subtracted_from_every_reward():
+    few = (LOG_RATIO[:3], ALL[:3])  # not an exact sample: the baseline moves the estimate
+    for estimator in (sampled_surrogate_error, sampled_surrogate_gain, sampled_gain):
+        value = float(estimator(*few, REWARDS[:3], baseline=0.7).value)
+        np.testing.assert_allclose(value, estimator(*few, REWARDS[:3] - 0.7).value, rtol=1e-5)
+        assert abs(value - float(estimator(*few, REWARDS[:3]).value)) > 1e-3
+
+
 def test_gain_is_surrogate_plus_error_sample_by_sample(key):
     log_ratio = 0.2 * jax.random.normal(key, (9, 12))
     mask = jax.random.bernoulli(key, 0.7, (9, 12))
