@@ -71,7 +71,8 @@ def merge_lora(model: Transformer) -> Transformer:
 
     The sum is made in float32 and rounded to the dtype of the kernel.
     """
-    model = nnx.merge(*nnx.split(model))
+    # split and merge alone hand back the same variables: the sum would be written into the model that was given.
+    model = nnx.clone(model)
     for layer in range(len(model.layers)):
         for linear in _projections(model, layer).values():
             if linear.low_rank is not None:

@@ -136,3 +136,18 @@ def test_impossible_adapters_are_refused(model):
     adapted = add_lora(model, LoraSettings(rank=2), rngs=nnx.Rngs(0), first_layer=1)
     with pytest.raises(ValueError, match="query of layer 1 has an adapter already; merge it first with merge_lora"):
         add_lora(adapted, LoraSettings(rank=2), rngs=nnx.Rngs(0), first_layer=1)
+
+
+def test_merging_outside_jit_leaves_the_given_model_alone() -> None:
+    base = Transformer(tiny(), rngs=nnx.Rngs(0))
+    adapted = add_lora(base, LoraSettings(rank=2), rngs=nnx.Rngs(1))
+    for path, leaf in nnx.to_flat_state(nnx.state(adapted)):
+        if path[-1] == "b":
+            leaf[...] = jnp.ones_like(leaf[...])
+    before = [jax.tree.map(jnp.copy, nnx.state(model)) for model in (base, adapted)]
+    merged = merge_lora(adapted)
+    for state, model in zip(before, (base, adapted), strict=True):
+        chex.assert_trees_all_equal(state, nnx.state(model))
+    tokens = jnp.arange(6)[None]
+    assert float(jnp.abs(adapted(tokens) - base(tokens)).max()) > 1e-3, "the adapter must do something here"
+    chex.assert_trees_all_close(merged(tokens), adapted(tokens), atol=1e-5)
