@@ -1,0 +1,1 @@
+"""Timing of every op against plain autodiff: `python -m jaxrl_kernels.bench`."""
