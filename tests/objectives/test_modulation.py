@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -31,6 +32,27 @@ def test_scale_has_mean_one_and_the_result_mean_zero():
         final = np.asarray(function(A, H, STEPS))
         np.testing.assert_allclose(final[np.asarray(STEPS)].mean(), 0.0, atol=1e-6)
         assert final[1, 2] == 0
+
+
+def test_potential_variant_by_hand():
+    normalised = np.array([[0, 1, 0.5], [0.25, 0.75, 0]])
+    scale = np.array([[1.550110, 0.570254, 0.940189], [1.207227, 0.732220, 0]])
+    expected = np.asarray(A)[:, None] * scale - 0.3 * np.exp(-2.0 * normalised)
+    expected = np.where(STEPS, expected - expected[np.asarray(STEPS)].mean(), 0.0)
+    final = modulation.potential_modulated_advantages(A, H, STEPS, clarity_sharpness=2.0, clarity_weight=0.3)
+    np.testing.assert_allclose(final, expected, atol=1e-5)
+
+
+def test_modulation_is_a_constant_to_the_gradient():
+    ids, mask = jnp.array([[0, 0, 1], [0, 1, 1]]), jnp.ones((2, 3), bool)
+
+    def through(entropy):
+        return jnp.sum(jnp.square(modulation.step_entropy(entropy, ids, mask, steps=2)[0]))
+
+    np.testing.assert_array_equal(jax.grad(through)(H), np.zeros((2, 3)))
+    for function in (modulation.modulated_advantages, modulation.potential_modulated_advantages):
+        slope = jax.grad(lambda a, f=function: jnp.sum(jnp.square(f(a, H, STEPS))))(A)
+        np.testing.assert_array_equal(slope, np.zeros(2))
 
 
 def test_the_bonus_has_no_sign():

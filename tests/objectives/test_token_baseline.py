@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -31,6 +32,14 @@ def test_baseline_by_hand():
     np.testing.assert_allclose(advantages, expected, atol=1e-5)
     unweighted = REWARDS[:3] - REWARDS[:3].mean()
     assert np.abs(advantages[:3, 0] - unweighted).max() > 0.02
+
+
+def test_is_a_constant_to_the_gradient():
+    def through(log_prob):
+        baseline = optimal_token_baseline(jnp.array(REWARDS), log_prob, jnp.array(C), MASK, IDS)
+        return jnp.sum(jnp.square(baseline)) + jnp.sum(spent_gradient(log_prob, jnp.array(C), MASK))
+
+    np.testing.assert_array_equal(jax.grad(through)(jnp.log(P)), np.zeros((4, 3)))
 
 
 def test_equal_rewards_give_exactly_zero():
