@@ -75,6 +75,18 @@ def test_pseudo_reward_is_the_gradient_of_its_divergence(name):
         assert abs((q * np.asarray(phi) * move).sum() - slope) > 0.04
 
 
+def test_pseudo_rewards_at_the_old_policy_and_their_gradient():
+    log_prob = jnp.log(jnp.array([0.5, 0.2, 0.3]))
+    for name in augmented.PSEUDO_REWARDS:
+        value = augmented.pseudo_reward(log_prob, log_prob, divergence=name)
+        np.testing.assert_allclose(value, log_prob if name == "entropy" else np.zeros(3), atol=1e-7)
+        slope = jax.grad(lambda x, n=name: augmented.pseudo_reward(x, log_prob, divergence=n).sum())(log_prob)
+        np.testing.assert_array_equal(slope, np.zeros(3))
+    # A ratio of 1000 is clamped inside the exponential: 1 - exp(3) for the reverse KL.
+    clamped = augmented.pseudo_reward(log_prob - 7.0, log_prob, divergence="reverse_kl")
+    np.testing.assert_allclose(clamped, np.full(3, 1 - np.exp(3.0)), rtol=1e-5)
+
+
 def test_v_trace_on_policy_is_the_return():
     rewards, values = jnp.array([[1.0, 0.0, 2.0]]), jnp.array([[0.3, -0.4, 0.9]])
     targets, q = augmented.v_trace(values, rewards, jnp.ones((1, 3)), jnp.ones((1, 3), bool), discount=0.9)
