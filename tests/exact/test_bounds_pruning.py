@@ -98,4 +98,6 @@ def test_a_mask_counts_sequences_and_scales_with_the_rewards():
     np.testing.assert_allclose(estimate.value, ((1 - 0.45) + 0.2) / 2, rtol=1e-12)
     bound = pruning.sampled_bias_bound(mass, mask, reward_range=(-1.0, 2.0))
     np.testing.assert_allclose(bound.value, 3 * (0.6 + 0.2) / 2, rtol=1e-12)
+    worst = pruning.worst_case_bias_bound(smallest_kept_mass=0.99, horizon=20, reward_range=(-1.0, 2.0))
+    np.testing.assert_allclose(worst, 3 * 0.2, rtol=1e-9)
     np.testing.assert_allclose(pruning.context_total_variation(mass), 1 - mass)

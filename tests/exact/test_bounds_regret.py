@@ -10,6 +10,13 @@ from jaxrl_llm.bounds import regret
 def test_index_dimensions_at_the_printed_arguments():
     value = regret.sequential_projection_dimension(accuracy=0.5, failure=0.05, rounds=1000)
     assert int(np.ceil(value)) == 951
+    value = regret.sequential_projection_dimension(
+        accuracy=0.25, failure=0.1, rounds=7, largest_square=2.0, initial_square=4.0, sub_gaussian=3.0
+    )
+    np.testing.assert_allclose(value, 16 * 3 * 1.25 / 0.0625 * (np.log(10) + np.log(1 + 14 / 4)), rtol=1e-9)
+    value = regret.covariance_tracking_dimension(dimension=3, rounds=7, failure=0.1, smallest=2.0, largest=3.0)
+    expected = 320 * (3 * np.log(1 + 24 * 4) + np.log(20) + np.log(1 + 7 / 4))
+    np.testing.assert_allclose(value, expected, rtol=1e-9)
     for dimension, expected in ((2, 8080), (10, 26835), (50, 120611)):
         value = regret.covariance_tracking_dimension(dimension=dimension, rounds=1000, failure=0.05)
         np.testing.assert_allclose(value, expected, atol=1.0)
@@ -55,6 +62,10 @@ def test_prior_free_form_is_the_worst_prior():
         dependent = regret.psrl_bayes_regret(gamma, episodes=100.0)
         free = regret.psrl_bayes_regret_prior_free(dimension=3, horizon=4, episodes=100.0)
         assert dependent <= free + 1e-9
+    value = regret.psrl_bayes_regret_prior_free(
+        dimension=3, horizon=4, episodes=100.0, parameter_norm=2.0, feature_ratio=1.5
+    )
+    np.testing.assert_allclose(value, 6 * 3 * np.sqrt(100 * (np.log(1 + 100 * 4 * 2.25 / 3) / 2 + 1 / 3)), rtol=1e-9)
     isotropic = jnp.broadcast_to(jnp.eye(3) / 3, (4, 3, 3))
     np.testing.assert_allclose(regret.psrl_bayes_regret(isotropic, episodes=100.0), free, rtol=1e-12)
 
