@@ -3,8 +3,8 @@
     python -m jaxrl_kernels.bench --quick      one shape, 5 rounds, about two minutes on two CPU cores
     python -m jaxrl_kernels.bench              all shapes, 20 rounds
 
-Prints a table, writes results/<device>.json beside this file (or --output), and exits 1 if a promise of targets.py is not
-kept on a CPU.
+Prints a table, writes results/<device>.json beside this file (or --output), and on a CPU exits 1 if a promise of
+targets.py is not kept.
 """
 
 import argparse

@@ -33,8 +33,8 @@ def _cpu_seconds() -> float:
 def time_all(compiled: dict[str, jax.stages.Compiled], inputs: Inputs, rounds: int) -> dict[str, dict[str, object]]:
     """Seconds of each program: every round runs each once, in turn, after one round of warm-up.
 
-    Interleaving lets whatever else the machine does fall on all of them alike. CPU seconds are those of the process, all
-    threads.
+    Interleaving lets whatever else the machine does fall on all of them alike. CPU seconds are those of the process,
+    all threads.
     """
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in compiled}
     for index in range(rounds + 1):
