@@ -34,6 +34,7 @@ BOUNDS = {
     "adaptive": "adaptive, both",
     "linear": "linear",
     "average_only": "averages only",
+    "sequence_kl": "KL of responses",
 }
 """The bounds of `jaxrl_llm.bounds` in words."""
 

@@ -12,6 +12,7 @@ from jaxrl_llm.bounds import sampled_sequence_tv_one_sided
 from jaxrl_llm.bounds import sampled_surrogate_error
 from jaxrl_llm.bounds import sampled_surrogate_gain
 from jaxrl_llm.bounds import sampled_weighted_deviation
+from jaxrl_llm.bounds import sampled_worst_surrogate_error
 from jaxrl_llm.bounds import surrogate_error_bounds
 from jaxrl_llm.bounds import tv_bound_from_kl
 from jaxrl_llm.bounds.surrogate_error import average_only_from_kl
@@ -29,24 +30,25 @@ NO_CLAMP = jnp.inf
 
 
 def two_token_worlds(count: int) -> tuple[Any, Any, jax.Array]:
-    """`count` worlds of two tokens and two steps that attain Error = 2 eps^2, and a last one that jumps.
+    """`count` worlds of two tokens and two steps: those that attain Error = 2 eps^2, and two that jump.
 
     mu is uniform; pi moves by eps at the root, and after token 0 towards the rewarded token, after token 1 away from
-    it. In the last world mu always starts with token 0 and pi with token 1, and they disagree about the second token
-    as well: |Error| is then 2, half of the linear bound, two thirds of the average-only one, and
-    exactly sum_t Dbar_t.
+    it. In the last world but one mu always starts with token 0 and pi with token 1, and they disagree about the second
+    token as well: |Error| is then 2, which is exactly sum_t Dbar_t. In the last one mu almost never starts with token
+    1, pi does once in a hundred times and disagrees thereafter: |Error| is then D_KL, but for a percent.
     """
-    eps = np.geomspace(1e-3, 0.45, count - 1)
+    eps = np.geomspace(1e-3, 0.45, count - 2)
     half = np.full_like(eps, 0.5)
     up, down = np.stack([half + eps, half - eps], -1), np.stack([half - eps, half + eps], -1)
     never = 1e-8  # its log is within the clamp of the sampled estimators
-    jump_mu = [[[1 - never, never]], [[never, 1 - never], [1 - never, never]]]
-    jump_pi = [[[never, 1 - never]], [[1 - never, never], [never, 1 - never]]]
-    pi = [np.concatenate([up[:, None, :], [jump_pi[0]]]), np.concatenate([np.stack([up, down], 1), [jump_pi[1]]])]
-    mu = [np.full_like(pi[0], 0.5), np.full_like(pi[1], 0.5)]
-    for level, rows in zip(mu, jump_mu, strict=True):
-        level[-1] = rows
+    yes, no = [never, 1 - never], [1 - never, never]
+    jump_mu, jump_pi = [[no, [1 - 1e-6, 1e-6]], [[yes, no], [no, no]]], [[yes, [0.99, 0.01]], [[no, yes], [no, yes]]]
+    pi = [np.stack([up], 1), np.stack([up, down], 1)]
+    mu = [np.full_like(x, 0.5) for x in pi]
+    pi = [np.concatenate([pi[0], np.array(jump_pi[0])[:, None]]), np.concatenate([pi[1], np.array(jump_pi[1])])]
+    mu = [np.concatenate([mu[0], np.array(jump_mu[0])[:, None]]), np.concatenate([mu[1], np.array(jump_mu[1])])]
     rewards = np.tile([1.0, 0.0, 1.0, 0.0], (count, 1))
+    rewards[-1] = [0.0, 0.0, 1.0, 0.0]
     return [jnp.log(jnp.asarray(p)) for p in pi], [jnp.log(jnp.asarray(m)) for m in mu], jnp.asarray(rewards)
 
 
@@ -130,6 +132,7 @@ def _sampled(pi: Any, mu: Any, rewards: jax.Array, inputs: Any) -> dict[str, jax
         "ratio_form_wrong": -sampled_surrogate_error(ratios, every, weighted, limit=NO_CLAMP).value,
         "sampled_surrogate": sampled_surrogate_gain(ratios, every, weighted, limit=NO_CLAMP).value,
         "sampled_gain": sampled_gain(ratios, every, weighted, limit=NO_CLAMP).value,
+        "worst_reward": expected(lambda x: sampled_worst_surrogate_error(x, row, limit=NO_CLAMP)),
         "weighted_deviation": expected(lambda x: sampled_weighted_deviation(x, row, weights, limit=NO_CLAMP)),
         "sampled_tv": expected(lambda x: sampled_sequence_tv(x, row, limit=NO_CLAMP)),
         "sampled_tv_one_sided": expected(lambda x: sampled_sequence_tv_one_sided(x, row, limit=NO_CLAMP)),

@@ -22,6 +22,7 @@ from jaxrl_llm.bounds.sampled import sampled_sequence_tv_one_sided as sampled_se
 from jaxrl_llm.bounds.sampled import sampled_surrogate_error as sampled_surrogate_error
 from jaxrl_llm.bounds.sampled import sampled_surrogate_gain as sampled_surrogate_gain
 from jaxrl_llm.bounds.sampled import sampled_weighted_deviation as sampled_weighted_deviation
+from jaxrl_llm.bounds.sampled import sampled_worst_surrogate_error as sampled_worst_surrogate_error
 from jaxrl_llm.bounds.surrogate_error import BOUND_NAMES as BOUND_NAMES
 from jaxrl_llm.bounds.surrogate_error import PRINTED as PRINTED
 from jaxrl_llm.bounds.surrogate_error import SHARP as SHARP

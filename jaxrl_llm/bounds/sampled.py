@@ -94,6 +94,12 @@ def _expm1(log_ratio: Float[Array, "*shape"], limit: ScalarLike) -> Float[Array,
     return jnp.expm1(jnp.clip(log_ratio, jnp.negative(limit), limit))
 
 
+def _ratio_form(log_ratio: Float[Array, "B T"], limit: ScalarLike) -> Float[Array, " B"]:
+    # prod rho - 1 - sum (rho - 1), telescoped. A masked token adds nothing: its own factor expm1(0) is 0.
+    after = jnp.cumsum(log_ratio[:, ::-1], axis=1)[:, ::-1] - log_ratio
+    return jnp.sum(_expm1(log_ratio, limit) * _expm1(after, limit), axis=1)
+
+
 def sampled_surrogate_error(
     log_ratio_t: Float[Array, "B T"],
     response_mask: Bool[Array, "B T"],
@@ -125,10 +131,36 @@ def sampled_surrogate_error(
         ValueError, TypeError: if the arrays are not [B, T], [B, T] and [B] of floating, boolean and floating type.
     """
     log_ratio, real = _prepare(log_ratio_t, response_mask, rewards)
-    after = jnp.cumsum(log_ratio[:, ::-1], axis=1)[:, ::-1] - log_ratio
-    # A masked token adds nothing: its own factor expm1(0) is 0.
-    per_sequence = (rewards - baseline) * jnp.sum(_expm1(log_ratio, limit) * _expm1(after, limit), axis=1)
-    return clustered_mean(per_sequence, real, group_ids)
+    return clustered_mean((rewards - baseline) * _ratio_form(log_ratio, limit), real, group_ids)
+
+
+def sampled_worst_surrogate_error(
+    log_ratio_t: Float[Array, "B T"],
+    response_mask: Bool[Array, "B T"],
+    *,
+    group_ids: Int[Array, " B"] | None = None,
+    limit: ScalarLike = LOG_RATIO_LIMIT,
+) -> Estimate:
+    """Unbiased estimate of E_mu[max(0, -X)], X = prod_t rho_t - 1 - sum_t (rho_t - 1): the worst reward's |Error|.
+
+    Error = E_mu[R X] and E_mu X = 0, so over all rewards in [0, 1] the largest |Error| is E_mu max(0, -X), attained by
+    R = 1 where X < 0. No bound on |Error| that does not read the rewards can be below it; it is at most D_KL and at
+    most sum_t Dbar_t (docs/theory.md). Each term is at most sum_t (rho_t - 1 - log rho_t). Derived here.
+
+    Args:
+        log_ratio_t: log pi - log mu of the sampled tokens [nats].
+        response_mask: true at the tokens that mu sampled.
+        group_ids: equal for sequences that answer the same prompt; None makes every sequence its own cluster.
+        limit: clamp of l_t and of its partial sums [nats].
+
+    Returns:
+        the estimate, in units of the span of the rewards.
+
+    Raises:
+        ValueError, TypeError: if the arrays are not [B, T] of one shape, floating and boolean.
+    """
+    log_ratio, real = _prepare(log_ratio_t, response_mask)
+    return clustered_mean(jnp.maximum(-_ratio_form(log_ratio, limit), 0), real, group_ids)
 
 
 def sampled_surrogate_gain(

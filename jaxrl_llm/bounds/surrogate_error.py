@@ -10,8 +10,9 @@ D_KL = sequence_kl, D_TV = sequence_tv, Dbar_t = mean_tv_t. See `inputs.BoundInp
 
 Departures from the paper. (1) The printed surrogate E_mu[A sum_t rho_t] with a baseline is off by the constant
 T (J(mu) - b); L' is what its proofs analyse (errata F2.1). (2) Every constant can be halved, because a reward in [0, 1]
-is within 1/2 of 1/2 and a shift of R does not change Error: the `_sharp` functions (errata F2.2). (3) `average_only` is
-not in the paper, which states that no such bound exists (errata F2.4).
+is within 1/2 of 1/2 and a shift of R does not change Error (errata F2.2); those of the linear and the mixed bounds can
+be lowered further (errata F2.17). The `_sharp` functions have the lower constants. (3) `sequence_kl` and `average_only`
+are not in the paper, which states that the average is not enough (errata F2.4). Proofs are in docs/theory.md.
 """
 
 from typing import NamedTuple
@@ -91,24 +92,33 @@ def pinsker_marginal_tv_printed(inputs: BoundInputs) -> Float[Array, ""]:
 
 
 def mixed_kl_sharp(inputs: BoundInputs) -> Float[Array, ""]:
-    """2 T min(1, sqrt(delta/2)) min(1, sqrt(D_KL/2)), at most T sqrt(delta D_KL)."""
-    token, sequence = _capped(safe_sqrt(inputs.max_kl / 2)), _capped(safe_sqrt(inputs.sequence_kl / 2))
-    return 2 * inputs.horizon * token * sequence
+    """min( T min(1, sqrt(delta/2)), sqrt(T delta D_KL) ): the printed form without its 4, and without sqrt(T).
+
+    Both parts hold because `linear_sharp` and `sequence_kl_sharp` do, neither of which it is ever below.
+    """
+    product = safe_sqrt(inputs.horizon * inputs.max_kl * inputs.sequence_kl)
+    return jnp.minimum(inputs.horizon * _capped(safe_sqrt(inputs.max_kl / 2)), product)
 
 
 def mixed_kl_printed(inputs: BoundInputs) -> Float[Array, ""]:
     """4 T min(1, sqrt(delta/2)) min(1, sqrt(D_KL/2)). Never below the adaptive bound (errata F2.3)."""
-    return 2 * mixed_kl_sharp(inputs)
+    token, sequence = _capped(safe_sqrt(inputs.max_kl / 2)), _capped(safe_sqrt(inputs.sequence_kl / 2))
+    return 4 * inputs.horizon * token * sequence
 
 
 def mixed_tv_sharp(inputs: BoundInputs) -> Float[Array, ""]:
-    """2 T min(1, eps) min(1, D_TV)."""
-    return 2 * inputs.horizon * _capped(inputs.max_tv) * _capped(inputs.sequence_tv)
+    """min(1, eps) min( T, 2 (T - 1) D_TV ), attained at T = 2 in the limit of small steps.
+
+    The law of the first context is the same under both policies, so that T - 1 positions are left; the cap is
+    `linear_sharp`.
+    """
+    moved = 2 * (inputs.horizon - 1) * _capped(inputs.sequence_tv)
+    return _capped(inputs.max_tv) * jnp.minimum(moved, jnp.asarray(inputs.horizon, moved.dtype))
 
 
 def mixed_tv_printed(inputs: BoundInputs) -> Float[Array, ""]:
     """4 T min(1, eps) min(1, D_TV)."""
-    return 2 * mixed_tv_sharp(inputs)
+    return 4 * inputs.horizon * _capped(inputs.max_tv) * _capped(inputs.sequence_tv)
 
 
 def adaptive_kl_sharp(inputs: BoundInputs) -> Float[Array, ""]:
@@ -144,17 +154,31 @@ def adaptive_printed(inputs: BoundInputs) -> Float[Array, ""]:
 
 
 def linear_sharp(inputs: BoundInputs) -> Float[Array, ""]:
-    """2 sum_t Dbar_t (<= 2 T eps): the adaptive bound with every weight at its cap; it needs no maximum."""
-    return 2 * jnp.sum(inputs.mean_tv_t)
+    """sum_t Dbar_t (<= T eps), attained: a quarter of the printed bound, from averages alone.
+
+    Proof by induction over the tokens that are left (docs/theory.md). The adaptive bound with every weight at its cap
+    has 2 sum_t Dbar_t.
+    """
+    return jnp.sum(inputs.mean_tv_t)
 
 
 def linear_printed(inputs: BoundInputs) -> Float[Array, ""]:
     """4 sum_t Dbar_t (<= 4 T eps)."""
-    return 2 * linear_sharp(inputs)
+    return 4 * linear_sharp(inputs)
+
+
+def sequence_kl_sharp(inputs: BoundInputs) -> Float[Array, ""]:
+    """D_KL = KL(P^mu || P^pi) = sum_t E_{d_t} KL (<= T delta), in units of the span of the rewards; best constant.
+
+    Proof: with W = prod_t rho_t, S = sum_t (rho_t - 1) and Phi = S - log W >= 0, W >= 1 + log W = 1 + S - Phi. As
+    E_mu[W - 1 - S] = 0, |Error| = |E_mu[R (W - 1 - S)]| <= E_mu max(0, 1 + S - W) <= E_mu Phi = D_KL. It needs no
+    maximum and is linear in the horizon, where the printed bounds grow like T^(3/2). Not in the paper (errata F2.17).
+    """
+    return inputs.sequence_kl
 
 
 def average_only_sharp(inputs: BoundInputs) -> Float[Array, ""]:
-    """D_TV + sum_t Dbar_t, at most `average_only_from_kl`: averages alone bound the error.
+    """D_TV + sum_t Dbar_t, at most `average_only_from_kl`; never below `linear_sharp`.
 
     Proof: |J(pi) - J(mu)| <= D_TV and |L'| <= sum_t Dbar_t. Not in the paper (errata F2.4).
     """
@@ -192,8 +216,9 @@ SHARP = {
     "adaptive": adaptive_sharp,
     "linear": linear_sharp,
     "average_only": average_only_sharp,
+    "sequence_kl": sequence_kl_sharp,
 }
-"""The bounds with halved constants, by name, and the one that uses averages only."""
+"""The bounds with the smallest constants that are proved here, by name, and two that the paper does not have."""
 
 BOUND_NAMES = tuple(SHARP)
 """The order that `SurrogateErrorBounds.dominating` indexes."""
@@ -207,7 +232,7 @@ class SurrogateErrorBounds(NamedTuple):
 
     Attributes:
         printed: name -> bound with the paper's constant.
-        sharp: name -> bound with the halved constant.
+        sharp: name -> bound with the smallest constant that is proved.
         unified_printed: B* of the paper, the minimum over `UNIFIED`.
         unified_sharp: the minimum over all of `sharp`.
         dominating: index into `BOUND_NAMES` of the smallest sharp bound.

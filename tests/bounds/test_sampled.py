@@ -14,6 +14,7 @@ from jaxrl_llm.bounds import sampled_sequence_tv
 from jaxrl_llm.bounds import sampled_sequence_tv_one_sided
 from jaxrl_llm.bounds import sampled_surrogate_error
 from jaxrl_llm.bounds import sampled_surrogate_gain
+from jaxrl_llm.bounds import sampled_worst_surrogate_error
 
 # The hand fixture: T = 2, V = 2, mu uniform, pi (0.6, 0.4) at the root, (0.7, 0.3) after 0, (0.5, 0.5) after 1; R = 1
 # for 00 alone. Every sequence has probability 1/4 under mu, so the four of them are an exact sample.
@@ -30,6 +31,8 @@ def test_hand_fixture():
     np.testing.assert_allclose(sampled_gain(LOG_RATIO, ALL, REWARDS).value, 0.42 - 0.25, rtol=1e-5)
     np.testing.assert_allclose(sampled_sequence_tv(LOG_RATIO, ALL).value, 0.17, rtol=1e-5)
     np.testing.assert_allclose(sampled_sequence_tv_one_sided(LOG_RATIO, ALL).value, 0.17, rtol=1e-5)
+    # X = (rho_1 - 1)(rho_2 - 1) is .08 on 00, -.08 on 01 and 0 elsewhere.
+    np.testing.assert_allclose(sampled_worst_surrogate_error(LOG_RATIO, ALL).value, 0.02, rtol=1e-5)
     # Over an exact sample the baseline does not matter.
     for estimator in (sampled_surrogate_error, sampled_surrogate_gain, sampled_gain):
         moved = estimator(LOG_RATIO, ALL, REWARDS, baseline=0.7).value

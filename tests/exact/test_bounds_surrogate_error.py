@@ -13,6 +13,7 @@ from jaxrl_llm.bounds import PRINTED
 from jaxrl_llm.bounds import SHARP
 from jaxrl_llm.bounds import sampled_surrogate_error
 from jaxrl_llm.bounds import sampled_weighted_deviation
+from jaxrl_llm.bounds import sampled_worst_surrogate_error
 from jaxrl_llm.bounds import surrogate_error_bounds
 from jaxrl_llm.bounds.surrogate_error import average_only_from_kl
 from theory_checks import token_trees as trees
@@ -33,8 +34,10 @@ def measure(pi, mu, rewards):
     after = jnp.arange(ratios.shape[1], dtype=ratios.dtype)[::-1]
     weights = jnp.minimum(after * inputs.max_tv, 1.0)
     deviations = jax.vmap(lambda row: sampled_weighted_deviation(row[None], every[:1], weights).value)(ratios)
+    worst = jax.vmap(lambda row: sampled_worst_surrogate_error(row[None], every[:1]).value)(ratios)
     return {
         "error": error,
+        "worst": jnp.sum(weight * worst),
         "gain": gain,
         "surrogate": surrogate,
         "ratio_form": ratio_form,
@@ -95,8 +98,70 @@ def test_the_unified_minimum_is_the_smallest(measured):
 
 def test_adaptive_is_never_above_the_bounds_it_replaces(measured):
     sharp = measured["bounds"].sharp
-    for name in ("pinsker_marginal_kl", "pinsker_marginal_tv", "coupling", "mixed_kl", "adaptive_kl", "adaptive_tv"):
+    for name in ("pinsker_marginal_kl", "pinsker_marginal_tv", "coupling", "adaptive_kl", "adaptive_tv"):
         assert np.all(sharp["adaptive"] <= sharp[name] + 1e-12)
+    assert np.all(sharp["adaptive"] <= measured["bounds"].printed["mixed_kl"] / 2 + 1e-12)
+
+
+def test_no_reward_does_worse_than_the_worst_one_and_no_bound_is_below_it(measured):
+    assert np.all(np.abs(measured["error"]) <= measured["worst"] + 1e-12)
+    for name, bound in measured["bounds"].sharp.items():
+        assert np.all(measured["worst"] <= bound + 1e-12), name
+    pi, mu, _ = fixture()
+    ratios = jnp.exp(trees.token_log_ratios(pi, mu))
+    excess = jnp.prod(ratios, axis=1) - 1 - jnp.sum(ratios - 1, axis=1)
+    rewards = (excess < 0).astype(excess.dtype)
+    error = trees.error_of_surrogate(pi, mu, rewards)[2]
+    worst = sampled_worst_surrogate_error(jnp.log(ratios), jnp.ones(ratios.shape, bool)).value  # mu is uniform
+    np.testing.assert_allclose(worst, -error, rtol=1e-12)
+    # The opposite rewards attain it with the other sign, because E_mu of the excess is 0.
+    np.testing.assert_allclose(trees.error_of_surrogate(pi, mu, 1 - rewards)[2], worst, rtol=1e-12)
+
+
+def rare_first_step(share):
+    """mu almost never starts with token 1, pi does with probability `share`; then they disagree."""
+    never = 1e-12
+    mu = [log([1 - never, never]), log([0.5, 0.5], [1 - never, never])]
+    pi = [log([1 - share, share]), log([0.5, 0.5], [never, 1 - never])]
+    return pi, mu, jnp.array([0.0, 0.0, 1.0, 0.0])
+
+
+def jump():
+    """mu and pi disagree about both tokens; Error is the number of tokens."""
+    never = 1e-12
+    yes, no = [never, 1 - never], [1 - never, never]
+    return [log(yes), log(no, yes)], [log(no), log(yes, no)], jnp.array([1.0, 0.0, 1.0, 0.0])
+
+
+def test_the_averages_bound_the_error_with_constant_one_and_no_less():
+    # |Error| <= D_KL and |Error| <= sum_t Dbar_t, both attained (errata F2.17).
+    for share, slack in ((0.5, 0.3), (0.1, 0.06), (0.01, 0.006)):
+        pi, mu, rewards = rare_first_step(share)
+        error = abs(float(trees.error_of_surrogate(pi, mu, rewards)[2]))
+        bound = float(surrogate_error_bounds(trees.bound_inputs(pi, mu)).sharp["sequence_kl"])
+        assert (1 - slack) * bound <= error <= bound
+    pi, mu, rewards = jump()
+    error = abs(float(trees.error_of_surrogate(pi, mu, rewards)[2]))
+    inputs = trees.bound_inputs(pi, mu)
+    np.testing.assert_allclose(error, surrogate_error_bounds(inputs).sharp["linear"], rtol=1e-9)
+    np.testing.assert_allclose(error, 2.0, rtol=1e-9)
+    # At two tokens the mixed TV bound is attained by small steps.
+    pi, mu, rewards = worst_two_step(1e-4)
+    error = abs(float(trees.error_of_surrogate(pi, mu, rewards)[2]))
+    assert error > 0.9998 * surrogate_error_bounds(trees.bound_inputs(pi, mu)).sharp["mixed_tv"]
+
+
+def test_the_printed_growth_with_the_horizon_is_not_needed():
+    # Small equal steps of independent tokens: half of D_KL in the limit, whatever the horizon, so linear in it.
+    ratios = []
+    for horizon in (2, 4, 8, 12):
+        step = 1e-3
+        pi = [jnp.tile(log([0.5 + step, 0.5 - step]), (2**t, 1)) for t in range(horizon)]
+        mu = [jnp.zeros((2**t, 2)) for t in range(horizon)]
+        log_ratio = trees.token_log_ratios(pi, mu)
+        worst = sampled_worst_surrogate_error(log_ratio, jnp.ones(log_ratio.shape, bool)).value  # mu is uniform
+        ratios.append(float(worst / trees.bound_inputs(pi, mu).sequence_kl))
+    assert all(0.3 < ratio <= 0.5 + 1e-9 for ratio in ratios), ratios
 
 
 def log(*rows):
