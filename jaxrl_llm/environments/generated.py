@@ -185,6 +185,7 @@ class GeneratedTask:
     def _generate(self, key: int) -> Problem | None:
         """The problem of a key, or None where it is not of the family."""
         what = f"generator {self.dataset!r} with key {key} and settings {dict(self.config)}"
+        _reasoning_gym()  # The first import takes seconds, which are not the generator's.
         with time_limit(self.seconds, what=what):
             dataset = self._create(seed=key, size=1)
             try:
