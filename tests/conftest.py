@@ -10,12 +10,19 @@ from jaxtyping import install_import_hook
 
 # The hook must be in place before the modules it checks are imported.
 install_import_hook(
-    ["jaxrl_kernels", "jaxrl_llm.objectives", "jaxrl_llm.bounds", "jaxrl_llm.masked", "jaxrl_llm.categorical"],
+    [
+        "jaxrl_kernels",
+        "jaxrl_llm.objectives",
+        "jaxrl_llm.bounds",
+        "jaxrl_llm.exploration",
+        "jaxrl_llm.masked",
+        "jaxrl_llm.categorical",
+    ],
     "beartype.beartype",
 )
 
 TESTS = Path(__file__).parent
-STRICT = ("kernels", "objectives", "bounds", "exact", "test_masked.py", "test_categorical.py")
+STRICT = ("kernels", "objectives", "bounds", "exploration", "exact", "test_masked.py", "test_categorical.py")
 """Tests of floors 0 to 2, where an implicit promotion of dtype or rank is an error."""
 
 CANNOT_RUN_HERE = "needs a newer jax"

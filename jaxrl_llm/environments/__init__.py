@@ -12,6 +12,8 @@ from jaxrl_llm.environments.generated import matching_places
 from jaxrl_llm.environments.library import LEVELS
 from jaxrl_llm.environments.library import SUM_SHOTS
 from jaxrl_llm.environments.library import TASKS
+from jaxrl_llm.environments.linear_bandits import LinearBandit
+from jaxrl_llm.environments.linear_bandits import box_bandit
 from jaxrl_llm.environments.pass_rates import Curriculum
 from jaxrl_llm.environments.pass_rates import CurriculumState
 from jaxrl_llm.environments.pass_rates import PassRate
@@ -45,6 +47,7 @@ __all__ = [
     "Entry",
     "GeneratedTask",
     "GenerationError",
+    "LinearBandit",
     "PassRate",
     "Problem",
     "Score",
@@ -55,6 +58,7 @@ __all__ = [
     "UnknownTaskError",
     "addition",
     "before_stop",
+    "box_bandit",
     "chain_sum",
     "check_task",
     "final_answer",

@@ -1,0 +1,59 @@
+"""Checks of the arguments that all exploration agents share."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from jaxrl_llm.typing import Array
+from jaxrl_llm.typing import Float
+
+
+def require_positive(name: str, value: float) -> None:
+    """The Python number `value` must be positive and finite.
+
+    Raises:
+        ValueError: if it is not, NaN included.
+    """
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} is {value}; it must be a positive number.")
+
+
+def require_at_least(name: str, value: int, least: int) -> None:
+    """The Python number `value` must be at least `least`.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if value < least:
+        raise ValueError(f"{name} is {value}; it must be at least {least}.")
+
+
+def require_width(name: str, array: Float[Array, "*shape"], dimension: int) -> None:
+    """The last axis of `array` must have `dimension` entries; known at trace time.
+
+    Raises:
+        ValueError: if it has not.
+    """
+    if array.shape[-1] != dimension:
+        raise ValueError(f"{name} has width {array.shape[-1]}; the agent was made for dimension {dimension}.")
+
+
+def require_positive_definite(covariance: Float[Array, "*batch D D"]) -> None:
+    """Every covariance matrix must be finite and positive definite; for concrete arrays, after a run.
+
+    Raises:
+        TypeError: if it is a tracer.
+        ValueError: naming the first one that is not, by its place and smallest eigenvalue.
+    """
+    if isinstance(covariance, Tracer):
+        raise TypeError("covariance is a tracer; definiteness can only be checked outside jit, vmap and grad.")
+    matrices = np.asarray(covariance, np.float64).reshape(-1, *jnp.shape(covariance)[-2:])
+    for place, matrix in enumerate(matrices):
+        smallest = np.linalg.eigvalsh(matrix)[0] if np.isfinite(matrix).all() else np.nan
+        if not smallest > 0:
+            raise ValueError(
+                f"covariance {place} of {len(matrices)} has smallest eigenvalue {smallest:.3g}; a posterior must be "
+                "positive definite (use float64, a larger noise_scale or a smaller prior_scale)."
+            )
