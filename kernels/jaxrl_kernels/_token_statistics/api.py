@@ -12,19 +12,21 @@ from jaxtyping import Int
 from jaxtyping import ScalarLike
 
 from jaxrl_kernels import _dispatch
+from jaxrl_kernels._token_statistics import pallas_tpu
 from jaxrl_kernels._token_statistics import reference as plain
+from jaxrl_kernels._token_statistics import vjp
 from jaxrl_kernels._token_statistics import xla
 from jaxrl_kernels._token_statistics import xla_loss
 from jaxrl_kernels._token_statistics.blocks import Layout
 from jaxrl_kernels._token_statistics.blocks import accumulator
-from jaxrl_kernels._token_statistics.blocks import block_size
 from jaxrl_kernels._token_statistics.blocks import vary_together
 from jaxrl_kernels._token_statistics.types import ALWAYS
 from jaxrl_kernels._token_statistics.types import WITH_REFERENCE
 from jaxrl_kernels._token_statistics.types import Reference
 from jaxrl_kernels._token_statistics.types import TokenStatistics
 
-IMPLEMENTATIONS = ("reference", "xla")
+ENGINES = {"xla": xla.ENGINE, "pallas_tpu": pallas_tpu.ENGINE}
+IMPLEMENTATIONS = ("reference", *ENGINES)
 
 
 def token_statistics(
@@ -72,9 +74,11 @@ def token_statistics(
             would be infinite and is left out. The set carries no gradient.
         statistics: names to compute; None means all that apply. total_variation costs a second sweep over the
             vocabulary, log_min_p another.
-        implementation: "reference" (plain jax.numpy and autodiff, [N, V] in memory), "xla" (blocks), or None: the
-            platform's default.
-        block: columns per block of the "xla" implementation; None chooses blocks of about 8 MB of logits.
+        implementation: "reference" (plain jax.numpy and autodiff, [N, V] in memory), "xla" (blocks), "pallas_tpu"
+            (Mosaic TPU kernels; bfloat16 or float32), or None: the platform's default. A named one is never replaced
+            by another: where it cannot run, that is an error.
+        block: columns per block of "xla" (None: about 8 MB of logits) or per tile of "pallas_tpu" (a multiple of 128;
+            None: what fits into vector memory).
 
     Returns:
         TokenStatistics of [N] arrays; what was not computed is None.
@@ -89,7 +93,7 @@ def token_statistics(
     vocabulary = _check(op, hidden, head, targets, vocabulary_axis, reference)
     wanted = _wanted(op, statistics, reference is not None, log_min_p is not None)
     chosen = _dispatch.resolve(op, implementation, IMPLEMENTATIONS, jax.default_backend())
-    dtype = _dtype(hidden, head, reference)
+    dtype = accumulator(*_dtypes(hidden, head, reference))
     inverse = _inverse_temperature(op, temperature, hidden.shape[0], dtype)
     pruning = _log_min_p(op, log_min_p, dtype)
     with jax.named_scope(f"{op}.{chosen}"):
@@ -97,9 +101,11 @@ def token_statistics(
             return plain.statistics(
                 hidden, head, targets, reference, inverse, pruning, vocabulary_axis=vocabulary_axis, wanted=wanted
             )
-        size = _block(op, block, hidden.shape[0], vocabulary, dtype)
-        plan = xla.Plan(Layout(vocabulary_axis, vocabulary, size), wanted)
-        return xla.statistics(plan, *vary_together((hidden, head, targets, reference, inverse, pruning)))
+        engine = ENGINES[chosen]
+        size = engine.columns(op, block, hidden.shape[0], vocabulary, _dtypes(hidden, head, reference))
+        plan = vjp.Plan(Layout(vocabulary_axis, vocabulary, size), wanted)
+        arguments = vary_together((hidden, head, targets, reference, inverse, pruning))
+        return vjp.statistics(engine, plan, *arguments)
 
 
 def token_loss(
@@ -134,7 +140,8 @@ def token_loss(
         side_arrays: arrays with a leading axis N: advantages, old log-probs, weights.
         mask: [N] rows that count; None means all. Rows outside may hold anything, NaN included.
         statistics: names that per_token_loss reads; None means all that apply. The others are None, and cost nothing.
-        implementation: as for `token_statistics`.
+        implementation: as for `token_statistics`. A Pallas one runs the kernels of `token_statistics` and makes the
+            gradient in the backward pass: six matrix products.
 
     Returns:
         (sum, count), scalars in the wider of float32 and the inputs' dtypes.
@@ -148,7 +155,7 @@ def token_loss(
     wanted = _wanted(op, statistics, reference is not None, False)
     chosen = _dispatch.resolve(op, implementation, IMPLEMENTATIONS, jax.default_backend())
     rows = hidden.shape[0]
-    dtype = _dtype(hidden, head, reference)
+    dtype = accumulator(*_dtypes(hidden, head, reference))
     inverse = _inverse_temperature(op, temperature, rows, dtype)
     if mask is None:
         mask = jnp.ones((rows,), bool)
@@ -178,11 +185,15 @@ def token_loss(
             return total.astype(dtype), count
         if rows == 0:
             return jnp.zeros((), dtype), count
-        tile = xla_loss.tile_rows(rows)
-        size = _block(op, block, tile, vocabulary, dtype)
+        engine = ENGINES[chosen]
+        tile = xla_loss.tile_rows(rows) if chosen == "xla" else rows
+        size = engine.columns(op, block, tile, vocabulary, _dtypes(hidden, head, reference))
         plan = xla_loss.LossPlan(Layout(vocabulary_axis, vocabulary, size), wanted, tile, checked)
         arguments = vary_together((hidden, head, targets, reference, inverse, mask, side_arrays))
-        total = xla_loss.loss(plan, *arguments)
+        if chosen == "xla":
+            total = xla_loss.loss(plan, *arguments)
+        else:
+            total = xla_loss.loss_of_statistics(engine, plan, *arguments)
         return total.astype(dtype), count  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -199,8 +210,8 @@ def _checked_loss(op: str, per_token_loss: Callable[..., Array]) -> Callable[...
     return checked
 
 
-def _dtype(hidden: Array, head: Array, reference: Reference | None) -> jnp.dtype:
-    return accumulator(*(x.dtype for x in jax.tree.leaves((hidden, head, reference))))
+def _dtypes(hidden: Array, head: Array, reference: Reference | None) -> tuple[jnp.dtype, ...]:
+    return tuple(x.dtype for x in jax.tree.leaves((hidden, head, reference)))
 
 
 def _check(
@@ -309,11 +320,3 @@ def _log_min_p(op: str, log_min_p, dtype: jnp.dtype) -> Array | None:
     if value.shape != ():
         raise ValueError(f"{op}: log_min_p has shape {value.shape}; it must be a scalar.")
     return jax.lax.stop_gradient(value)
-
-
-def _block(op: str, block: int | None, rows: int, vocabulary: int, dtype: jnp.dtype) -> int:
-    if block is None:
-        return block_size(rows, vocabulary, jnp.dtype(dtype).itemsize)
-    if block < 1:
-        raise ValueError(f"{op}: block must be at least 1 column, not {block}.")
-    return min(block, vocabulary)

@@ -10,15 +10,17 @@ Each difference is taken between quantities of the same arithmetic: log p + H is
 E_p[d], so that rows of dz sum to zero and nothing cancels when policy and reference are close.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
-from jaxtyping import Float
 from jaxtyping import Int
 
+from jaxrl_kernels._token_statistics.elementary import across
+from jaxrl_kernels._token_statistics.elementary import expm1
 from jaxrl_kernels._token_statistics.streaming import Block
 from jaxrl_kernels._token_statistics.streaming import Rows
 from jaxrl_kernels._token_statistics.streaming import Summary
@@ -51,12 +53,12 @@ class Variation(NamedTuple):
 
 def difference(p: Block, q: Block, log_ratio: Block) -> Block:
     """p - q = sign(l) max(p, q) (1 - e^{-|l|}), l = log p - log q: no cancellation however close the two are."""
-    return -jnp.sign(log_ratio) * lax.max(p, q) * jnp.expm1(-jnp.abs(log_ratio))
+    return -jnp.sign(log_ratio) * lax.max(p, q) * expm1(-jnp.abs(log_ratio))
 
 
 def variation(z: Block, z_ref: Block, constants: Constants) -> Variation:
     """Contribution of one block to the total variation; needs the normalisers of both distributions."""
-    column = _columns(constants)
+    column = _across(constants._asdict(), z)
     log_ratio = (z - z_ref) - column["gap"]
     p = jnp.exp(z - column["maximum"]) / column["total"]
     q = jnp.exp(z_ref - column["maximum_ref"]) / column["total_ref"]
@@ -69,8 +71,8 @@ def variation(z: Block, z_ref: Block, constants: Constants) -> Variation:
     return Variation(0.5 * jnp.sum(distance, axis=-1), jnp.sum(signed, axis=-1))
 
 
-def _columns(constants: Constants) -> dict[str, Float[Array, "N 1"]]:
-    return {name: value[:, None] for name, value in constants._asdict().items() if value is not None}
+def _across(rows: Mapping[str, Rows | None], block: Block) -> dict[str, Block]:
+    return {name: across(value, block) for name, value in rows.items() if value is not None}
 
 
 def conclude(
@@ -132,8 +134,8 @@ def logit_gradient(
 ) -> Block:
     """Gradient of sum_x g_x statistic_x with respect to a block of (temperature-scaled) logits; absent cotangents are
     zero."""
-    column = _columns(constants)
-    g = {name: value[:, None] for name, value in cotangent.items()}
+    column = _across(constants._asdict(), z)
+    g = _across(cotangent, z)
     centred = z - column["maximum"]
     weight = jnp.exp(centred)
     bracket = jnp.zeros_like(centred)
@@ -153,7 +155,7 @@ def logit_gradient(
         q = jnp.exp(z_ref - column["maximum_ref"]) / column["total_ref"]
         out = out + g["kl_reverse"] * difference(p, q, (z - z_ref) - column["gap"])
     if "log_prob" in g:
-        hit = lax.broadcasted_iota(targets.dtype, z.shape, 1) == (targets - start)[:, None]
+        hit = lax.broadcasted_iota(targets.dtype, z.shape, 1) == across(targets - start, z)
         out = out + jnp.where(hit, g["log_prob"], jnp.zeros((), z.dtype))
     if "floor" in column:
         out = jnp.where(z >= column["floor"], out, jnp.zeros((), z.dtype))

@@ -6,79 +6,58 @@ both normalisers first and costs a second sweep; `log_min_p` needs the largest l
 with the policy's head.
 """
 
-from functools import partial
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxrl_kernels._token_statistics.blocks import Layout
 from jaxrl_kernels._token_statistics.blocks import Logits
+from jaxrl_kernels._token_statistics.blocks import accumulator
+from jaxrl_kernels._token_statistics.blocks import block_size
 from jaxrl_kernels._token_statistics.blocks import fold
 from jaxrl_kernels._token_statistics.blocks import head_cotangent
 from jaxrl_kernels._token_statistics.blocks import matmul
 from jaxrl_kernels._token_statistics.closed_form import Constants
 from jaxrl_kernels._token_statistics.closed_form import Variation
-from jaxrl_kernels._token_statistics.closed_form import conclude
 from jaxrl_kernels._token_statistics.closed_form import logit_gradient
-from jaxrl_kernels._token_statistics.closed_form import usable
 from jaxrl_kernels._token_statistics.closed_form import variation
-from jaxrl_kernels._token_statistics.streaming import Moments
+from jaxrl_kernels._token_statistics.streaming import Summary
 from jaxrl_kernels._token_statistics.streaming import combine
-from jaxrl_kernels._token_statistics.streaming import combine_moments
-from jaxrl_kernels._token_statistics.streaming import moments
-from jaxrl_kernels._token_statistics.streaming import row_maximum
 from jaxrl_kernels._token_statistics.streaming import summarise
-from jaxrl_kernels._token_statistics.types import DIFFERENTIABLE
-from jaxrl_kernels._token_statistics.types import WITH_REFERENCE
-from jaxrl_kernels._token_statistics.types import TokenStatistics
+from jaxrl_kernels._token_statistics.vjp import Engine
+from jaxrl_kernels._token_statistics.vjp import Plan
+from jaxrl_kernels._token_statistics.vjp import live_rows
+from jaxrl_kernels._token_statistics.vjp import without_idle_reference
 
 
-class Plan(NamedTuple):
-    """Static choices of one call; hashable."""
-
-    layout: Layout
-    wanted: tuple[str, ...]
-
-
-def safe_set(logits: Logits, layout: Layout, log_min_p: Array) -> tuple[Array, Array, Array]:
-    """(smallest logit that is kept, largest logit, sum_k e^{z_k - max}) of each row: the sweep that pruning needs
-    first."""
-
-    def step(start: int | Array, size: int) -> Moments:
-        z, _ = logits._replace(reference=None).block(layout, start, size)
-        top = row_maximum(z)
-        return moments(jnp.exp(z - top[:, None]), top, None, None)
-
-    whole = fold(layout, step, lambda a, b: combine_moments(a, b)[0])
-    return whole.maximum + log_min_p.astype(whole.maximum.dtype), whole.maximum, whole.total
+def columns(op: str, block: int | None, rows: int, vocabulary: int, dtypes: tuple[jnp.dtype, ...]) -> int:
+    """Columns of a block for a given `block` argument."""
+    if block is None:
+        return block_size(rows, vocabulary, accumulator(*dtypes).itemsize)
+    if block < 1:
+        raise ValueError(f"{op}: block must be at least 1 column, not {block}.")
+    return min(block, vocabulary)
 
 
-def forward(plan: Plan, logits: Logits, targets: Array, log_min_p: Array | None) -> tuple[TokenStatistics, Constants]:
-    """Statistics and the constants that the backward pass needs."""
+def summary(plan: Plan, logits: Logits, targets: Array, wanted: tuple[str, ...], floor: Array | None) -> Summary:
+    """Summary of the whole vocabulary, in one sweep."""
     layout = plan.layout
-    floor = whole = None
-    if log_min_p is not None:
-        floor, _, whole = safe_set(logits, layout, log_min_p)
-    summary = fold(
-        layout,
-        lambda start, size: summarise(*logits.block(layout, start, size), targets, start, plan.wanted, floor),
-        combine,
-    )
-    statistics, constants = conclude(summary, plan.wanted, targets, layout.vocabulary, floor, whole)
-    if "total_variation" in plan.wanted:
 
-        def step(start: int | Array, size: int) -> Variation:
-            z, z_ref = logits.block(layout, start, size)
-            assert z_ref is not None
-            return variation(z, z_ref, constants)
+    def step(start: int | Array, size: int) -> Summary:
+        return summarise(*logits.block(layout, start, size), targets, start, wanted, floor)
 
-        sums = fold(layout, step, lambda a, b: jax.tree.map(jnp.add, a, b))
-        statistics = statistics._replace(total_variation=sums.distance)
-        constants = constants._replace(sign=sums.sign)
-    return statistics, constants
+    return fold(layout, step, combine)
+
+
+def total_variation(plan: Plan, logits: Logits, constants: Constants) -> Variation:
+    """The sums that need both normalisers first, in a sweep of their own."""
+
+    def step(start: int | Array, size: int) -> Variation:
+        z, z_ref = logits.block(plan.layout, start, size)
+        assert z_ref is not None
+        return variation(z, z_ref, constants)
+
+    return fold(plan.layout, step, lambda a, b: jax.tree.map(jnp.add, a, b))
 
 
 def backward(
@@ -93,12 +72,8 @@ def backward(
     """Cotangents of hidden and (if asked for) head."""
     layout, axis = plan.layout, plan.layout.vocabulary_axis
     hidden, head = logits.hidden, logits.head
-    alone = logits._replace(reference=None)
-    if not set(cotangent) & set(WITH_REFERENCE) and alone.dtype == logits.dtype:
-        logits = alone
-    # A row without a cotangent is out of the gradient even if it holds NaN or inf.
-    live = jnp.any(jnp.stack([value != 0 for value in cotangent.values()]), axis=0)
-    row = live[:, None]
+    logits = without_idle_reference(logits, cotangent)
+    row = live_rows(cotangent)[:, None]
     hidden_t = jnp.where(row, hidden, jnp.zeros((), hidden.dtype)).T
 
     def step(start: int | Array, size: int) -> tuple[Array, Array | None]:
@@ -134,32 +109,4 @@ def backward(
     return d_hidden.astype(hidden.dtype), d_head
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def statistics(plan: Plan, hidden, head, targets, reference, inverse_temperature, log_min_p) -> TokenStatistics:
-    """Statistics of every row; see `jaxrl_kernels.token_statistics`."""
-    return forward(plan, Logits(hidden, head, reference, inverse_temperature), targets, log_min_p)[0]
-
-
-def _forward_rule(plan: Plan, *arguments):
-    perturbed = {name: argument.perturbed for name, argument in zip(("hidden", "head"), arguments, strict=False)}
-    hidden, head, targets, reference, inverse_temperature, log_min_p = (
-        jax.custom_derivatives.custom_vjp_primal_tree_values(arguments)
-    )
-    logits = Logits(hidden, head, reference, inverse_temperature)
-    values, constants = forward(plan, logits, targets, log_min_p)
-    # The head is a residual entry of its own so that whether it was perturbed is known (as structure) in the backward
-    # rule.
-    marker = () if perturbed["head"] else None
-    return values, (logits, targets, constants, marker)
-
-
-def _backward_rule(plan: Plan, residuals, cotangents: TokenStatistics):
-    logits, targets, constants, marker = residuals
-    cotangent = usable(cotangents, DIFFERENTIABLE)
-    if not cotangent:
-        return (None,) * 6
-    d_hidden, d_head = backward(plan, logits, targets, constants, cotangent, head_gradient=marker is not None)
-    return d_hidden, d_head, None, None, None, None
-
-
-statistics.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)
+ENGINE = Engine(columns, summary, total_variation, backward)
