@@ -126,6 +126,7 @@ class Result:
         tightness: the largest left / right.
         instances: how many there were.
         wrong_caught: share of the instances that violate the wrong twin.
+        compared: the two sides, flat, for a plot.
     """
 
     check: Check
@@ -134,6 +135,15 @@ class Result:
     tightness: float
     instances: int
     wrong_caught: float
+    compared: Sides
+
+    @property
+    def ratios(self) -> np.ndarray:
+        """left / right wherever the right side is resolved; empty for an identity."""
+        if self.check.equality:
+            return np.zeros(0)
+        left, right = self.compared
+        return left[right > RESOLVED] / right[right > RESOLVED]
 
 
 def run_check(check: Check, measured: Measured) -> Result:
@@ -147,6 +157,7 @@ def run_check(check: Check, measured: Measured) -> Result:
         tightness=check.tightness(measured),
         instances=margin.size,
         wrong_caught=caught,
+        compared=Sides(*(np.ravel(side) for side in np.broadcast_arrays(*check.sides(measured)))),
     )
 
 

@@ -1,15 +1,19 @@
-"""The command line: run checks, print a table or JSON, exit 1 on any violation."""
+"""The command line: run checks, print a table or JSON, write a report, exit 1 on any violation."""
 
 import argparse
 import json
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from theory_checks import chain_search
+from theory_checks.chain_search import Worst
 from theory_checks.check import Check
 from theory_checks.check import Result
 from theory_checks.check import run_checks
@@ -21,6 +25,8 @@ from theory_checks.search import search
 
 LIMIT = 1 + 1e-6
 """A ratio of the search above it is a counterexample; bounds below 1e-4 are not resolved better."""
+
+REPORT = Path("runs/theory_checks/report.html")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -37,7 +43,17 @@ def _parser() -> argparse.ArgumentParser:
         "--instances", type=int, default=1000, help="random instances per world, about (default 1000, at least 20)"
     )
     parser.add_argument(
-        "--full", action="store_true", help="then search for the tightest worlds by gradient ascent (about a minute)"
+        "--full",
+        action="store_true",
+        help="then search for the tightest worlds by gradient ascent, and up to T = 4096 (some minutes)",
+    )
+    parser.add_argument(
+        "--report",
+        nargs="?",
+        type=Path,
+        const=REPORT,
+        metavar="PATH",
+        help=f"write a page with plots that stands alone (default {REPORT})",
     )
     return parser
 
@@ -53,9 +69,20 @@ def as_search_table(found: Sequence[Found]) -> Table:
     return table
 
 
-def as_json(results: Sequence[Result], found: Sequence[Found] = ()) -> str:
-    """The results as a JSON list of objects; what the search found comes last, under names `search.*`."""
-    rows = [
+def as_growth_table(grown: Sequence[Worst]) -> Table:
+    """The worst error found at each divergence and horizon, as a share of T delta, and how it grows."""
+    horizons = sorted({one.horizon for one in grown})
+    table = Table(title="Largest |Error| / (T delta) found on token chains, and the exponent of T in |Error|")
+    for heading in ("delta", *(f"T = {horizon}" for horizon in horizons), "exponent"):
+        table.add_column(heading, justify="right")
+    for delta, rows in chain_search.by_delta(grown).items():
+        table.add_row(f"{delta:g}", *(f"{one.ratio:.3f}" for one in rows), f"{chain_search.exponent(rows):.3f}")
+    return table
+
+
+def as_json(results: Sequence[Result], found: Sequence[Found] = (), grown: Sequence[Worst] = ()) -> str:
+    """The results as a JSON list of objects; what the searches found comes last, under `search.*` and `growth.*`."""
+    rows: list[dict[str, Any]] = [
         {
             "name": result.check.name,
             "passed": result.passed,
@@ -73,6 +100,11 @@ def as_json(results: Sequence[Result], found: Sequence[Found] = ()) -> str:
     for one in found:
         name = f"search.{one.bound}_v{one.vocabulary}_t{one.horizon}"
         rows.append({"name": name, "passed": one.ratio <= LIMIT, "margin": LIMIT - one.ratio, "tightness": one.ratio})
+    for delta, worst in chain_search.by_delta(grown).items():
+        ratio = max(one.ratio for one in worst)
+        errors = {str(one.horizon): one.error for one in worst}
+        row = {"name": f"growth.delta_{delta:g}", "passed": ratio <= LIMIT, "margin": LIMIT - ratio, "tightness": ratio}
+        rows.append({**row, "exponent": chain_search.exponent(worst), "errors": errors})
     return json.dumps(rows, indent=1)
 
 
@@ -132,12 +164,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     start = time.perf_counter()
     results = run_checks(checks, seed=arguments.seed, instances=arguments.instances)
+    grown = []
+    if arguments.full or arguments.name in (None, "token_chains"):
+        horizons = chain_search.LONG if arguments.full else chain_search.SHORT
+        grown = chain_search.growth(seed=arguments.seed, horizons=horizons, steps=150 if arguments.full else 40)
     found = search(seed=arguments.seed) if arguments.full else []
+    seconds = time.perf_counter() - start
     if arguments.json:
-        print(as_json(results, found))
+        print(as_json(results, found, grown))
     else:
-        _console().print(as_table(results, seconds=time.perf_counter() - start))
-        if found:
-            _console().print(as_search_table(found))
-    holds = all(result.passed for result in results) and all(one.ratio <= LIMIT for one in found)
+        _console().print(as_table(results, seconds=seconds))
+        for table in ([as_growth_table(grown)] if grown else []) + ([as_search_table(found)] if found else []):
+            _console().print(table)
+    if arguments.report is not None:
+        # Only a report needs the libraries for plots and pages.
+        from theory_checks.report import write_report
+
+        write_report(arguments.report, results, grown=grown, found=found, seconds=seconds, seed=arguments.seed)
+        print(f"Report: {arguments.report}", file=sys.stderr)
+    holds = all(result.passed for result in results) and all(one.ratio <= LIMIT for one in [*found, *grown])
     return 0 if holds else 1

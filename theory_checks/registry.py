@@ -8,10 +8,12 @@ from theory_checks import masked_guarantee
 from theory_checks import mismatch
 from theory_checks import pruning
 from theory_checks import surrogate_error
+from theory_checks import token_chains
 from theory_checks.check import Check
 
 FAMILIES: dict[str, list[Check]] = {
     "surrogate_error": surrogate_error.CHECKS,
+    "token_chains": token_chains.CHECKS,
     "masked_guarantee": masked_guarantee.CHECKS,
     "mismatch": mismatch.CHECKS,
     "pruning": pruning.CHECKS,

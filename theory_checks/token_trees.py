@@ -45,6 +45,14 @@ def error_of_surrogate(pi, mu, rewards):
     return gain, surrogate, gain - surrogate
 
 
+def worst_error(pi, mu):
+    """The largest |Error| over all rewards in [0, 1]: E_mu max(0, -X), X = prod_t rho_t - 1 - sum_t (rho_t - 1)."""
+    ratios = token_log_ratios(pi, mu)
+    after = jnp.cumsum(ratios[:, ::-1], axis=1)[:, ::-1] - ratios
+    excess = jnp.sum(jnp.expm1(ratios) * jnp.expm1(after), axis=1)
+    return jnp.sum(jnp.exp(sequence_log_probs(mu)) * jnp.maximum(-excess, 0.0))
+
+
 def divergences(pi, mu):
     """Per depth: (probability of each context under mu, KL(mu || pi) there, TV there)."""
     reached = prefix_log_probs(mu)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,14 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.bounds import SHARP
+from theory_checks import chain_search
 from theory_checks import cli
 from theory_checks.check import run_check
 from theory_checks.registry import FAMILIES
 from theory_checks.registry import all_checks
 from theory_checks.registry import select
+from theory_checks.report import write_report
+from theory_checks.search import Found
 from theory_checks.search import search
 
 ROOT = Path(__file__).parents[2]
@@ -110,3 +114,42 @@ def test_the_search_comes_near_the_attained_bounds_and_breaks_none():
     assert all(0 < ratio <= 1 + 1e-6 for ratio in ratios.values()), ratios
     # Random worlds stay below 0.3; only the ascent comes near.
     assert min(ratios[name] for name in ("classical", "coupling", "adaptive", "adaptive_tv")) > 0.8, ratios
+
+
+def test_the_worst_error_grows_like_the_horizon():
+    grown = chain_search.growth(seed=0, horizons=(16, 64), deltas=(1e-4,), restarts=4, steps=10)
+    assert [one.horizon for one in grown] == [16, 64]
+    assert all(0.5 < one.ratio <= 1 for one in grown)
+    assert all(0.5 * one.independent < one.searched <= one.horizon * 1e-4 for one in grown)
+    # T^(3/2) would be the exponent of the printed bound.
+    assert 0.98 < chain_search.exponent(grown) < 1.1
+    assert all(one.error <= bound for one in grown for bound in (*one.sharp.values(), *one.printed.values()))
+
+
+def test_a_search_above_one_is_a_violation(monkeypatch, capsys):
+    (check,) = select("token_chains.growth")
+    worst = chain_search.Worst(delta=1e-4, horizon=16, independent=2e-3, searched=0.0, printed={}, sharp={})
+    monkeypatch.setattr(cli, "select", lambda name: [check])
+    monkeypatch.setattr(chain_search, "growth", lambda **_: [worst, dataclasses.replace(worst, horizon=64)])
+    assert cli.main(["token_chains", "--instances", "20", "--json"]) == 1
+    row = json.loads(capsys.readouterr().out)[-1]
+    assert row["name"] == "growth.delta_0.0001"
+    assert row["passed"] is False
+
+
+def test_the_report_stands_alone_and_shows_every_check(tmp_path):
+    results = [run_check(check, measured(check.world.name)) for check in FAMILIES["token_chains"]]
+    broken = dataclasses.replace(results[0], passed=False)
+    printed = {"pinsker_marginal_kl": 0.1, "mixed_kl": 0.2}
+    worst = chain_search.Worst(
+        delta=1e-4, horizon=16, independent=9e-4, searched=1e-3, printed=printed, sharp={"sequence_kl": 1.6e-3}
+    )
+    found = Found(bound="linear", vocabulary=2, horizon=2, ratio=0.99, median=0.9, eps=0.5)
+    grown = [worst, dataclasses.replace(worst, horizon=64)]
+    path = tmp_path / "new" / "report.html"
+    write_report(path, [broken, *results[1:]], grown=grown, found=[found], seconds=1.0, seed=0)
+    page = path.read_text()
+    assert page.count("data:image/png;base64,") == 4
+    assert "VIOLATED" in page
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
+    assert all(result.check.name.partition(".")[2] in page for result in results)
