@@ -43,6 +43,9 @@ def pseudo_reward(
     2;
     entropy: log pi (F alone, no old policy).
 
+    The exponents of reverse_kl and hellinger are clamped to 3 nats (`EXPONENT_LIMIT`), as in the released code, so that
+    a rare action cannot dominate a batch; beyond the clamp they are not f' any more. The others are not clamped.
+
     Departures: the released code has pi_old sign(pi - pi_old) / 2 for total variation, which is not f' (errata F8.3),
     and one more pseudo-reward that belongs to no divergence named in the paper; both are left out.
 
