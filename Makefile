@@ -14,7 +14,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.3
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: help venv run test test-float32 test-float64 test-sharded lint checks notebooks bench clean
+.PHONY: help venv run test test-float32 test-float64 test-sharded aot lint checks notebooks bench clean
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
@@ -37,11 +37,21 @@ run: $(STAMP)
 test: test-float32 test-float64 test-sharded
 test-float32 test-float64 test-sharded: export JAX_PLATFORMS = cpu
 test-float32: $(STAMP)
-	$(PYTEST) tests --ignore tests/exact --ignore tests/sharded
+	$(PYTEST) tests --ignore tests/exact --ignore tests/sharded --ignore tests/aot
 test-float64: $(STAMP)
 	JAX_ENABLE_X64=1 $(PYTEST) tests/exact
 test-sharded: $(STAMP)
 	XLA_FLAGS="$(XLA_FLAGS) --xla_force_host_platform_device_count=8" $(PYTEST) tests/sharded
+
+## aot        compile the kernels for TPUs that are not here (installs libtpu, 0.7 GB, into .venv-aot)
+AOT := $(CURDIR)/.venv-aot
+aot: $(AOT)/.installed
+	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 TPU_LOG_DIR=disabled PYTHONPATH=$(AOT) $(PYTEST) tests/aot
+$(AOT)/.installed: $(STAMP)
+	@# The version that the installed jax names, in a folder of its own: .venv stays as it is.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(AOT) "$$($(BIN)/python -c \
+		'import importlib.metadata as m; print(next(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))')"
+	@touch $@
 
 ## lint       ruff, pyright and the floors' import contracts
 lint: $(STAMP)

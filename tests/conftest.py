@@ -33,6 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "requires_jax(version): skip below this jax version (Python 3.11 ends at 0.10.2)"
     )
+    config.addinivalue_line("markers", "aot: compiles for hardware that is not here; run by `make aot`")
     config.addinivalue_line("markers", "slow: more than 20 seconds")
 
 
