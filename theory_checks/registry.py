@@ -3,6 +3,7 @@
 from theory_checks import divergence
 from theory_checks import empg
 from theory_checks import hybrid
+from theory_checks import inverse
 from theory_checks import logit_dynamics
 from theory_checks import masked_guarantee
 from theory_checks import mismatch
@@ -14,6 +15,7 @@ from theory_checks.check import Check
 FAMILIES: dict[str, list[Check]] = {
     "surrogate_error": surrogate_error.CHECKS,
     "token_chains": token_chains.CHECKS,
+    "inverse": inverse.CHECKS,
     "masked_guarantee": masked_guarantee.CHECKS,
     "mismatch": mismatch.CHECKS,
     "pruning": pruning.CHECKS,
