@@ -1,3 +1,5 @@
+# Pallas passes references where its stubs say arrays.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportAssignmentType=false
 """The dense gradient as two Mosaic TPU kernels: blocks of rows and columns stream through VMEM.
 
 The first sweeps the columns of a block of rows and carries the row sums in its output blocks; the second makes the
