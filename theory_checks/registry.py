@@ -8,6 +8,7 @@ from theory_checks import logit_dynamics
 from theory_checks import masked_guarantee
 from theory_checks import mismatch
 from theory_checks import pruning
+from theory_checks import regret
 from theory_checks import surrogate_error
 from theory_checks import token_chains
 from theory_checks.check import Check
@@ -23,6 +24,7 @@ FAMILIES: dict[str, list[Check]] = {
     "hybrid": hybrid.CHECKS,
     "empg": empg.CHECKS,
     "divergence": divergence.CHECKS,
+    "regret": regret.CHECKS,
 }
 """Family -> its checks, in the order of the table."""
 
