@@ -1,5 +1,5 @@
 # Pallas passes references where its stubs say arrays.
-# pyright: reportCallIssue=false, reportArgumentType=false, reportAssignmentType=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportAssignmentType=false, reportAbstractUsage=false
 """The dense gradient as two Mosaic GPU kernels (Hopper and newer): each block of 64 rows streams its columns through
 shared memory.
 
