@@ -114,7 +114,7 @@ def dense_gradient(
         if top_k is None:
             return _both(chosen, *arguments)
         index = _top(logits, top_k)
-        kl, part = _both(chosen, *(_gather(x, index) for x in arguments[:2]), arguments[2])
+        kl, part = _both(chosen, *(_gather(x, index) for x in arguments[:2]), arguments[2])  # pyright: ignore[reportCallIssue]
         whole = jnp.put_along_axis(jnp.zeros_like(arguments[0]), index, part, axis=1, inplace=False)
         return DenseGradient(kl, whole)
 
