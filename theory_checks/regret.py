@@ -40,7 +40,7 @@ def _measure(features: jax.Array, atoms: jax.Array, prior: jax.Array) -> dict[st
         spread = posterior @ jnp.square(means) - jnp.square(posterior @ means)  # x_a^T Gamma x_a
         variance = variance + jnp.sum(total[:, None] * act * spread)
         joint = jnp.einsum("hn,ha,nao->haon", joint, act, outcome).reshape(-1, ATOMS)
-    centred = atoms - prior @ atoms
+    centred = atoms - (prior @ atoms)[None]
     gamma = jnp.einsum("n,ni,nj->ij", prior, centred, centred)
     covariances = jnp.stack([gamma, gamma])
     ratio = jnp.max(jnp.linalg.norm(features, axis=1))
