@@ -1,17 +1,18 @@
-"""Reinforcement learning alone teaches SmolLM2-135M two-digit sums it was never trained on.
+"""Reinforcement learning alone teaches SmolLM2-135M sums of two-digit numbers it was never trained on.
 
-Claim      Held-out accuracy on a + b (a, b in 0 .. 49, greedy, last number counts) rises by at least 25 points, with
+Claim      Held-out accuracy on a + b (a, b in 0 .. 99, greedy, last number counts) rises by at least 25 points, with
            the trust-region bounds of every update beside the reward.
 Command    python -m experiments run smollm2_arithmetic          (make run)
-Cost       to be measured: about 7 minutes of training on two cores of an AMD EPYC, 5 GB of memory
-Expected   accuracy_gain >= 0.25 in summary.json
+Cost       about 7 minutes of training on two quiet cores of an AMD EPYC, 5 GB of memory
+Expected   accuracy_gain >= 0.25 in summary.json (0.42 before, 0.75 after)
 
-The model is the instruction-tuned SmolLM2-135M (4-bit weights, dequantised); its 16 top layers learn. It reads two
-worked examples, then "a + b =", and answers in at most 4 tokens. A third of the 1275 distinct sums (a + b and b + a are
-one) is never trained on; 128 of that third are the held-out problems.
+The model is the instruction-tuned SmolLM2-135M (4-bit weights, dequantised); its 16 top layers learn. It reads three
+worked examples, then "Sum: a + b =", and answers in at most 4 tokens. A third of the 5050 distinct sums (a + b and
+b + a are one) is never trained on; 128 of that third are the held-out problems.
 
-The claim holds for this prompt. A prompt three times as long, three examples in the words of reasoning-gym, lets the
-untrained model answer 0.64 of some other sums of this size, so against its best prompt the gain is smaller.
+The prompt is one of those on which the untrained model does best: of ten prompts, by greedy answers to 512 problems of
+the training side, this one gets 0.416 (0.374 to 0.459), and the best, a longer one in the words of reasoning-gym, 0.447
+(0.405 to 0.491); plain lists of sums get 0.287 (python -m experiments.benchmarks.untrained_prompts sums_to_99).
 """
 
 from experiments.registry import Expectation
@@ -33,28 +34,28 @@ def build(settings: RunSettings) -> tuple[Transformer, Tokenizer]:
 
 SETTINGS = RunSettings(
     model="smollm2_135m",
-    task="sums_to_49",
+    task="sums_to_99",
     recipe="trm",
     learns="top_layers",
     top_layers=16,
     train=TrainSettings(
-        steps=60,
+        steps=70,
         prompts=16,
         group_size=8,
-        prompt_length=32,
+        prompt_length=52,
         response_length=4,
         optimizer=OptimizerSettings(
-            learning_rate=1e-5, schedule="linear", warmup_steps=12, final_fraction=0.1, beta2=0.95
+            learning_rate=1e-5, schedule="linear", warmup_steps=12, final_fraction=0.3, beta2=0.95
         ),
         update=UpdateSettings(minibatches=4),
         checkpoint_every=20,
-        evaluate_every=20,
+        evaluate_every=35,
     ),
 )
 
 TINY = RunSettings(
     model="smollm2_135m",
-    task="sums_to_49",
+    task="sums_to_99",
     recipe="trm",
     learns="top_layers",
     top_layers=1,
@@ -62,7 +63,7 @@ TINY = RunSettings(
         steps=2,
         prompts=2,
         group_size=2,
-        prompt_length=32,
+        prompt_length=52,
         response_length=3,
         update=UpdateSettings(minibatches=2),
     ),

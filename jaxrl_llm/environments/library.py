@@ -20,8 +20,8 @@ SUM_SHOTS = ("3 + 5", "14 + 8")
 best with these two (0.45 on 128 held-out sums to 49). Words in front of each sum, longer prompts, can score higher."""
 
 WORDED_SHOTS = ("3 + 5", "14 + 8", "27 + 15")
-"""Worked examples in front of the large sums, each after "Sum: ": of the prompts tried on them, the untrained
-SmolLM2-135M did best with this one and with the question of reasoning-gym itself, which is nearly twice as long."""
+"""Worked examples in front of the large sums, each after "Sum: ": the untrained SmolLM2-135M gets 0.42 of 512 sums with
+this prompt, 0.45 with the question of reasoning-gym, which is nearly twice as long, and 0.29 with a plain list."""
 
 LEVELS = ("sums_to_10", "sums_to_30", "sums_to_49", "sums_to_99")
 """Names of sums of two numbers by difficulty, easiest first, for a `Curriculum`."""

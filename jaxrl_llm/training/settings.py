@@ -82,7 +82,8 @@ class Parts:
     """What a run trains, and on what.
 
     Attributes:
-        model: the policy before training, with its adapters if only those learn (`trainable.prepare`).
+        model: the policy before training, with its adapters if only those learn (`trainable.prepare`). Training takes
+            its trained parameters over: their buffers are reused, so clone a model that is needed afterwards.
         trainable: which of its parameters learn.
         tokenizer: of the model.
         task: where problems come from and how answers are scored; or tasks in order of difficulty.

@@ -42,8 +42,7 @@ class TrainState:
 
     @classmethod
     def create(cls, params: PyTree, optimizer: optax.GradientTransformation, seed: int) -> "TrainState":
-        """The state before the first step; `params` are copied, so the caller's arrays survive the donation."""
-        params = jax.tree.map(jnp.copy, params)
+        """The state before the first step; it takes `params` over: the first update donates their buffers."""
         # One array per counter: a buffer shared between two leaves cannot be donated twice.
         counters = {name: jnp.zeros((), jnp.int32) for name in ("step", "updates", "skipped", "skipped_in_a_row")}
         return cls(key=jax.random.key(seed), params=params, opt_state=jax.jit(optimizer.init)(params), **counters)

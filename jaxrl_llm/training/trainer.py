@@ -69,7 +69,7 @@ class Trainer:
         self.policy, initial, frozen = split_policy(parts.model, parts.trainable)
         if parts.mesh is not None:
             initial, frozen = shard(initial, parts.mesh), shard(frozen, parts.mesh)
-        self.initial, self.frozen = initial, frozen
+        self._initial, self.frozen = initial, frozen
         slots = settings.group_size if update.share_prompts else 1
         if update.share_prompts:
             slots = choose_slots(config, settings.prompt_length, settings.response_length, settings.group_size)
@@ -88,15 +88,16 @@ class Trainer:
         self.update = Update(self.policy, parts.recipe, self.optimizer, temperature=temperature, remat=update.remat)
         self.scorer = Scorer(self.policy, temperature=temperature, rows=update.score_rows)
         self._advantages = jax.jit(lambda rewards, ids: sequence_advantages(parts.recipe, rewards, ids))
-        self._reference = initial if needs_reference(parts.recipe) else None
+        # A copy, as the first update takes the buffers of the initial parameters over.
+        self._reference = jax.tree.map(jnp.copy, initial) if needs_reference(parts.recipe) else None
 
     def devices(self) -> contextlib.AbstractContextManager[Any]:
         """Context in which everything here must run: the mesh, where there is one."""
         return contextlib.nullcontext() if self.parts.mesh is None else jax.set_mesh(self.parts.mesh)
 
     def initial_state(self) -> TrainState:
-        """The state before the first step."""
-        state = TrainState.create(self.initial, self.optimizer, self.settings.seed)
+        """The state before the first step; the first update donates the buffers of the model that was given."""
+        state = TrainState.create(self._initial, self.optimizer, self.settings.seed)
         return state if self.parts.mesh is None else shard(state, self.parts.mesh)
 
     def identity(self) -> Any:

@@ -93,7 +93,7 @@ def test_the_reward_rises_and_the_numbers_are_there(tiny_run, tmp_path):
     assert last["bounds/sharp/adaptive"] == 0.0
     assert last["shift/kl_max"] >= last["shift/kl_mean"] > 0
     assert last["shift/tv_max"] <= 1
-    assert last["bounds/printed/linear"] == pytest.approx(2 * last["bounds/sharp/linear"])
+    assert last["bounds/printed/linear"] == pytest.approx(4 * last["bounds/sharp/linear"])
     assert 0 <= last["actor/acceptance"] <= 1
     assert abs(last["rollout_corr/kl"]) < 1e-4
     assert last["actor/entropy"] > 0
