@@ -5,6 +5,7 @@ import difflib
 from collections.abc import Mapping
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 from typing import Any
 
 import tyro
@@ -13,7 +14,9 @@ from experiments.registry import Experiment
 from experiments.run_folder import UserError
 from experiments.run_folder import find_run
 from experiments.run_folder import read_json
-from experiments.settings import RunSettings
+
+if TYPE_CHECKING:
+    from experiments.study import Study
 
 PROGRAM = "python -m experiments"
 RUNS = Path("runs")
@@ -33,7 +36,7 @@ class RunArguments:
         wandb: also send the numbers to this Weights & Biases project (pip install 'jaxrl_llm[wandb]').
     """
 
-    settings: RunSettings
+    settings: Any
     tiny: bool = False
     id: str | None = None
     resume: str | None = None
@@ -80,7 +83,7 @@ def with_values(settings: Any, values: Mapping[str, Any]) -> Any:
     return dataclasses.replace(settings, **changes)
 
 
-def parse_run(experiment: Experiment, words: Sequence[str]) -> RunArguments:
+def parse_run(experiment: "Experiment | Study", words: Sequence[str]) -> RunArguments:
     """The arguments of `run NAME`.
 
     Raises:
@@ -104,7 +107,7 @@ def parse_run(experiment: Experiment, words: Sequence[str]) -> RunArguments:
     return _parse(experiment, words, RunArguments(settings=settings, tiny=saved["tiny"]))
 
 
-def _with_newest_run(experiment: Experiment, words: Sequence[str]) -> list[str]:
+def _with_newest_run(experiment: "Experiment | Study", words: Sequence[str]) -> list[str]:
     """`--resume` without a run means the newest run of the experiment."""
     complete = []
     for word, following in zip(words, [*words, "--"][1:], strict=True):
@@ -114,7 +117,7 @@ def _with_newest_run(experiment: Experiment, words: Sequence[str]) -> list[str]:
     return complete
 
 
-def _parse(experiment: Experiment, words: Sequence[str], start: RunArguments) -> RunArguments:
+def _parse(experiment: "Experiment | Study", words: Sequence[str], start: RunArguments) -> RunArguments:
     return tyro.cli(
         RunArguments,
         args=list(words),

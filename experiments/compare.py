@@ -100,7 +100,11 @@ def differing_settings(first: Record, second: Record) -> list[tuple[str, str, st
 
 def compared_numbers(first: Record, second: Record) -> list[tuple[str, str, str]]:
     """(what, first, second) for each number of the two summaries, with its interval."""
-    return [(label, _number(first.summary, name), _number(second.summary, name)) for name, label in NUMBERS.items()]
+    labels = NUMBERS
+    if "study" in (first.config.get("kind"), second.config.get("kind")):
+        both = {**first.summary, **second.summary}
+        labels = {name: name.replace("_", " ") for name, value in both.items() if isinstance(value, (int, float))}
+    return [(label, _number(first.summary, name), _number(second.summary, name)) for name, label in labels.items()]
 
 
 def _number(summary: dict[str, Any], name: str) -> str:
@@ -110,7 +114,7 @@ def _number(summary: dict[str, Any], name: str) -> str:
     if name == "claim_met":
         return {True: "yes", False: "no", None: "no claim"}[value]
     if ends is None:
-        return f"{value:,.0f}"
+        return f"{value:,.4g}" if isinstance(value, float) and not value.is_integer() else f"{value:,.0f}"
     if name.endswith("_gain"):
         return f"{words.points(value)}  [{words.point_interval(ends)}]"
     return f"{words.percent(value)}  [{words.interval(ends)}]"

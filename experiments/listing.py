@@ -27,6 +27,7 @@ def print_experiments(runs: Path, console: Console | None = None) -> None:
     for run in found:
         summary = run_folder.read_json(run.summary) if run.summary.exists() else {}
         met = {True: "met", False: "missed", None: "none"}[summary["claim_met"]] if summary else "not complete"
-        shares = [words.percent(summary[name]) if summary else "" for name in ("accuracy_before", "accuracy_after")]
+        names = ("accuracy_before", "accuracy_after")
+        shares = [words.percent(summary[name]) if name in summary else "" for name in names]
         table.add_row(run.label, *shares, met)
     console.print(table)

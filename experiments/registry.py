@@ -5,6 +5,7 @@ import difflib
 import importlib
 from collections.abc import Callable
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 from typing import Any
 
 from experiments.run_folder import UserError
@@ -12,9 +13,13 @@ from experiments.settings import RunSettings
 from jaxrl_llm.models import Transformer
 from jaxrl_llm.models.tokenizers import Tokenizer
 
+if TYPE_CHECKING:
+    from experiments.study import Study
+
 NAMES = (
     "smollm2_arithmetic",
     "from_scratch",
+    "linear_bandit",
 )
 
 
@@ -37,7 +42,7 @@ class Expectation:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """One claim and the settings that show it.
+    """One claim and the settings that show it, by training a model; what only computes is a `Study`.
 
     Attributes:
         name: name of its file.
@@ -58,7 +63,7 @@ class Experiment:
     build: Callable[[RunSettings], tuple[Transformer, Tokenizer]]
 
 
-def get_experiment(name: str) -> Experiment:
+def get_experiment(name: str) -> "Experiment | Study":
     """The experiment of that name.
 
     Raises:

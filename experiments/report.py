@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import matplotlib
 import numpy as np
 from markupsafe import Markup
 
@@ -12,12 +13,16 @@ from experiments import metric_names as names
 from experiments import records
 from experiments import style
 from experiments import words
+from experiments.arguments import with_values
 from experiments.bounds_report import bounds_section
 from experiments.evaluation import summarise
 from experiments.figures import draw_all
 from experiments.records import Record
+from experiments.registry import get_experiment
 from experiments.run_folder import RunFolder
 from experiments.run_folder import UserError
+from experiments.study import Study
+from experiments.study import read_results
 from experiments.style import Picture
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -31,10 +36,14 @@ def write_report(run: RunFolder) -> str:
         UserError: the folder is not a run, or cannot be written.
     """
     record = records.read(run)
-    pictures = draw_all(record)
-    page = render("report.html.j2", report_context(record, pictures))
+    if record.config.get("kind") == "study":
+        template, context, pictures = "study.html.j2", *study_context(record)
+    else:
+        drawn = draw_all(record)
+        template, context, pictures = "report.html.j2", report_context(record, drawn), list(drawn.values())
+    page = render(template, context)
     try:
-        for picture in pictures.values():
+        for picture in pictures:
             style.save(picture, run.figures)
         run.report.write_text(page, encoding="utf-8")
     except OSError as error:
@@ -74,9 +83,63 @@ def report_context(record: Record, pictures: Mapping[str, Picture]) -> dict[str,
         "samples": samples_section(record),
         "cost": [chosen[name] for name in ("time",) if name in chosen],
         "counts": counts(record),
+        **_frame(record),
+        "files": "config, environment, samples and summary (.json), metrics and timings (.jsonl)",
+    }
+
+
+def _frame(record: Record) -> dict[str, Any]:
+    """What every report shows: settings and machine."""
+    return {
         "settings": [(name, str(value)) for name, value in record.settings.items()],
         "environment": [(name, str(value)) for name, value in _flat(record.environment)],
     }
+
+
+def study_context(record: Record) -> tuple[dict[str, Any], list[Picture]]:
+    """Everything the template of a study shows, and its figures.
+
+    Raises:
+        UserError: the run is not complete, or its experiment is not there any more.
+    """
+    study = get_experiment(record.run.experiment)
+    assert isinstance(study, Study)
+    if not record.summary:
+        raise UserError(f"Run {record.run.label} is not complete; a study has its report once all parts are done.")
+    settings = with_values(study.tiny if record.config["tiny"] else study.settings, record.settings)
+    with matplotlib.rc_context(style.SETTINGS):
+        page = study.page(settings, read_results(record.run), record.summary)
+        sections = [
+            {
+                "title": section.title,
+                "paragraphs": section.paragraphs,
+                "pictures": [shown_picture(picture) for picture in section.pictures],
+                "table": section.table,
+            }
+            for section in page.sections
+        ]
+    value = {"value": page.value, "range": page.value_range}
+    context = {
+        "run": record.run,
+        "claim": record.config["claim"],
+        "headline": {"title": page.value, "before": value, "after": None, "sentence": page.sentence},
+        "verdict": verdict(record),
+        "facts": " · ".join(
+            [page.facts, f"{words.duration(record.summary['seconds'])} of computing", *machine(record)]
+        ),
+        "sections": sections,
+        **_frame(record),
+        "files": "config, environment and summary (.json), and parts",
+    }
+    return context, [picture for section in page.sections for picture in section.pictures]
+
+
+def machine(record: Record) -> list[str]:
+    """Processor and device, if they were written down."""
+    environment = record.environment
+    if not environment:
+        return []
+    return [f"{environment['processor']}, {environment['processor_cores']} cores; {environment['device']}"]
 
 
 def _flat(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -129,7 +192,7 @@ def verdict(record: Record) -> dict[str, str]:
         done = f"{record.batches} of {record.settings['steps']} batches are done."
         return {"kind": "open", "word": "not complete", "sentence": done}
     if summary["claim_met"] is None:
-        said = "A tiny run: it shows that everything works, not that anything is learnt."
+        said = "A tiny run: it shows that everything works and claims nothing."
         return {"kind": "open", "word": "no claim", "sentence": said}
     quantity, least = summary["expected"]["quantity"], summary["expected"]["at_least"]
     said = f"Expected: {quantity.replace('_', ' ')} of at least {least:g}; measured: {summary[quantity]:.3f}."
@@ -142,7 +205,7 @@ def verdict(record: Record) -> dict[str, str]:
 
 def facts(record: Record) -> str:
     """What was run, in one line."""
-    settings, environment = record.settings, record.environment
+    settings = record.settings
     parts = [
         f"{record.batches} batches of {settings['prompts']} prompts x {settings['group_size']} answers",
         f"recipe {settings['recipe']}, seed {settings['seed']}",
@@ -150,9 +213,7 @@ def facts(record: Record) -> str:
     ]
     if record.summary:
         parts.append(f"{words.duration(record.summary['seconds_training'])} of training")
-    if environment:
-        parts.append(f"{environment['processor']}, {environment['processor_cores']} cores; {environment['device']}")
-    return " · ".join(part for part in parts if part)
+    return " · ".join(part for part in [*parts, *machine(record)] if part)
 
 
 def samples_section(record: Record) -> dict[str, Any] | None:

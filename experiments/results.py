@@ -35,11 +35,18 @@ def keep(run: RunFolder, results: Path = RESULTS) -> Path:
 
 
 def table(results: Path = RESULTS) -> str:
-    """One row per result file, in Markdown."""
-    rows = [_row(read_json(path)) for path in sorted(results.glob("*.json"))]
-    head = ("experiment", "before", "after", "gain", "claim", "training", "machine")
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    """One row per result file, in Markdown: what was trained, then what was computed."""
+    kept = [read_json(path) for path in sorted(results.glob("*.json"))]
+    trained = [_row(result) for result in kept if "accuracy_gain" in result["summary"]]
+    computed = [_study_row(result) for result in kept if "accuracy_gain" not in result["summary"]]
+    made = []
+    for head, rows in (
+        (("experiment", "before", "after", "gain", "claim", "training", "machine"), trained),
+        (("experiment", "quantity", "measured", "claim", "computing", "machine"), computed),
+    ):
+        if rows:
+            made.append("\n".join(f"| {' | '.join(line)} |" for line in [head, ("---",) * len(head), *rows]))
+    return "\n\n".join(made)
 
 
 def _row(result: Mapping[str, Any]) -> Sequence[str]:
@@ -50,9 +57,29 @@ def _row(result: Mapping[str, Any]) -> Sequence[str]:
     ]
     gain = f"{words.points(summary['accuracy_gain'])} ({words.point_interval(summary['accuracy_gain_interval'])})"
     claim = ("met" if summary["claim_met"] else "missed") + f": at least {100 * summary['expected']['at_least']:+.0f}"
+    duration = words.duration(summary["seconds_training"])
+    return f"`{summary['experiment']}`", *accuracy, gain, claim, duration, _where(machine)
+
+
+def _study_row(result: Mapping[str, Any]) -> Sequence[str]:
+    summary = result["summary"]
+    quantity, least = summary["expected"]["quantity"], summary["expected"]["at_least"]
+    claim = ("met" if summary["claim_met"] else "missed") + f": at least {least:g}"
+    measured = words.number(summary[quantity])
+    where = _where(result["machine"])
+    return (
+        f"`{summary['experiment']}`",
+        quantity.replace("_", " "),
+        measured,
+        claim,
+        words.duration(summary["seconds"]),
+        where,
+    )
+
+
+def _where(machine: Mapping[str, Any]) -> str:
     cores = f"{machine['processor']}, {machine['processor_cores']} cores"
-    where = f"{cores}, {machine['device']}, jax {machine['jax']}"
-    return f"`{summary['experiment']}`", *accuracy, gain, claim, words.duration(summary["seconds_training"]), where
+    return f"{cores}, {machine['device']}, jax {machine['jax']}"
 
 
 def write_tables(results: Path = RESULTS, root: Path = ROOT) -> list[Path]:

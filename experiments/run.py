@@ -31,6 +31,12 @@ from experiments.run_folder import write_json
 from experiments.settings import changed_settings
 from experiments.settings import difference
 from experiments.settings import flat_settings
+from experiments.study import Study
+from experiments.study import ending
+from experiments.study import forget_results
+from experiments.study import get_parts
+from experiments.study import run_parts
+from experiments.study import write_study_summary
 from experiments.summary import write_summary
 from jaxrl_llm.environments import Task
 from jaxrl_llm.training import MetricWriter
@@ -45,8 +51,8 @@ from jaxrl_llm.training import train
 INTERRUPTED = 130
 
 
-def run_experiment(experiment: Experiment, arguments: RunArguments, command: Sequence[str]) -> int:
-    """Train, evaluate before and after, and write the report; goes on where an earlier run of the same folder stopped.
+def run_experiment(experiment: Experiment | Study, arguments: RunArguments, command: Sequence[str]) -> int:
+    """Train or compute, and write the report; goes on where an earlier run of the same folder stopped.
 
     Args:
         experiment: what is shown.
@@ -72,6 +78,40 @@ def run_experiment(experiment: Experiment, arguments: RunArguments, command: Seq
         print(f"Run {run.label} is complete; its report was written again: {write_report(run)}")
         return 0
     print(f"run {run.label} -> {run.shown}", flush=True)
+    if isinstance(experiment, Study):
+        return _compute(experiment, arguments, run, config | {"kind": "study"}, command, again)
+    return _train(experiment, arguments, run, config, command, again)
+
+
+def _compute(
+    study: Study, arguments: RunArguments, run: RunFolder, config: dict[str, Any], command: Sequence[str], again: str
+) -> int:
+    """The parts of a study that are missing, its numbers and its report."""
+    try:
+        parts = get_parts(study, arguments.settings)
+    except UserError:
+        _remove_if_new(run)
+        raise
+    if run.config.exists() and changed_settings(read_json(run.config)["settings"], config["settings"]):
+        forget_results(run)
+    _write_down(run, config, command)
+    if not run_parts(run, parts):
+        print(f"\nInterrupted. Go on after the last finished part with: {again}")
+        return INTERRUPTED
+    print(ending(write_study_summary(run, study, arguments)))
+    print(f"report: {write_report(run)}")
+    return 0
+
+
+def _train(
+    experiment: Experiment,
+    arguments: RunArguments,
+    run: RunFolder,
+    config: dict[str, Any],
+    command: Sequence[str],
+    again: str,
+) -> int:
+    """Train, evaluate before and after, and write the report."""
     task, parts, answerer = _prepare(experiment, arguments, run)
     _write_down(run, config | {"trained": _trained(parts)}, command)
     evaluate = HeldOutEvaluation(run, task, answerer, arguments.settings.train.steps)
@@ -151,10 +191,14 @@ def _prepare(experiment: Experiment, arguments: RunArguments, run: RunFolder) ->
         parts = Parts(model=model, trainable=trainable, tokenizer=tokenizer, task=task, recipe=recipe)
         return task, parts, HeldOutAnswerer(parts, task, settings.train)
     except (ValueError, OSError, ModuleNotFoundError, UserError) as error:
-        with contextlib.suppress(OSError):
-            # Succeeds for an empty folder only.
-            run.path.rmdir()
+        _remove_if_new(run)
         raise error if isinstance(error, UserError) else UserError(str(error)) from error
+
+
+def _remove_if_new(run: RunFolder) -> None:
+    with contextlib.suppress(OSError):
+        # Succeeds for an empty folder only.
+        run.path.rmdir()
 
 
 def _trained(parts: Parts) -> str:

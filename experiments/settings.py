@@ -81,6 +81,8 @@ def flat_settings(settings: Any) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
+        # Lists, as JSON gives them back: what is saved must equal what was set.
+        value = list(value) if isinstance(value, tuple) else value
         flat |= flat_settings(value) if dataclasses.is_dataclass(value) else {field.name: value}
     return flat
 

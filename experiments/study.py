@@ -1,0 +1,194 @@
+"""An experiment that computes instead of training: named parts, each kept once it is done, then numbers and a page.
+
+It has the run folder, settings, progress and report of every experiment. A part is a function without arguments that
+returns named arrays; `parts/<name>.npz` is written when it ends, so that a run that was stopped goes on after its last
+finished part.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.arguments import RunArguments
+from experiments.progress import progress
+from experiments.registry import Expectation
+from experiments.run_folder import RunFolder
+from experiments.run_folder import UserError
+from experiments.run_folder import read_json
+from experiments.run_folder import write_json
+from experiments.settings import changed_settings
+from experiments.settings import flat_settings
+from experiments.style import Picture
+
+Arrays = dict[str, np.ndarray]
+Parts = Mapping[str, Callable[[], Mapping[str, Any]]]
+Results = Mapping[str, Arrays]
+SECONDS = "seconds"
+"""Every part also keeps how long it took, under this name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table of a page: the first column is text, the others are numbers."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A part of a page.
+
+    Attributes:
+        title: heading.
+        paragraphs: text below it.
+        pictures: figures.
+        table: numbers, if there are any.
+    """
+
+    title: str
+    paragraphs: Sequence[str]
+    pictures: Sequence[Picture] = ()
+    table: Table | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """What a report says besides claim, settings and machine.
+
+    Attributes:
+        value: the number that matters, in large.
+        value_range: its interval or unit, smaller.
+        sentence: what that number is.
+        facts: what was run, in one line.
+        sections: the rest.
+    """
+
+    value: str
+    value_range: str
+    sentence: str
+    facts: str
+    sections: Sequence[Section]
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """One claim that is shown by computing.
+
+    Attributes:
+        name: name of its file.
+        claim: the claim, one sentence.
+        cost: what it costs on a machine that is named.
+        settings: as the claim is made; any frozen dataclass of numbers and names.
+        tiny: a twin that runs in seconds and claims nothing.
+        expectation: when the claim counts as met.
+        parts: settings -> name -> what computes that part.
+        summarise: (settings, results) -> numbers of the summary.
+        page: (settings, results, summary) -> the report.
+    """
+
+    name: str
+    claim: str
+    cost: str
+    settings: Any
+    tiny: Any
+    expectation: Expectation
+    parts: Callable[[Any], Parts]
+    summarise: Callable[[Any, Results], dict[str, Any]]
+    page: Callable[[Any, Results, Mapping[str, Any]], Page]
+
+
+def _path(run: RunFolder, name: str) -> Path:
+    return run.path / "parts" / f"{name}.npz"
+
+
+def read_results(run: RunFolder) -> Results:
+    """The parts that are done.
+
+    Raises:
+        UserError: one of them cannot be read.
+    """
+    results = {}
+    for path in sorted((run.path / "parts").glob("*.npz")):
+        try:
+            with np.load(path) as file:
+                results[path.stem] = {name: file[name] for name in file.files}
+        except (OSError, ValueError) as error:
+            raise UserError(f"Cannot read {path}: {error}.") from error
+    return results
+
+
+def forget_results(run: RunFolder) -> None:
+    """Remove the parts of a run whose settings were changed."""
+    for path in (run.path / "parts").glob("*.npz"):
+        path.unlink()
+
+
+def get_parts(study: Study, settings: Any) -> Parts:
+    """What is to be computed.
+
+    Raises:
+        UserError: the settings do not fit each other.
+    """
+    try:
+        return study.parts(settings)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def run_parts(run: RunFolder, parts: Parts) -> bool:
+    """Compute the parts that are missing, and keep each; returns whether all are there now (Ctrl-C: not)."""
+    (run.path / "parts").mkdir(exist_ok=True)
+    missing = {name: part for name, part in parts.items() if not _path(run, name).exists()}
+    done = len(parts) - len(missing)
+    try:
+        with progress() as reporter:
+            reporter.begin(first_step=done, steps=len(parts))
+            for number, (name, part) in enumerate(missing.items(), start=done + 1):
+                reporter.phase(name)
+                start = time.perf_counter()
+                values = {key: np.asarray(value) for key, value in part().items()}
+                seconds = time.perf_counter() - start
+                unfinished = _path(run, name).with_suffix(".unfinished")
+                with unfinished.open("wb") as file:
+                    np.savez_compressed(file, allow_pickle=False, **values, **{SECONDS: np.asarray(seconds)})
+                unfinished.replace(_path(run, name))
+                reporter.finish_step(number, {}, {"total": seconds})
+    except OSError as error:
+        raise UserError(f"Cannot write into {run.path / 'parts'}: {error.strerror}.") from error
+    except KeyboardInterrupt:
+        return False
+    return True
+
+
+def write_study_summary(run: RunFolder, study: Study, arguments: RunArguments) -> dict[str, Any]:
+    """The numbers of a run whose parts are all done, as summary.json.
+
+    Raises:
+        UserError: a part cannot be read, or the summary cannot be written.
+    """
+    settings, results, expected = arguments.settings, read_results(run), study.expectation
+    claimed = flat_settings(study.tiny if arguments.tiny else study.settings)
+    summary: dict[str, Any] = {"experiment": study.name, "run": run.path.name, "claim": study.claim}
+    summary |= study.summarise(settings, results)
+    summary |= {
+        "seconds": float(sum(part[SECONDS] for part in results.values())),
+        "expected": {"quantity": expected.quantity, "at_least": expected.at_least},
+        "changed_settings": changed_settings(claimed, read_json(run.config)["settings"]),
+    }
+    summary["claim_met"] = None if arguments.tiny else expected.check(summary)
+    write_json(run.summary, summary)
+    return summary
+
+
+def ending(summary: Mapping[str, Any]) -> str:
+    """The result in one line."""
+    quantity, least = summary["expected"]["quantity"], summary["expected"]["at_least"]
+    met = {True: "claim met", False: "claim missed", None: "a tiny run claims nothing"}[summary["claim_met"]]
+    return f"{quantity.replace('_', ' ')} {summary[quantity]:.4g}, expected at least {least:g}: {met}"
