@@ -191,8 +191,8 @@ def test_changed_settings_are_refused_unless_allowed(tiny_run, tmp_path):
 
 def test_other_frozen_weights_are_refused(tiny_run, tmp_path):
     settings = dataclasses.replace(tiny_run.SETTINGS, steps=1)
+    train(tiny_run.make_parts(choice=trainable.top_layers(1), layers=2), settings, tmp_path)
     parts = tiny_run.make_parts(choice=trainable.top_layers(1), layers=2)
-    train(parts, settings, tmp_path)
     other = dataclasses.replace(parts, model=parts.model.astype(param_dtype=jax.numpy.bfloat16))
     with pytest.raises(TrainingError):
         train(other, dataclasses.replace(settings), tmp_path)
