@@ -71,7 +71,7 @@ TINY = RunSettings(
 
 EXPERIMENT = Experiment(
     name="smollm2_arithmetic",
-    claim="Reinforcement learning alone teaches SmolLM2-135M two-digit sums it was never trained on.",
+    claim="Reinforcement learning alone teaches SmolLM2-135M sums of two-digit numbers it was never trained on.",
     cost="about 7 minutes of training on two cores of an AMD EPYC",
     settings=SETTINGS,
     tiny=TINY,
