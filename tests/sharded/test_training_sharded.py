@@ -89,10 +89,13 @@ def test_loss_gradient_and_updated_parameters_equal_those_of_one_device(tiny_run
 
 def test_a_run_on_a_mesh_is_interrupted_and_resumed_bit_for_bit(tiny_run, tmp_path):
     mesh = make_mesh(data=2, fsdp=4)
-    parts = tiny_run.make_parts(choice=trainable.top_layers(1), layers=2, mesh=mesh)
+
+    def parts():
+        return tiny_run.make_parts(choice=trainable.top_layers(1), layers=2, mesh=mesh)
+
     settings = dataclasses.replace(tiny_run.SETTINGS, steps=3, checkpoint_every=1)
-    whole = train(parts, settings, tmp_path / "whole")
-    train(parts, dataclasses.replace(settings, steps=2), tmp_path / "parts")
-    rest = train(parts, settings, tmp_path / "parts", allow_changed_settings=True)
+    whole = train(parts(), settings, tmp_path / "whole")
+    train(parts(), dataclasses.replace(settings, steps=2), tmp_path / "parts")
+    rest = train(parts(), settings, tmp_path / "parts", allow_changed_settings=True)
     assert state_hash(rest.state) == state_hash(whole.state)
     assert (tmp_path / "parts/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
