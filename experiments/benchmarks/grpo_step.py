@@ -23,13 +23,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-PEERS = Path(__file__).parent / "peers"
+PEERS = "experiments.benchmarks.peers"
+ROOT = Path(__file__).parents[2]
 PROMPTS = tuple(f"3 + 5 = 8\n14 + 8 = 22\n{a} + {b} =" for a, b in zip(range(21, 29), range(31, 39), strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """Something to time: its name, the command before the work's file, and the folder it starts in."""
+    """Something to time: its name, and the command before the work's file."""
 
     name: str
     command: tuple[str, ...]
@@ -37,14 +38,14 @@ class Engine:
 
 def engines(arguments: argparse.Namespace) -> list[Engine]:
     """This project, and the peers whose Python was given."""
-    found = [Engine("jaxrl_llm", (sys.executable, "-m", "experiments.benchmarks.peers.jaxrl_grpo_step"))]
+    found = [Engine("jaxrl_llm", (sys.executable, "-m", f"{PEERS}.jaxrl_grpo_step"))]
     if arguments.trl_python:
-        worker = str(PEERS / "trl_grpo_step.py")
-        found.append(Engine("trl", (arguments.trl_python, worker)))
+        worker = (arguments.trl_python, "-m", f"{PEERS}.trl_grpo_step")
+        found.append(Engine("trl", worker))
         if arguments.compile:
-            found.append(Engine("trl, torch.compile", (arguments.trl_python, worker, "--compile")))
+            found.append(Engine("trl, torch.compile", (*worker, "--compile")))
     if arguments.tunix_python:
-        found.append(Engine("tunix", (arguments.tunix_python, str(PEERS / "tunix_grpo_step.py"))))
+        found.append(Engine("tunix", (arguments.tunix_python, "-m", f"{PEERS}.tunix_grpo_step")))
     return found
 
 
@@ -52,7 +53,13 @@ def measure(engine: Engine, work: Path, timeout: float) -> dict | None:
     """Run one engine on the work; None, with what it printed last, if it fails."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
-        [*engine.command, str(work)], capture_output=True, text=True, env=environment, timeout=timeout, check=False
+        [*engine.command, str(work)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+        timeout=timeout,
+        check=False,
     )
     if done.returncode:
         print(f"{engine.name} failed:\n{done.stderr[-1500:]}", file=sys.stderr)

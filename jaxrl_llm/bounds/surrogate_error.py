@@ -173,6 +173,8 @@ def sequence_kl_sharp(inputs: BoundInputs) -> Float[Array, ""]:
     Proof: with W = prod_t rho_t, S = sum_t (rho_t - 1) and Phi = S - log W >= 0, W >= 1 + log W = 1 + S - Phi. As
     E_mu[W - 1 - S] = 0, |Error| = |E_mu[R (W - 1 - S)]| <= E_mu max(0, 1 + S - W) <= E_mu Phi = D_KL. It needs no
     maximum and is linear in the horizon, where the printed bounds grow like T^(3/2). Not in the paper (errata F2.17).
+    E_mu[W] = 1 asks that pi gives no mass to what mu cannot sample, as softmax policies do not; after top-p or min-p
+    sampling mu can.
     """
     return inputs.sequence_kl
 

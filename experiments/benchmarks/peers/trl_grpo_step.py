@@ -5,15 +5,11 @@ Reads the work from a JSON file and prints one JSON line: seconds per step, memo
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 
-
-def resident(field: str) -> int:
-    """VmRSS or VmHWM of this process [bytes]."""
-    line = next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(field))
-    return int(line.split()[1]) * 1024
+from experiments.benchmarks.memory import clear_peak
+from experiments.benchmarks.memory import resident
 
 
 def main() -> None:
@@ -60,7 +56,7 @@ def main() -> None:
             self.start = time.perf_counter()
             self.cpu = time.process_time()
             if len(seconds) == 1:
-                Path("/proc/self/clear_refs").write_text("5")
+                clear_peak()
 
         def on_step_end(self, *_, **__):
             seconds.append(time.perf_counter() - self.start)
@@ -85,7 +81,6 @@ def main() -> None:
                 "seconds": seconds,
                 "cpu_seconds": cpu_seconds,
                 "peak_beyond_state_bytes": resident("VmHWM") - before - fixed,
-                "pid": os.getpid(),
             }
         )
     )

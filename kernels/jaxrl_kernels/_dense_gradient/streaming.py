@@ -19,7 +19,6 @@ Everything here lowers to XLA, Mosaic TPU and Mosaic GPU (none of the Mosaics ha
 [n, 1] or as [n].
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -28,14 +27,14 @@ from jax import lax
 from jaxtyping import Array
 from jaxtyping import Float
 
+from jaxrl_kernels._token_statistics.elementary import NEAR
+from jaxrl_kernels._token_statistics.elementary import series
+
 Rows = Float[Array, "n *one"]
 Block = Float[Array, "n b"]
 
 NOTHING = -1e30
 """Stands for a maximum over no columns: finite, so NOTHING - NOTHING is 0, and below every logit that has a weight."""
-
-NEAR = 1.0
-"""Below this size phi is its power series; above it the plain form loses two bits at most."""
 
 LARGEST = 60.0
 """Exponent up to which the spread is kept in its own unit; e^60 times a million columns is far from overflow."""
@@ -66,15 +65,6 @@ def difference(weights: Block, z: Block, z_ref: Block) -> Block:
     """z - z_ref where the policy has weight; elsewhere a number that weight 0 removes from sums, and that is far from
     every centre. So a logit of -inf is a probability of 0, in either array or in both."""
     return jnp.where(weights > 0, z - z_ref, jnp.full_like(z, NOTHING))
-
-
-def series(x: Array) -> Array:
-    """phi(x) / x^2 = sum_k x^k / (k + 2)! for |x| < NEAR, to a rounding."""
-    terms = 10 if jnp.finfo(x.dtype).bits <= 32 else 18
-    total = jnp.full_like(x, 1 / math.factorial(terms + 1))
-    for k in range(terms - 2, -1, -1):
-        total = total * x + 1 / math.factorial(k + 2)
-    return total
 
 
 def excess(weights: Array, x: Array, value: Array) -> Array:

@@ -13,8 +13,8 @@ NEAR = 0.5
 """Below this size the power series is used; above it the plain form has lost three bits at most."""
 
 
-def _series(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    # (e^x - 1 - x) / x^2 = sum_k x^k / (k + 2)!, cut where NEAR^k / (k + 2)! is under a rounding of the first term.
+def series(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """(e^x - 1 - x) / x^2 = sum_k x^k / (k + 2)! for |x| < NEAR, to a rounding."""
     terms = 9 if jnp.finfo(x.dtype).bits <= 32 else 15
     total = jnp.full_like(x, 1 / math.factorial(terms + 1))
     for k in range(terms - 2, -1, -1):
@@ -24,12 +24,12 @@ def _series(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 def excess(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """phi(x) = e^x - 1 - x >= 0, with a relative error of a few roundings everywhere."""
-    return jnp.where(jnp.abs(x) < NEAR, x * x * _series(x), (jnp.exp(x) - 1) - x)
+    return jnp.where(jnp.abs(x) < NEAR, x * x * series(x), (jnp.exp(x) - 1) - x)
 
 
 def expm1(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """e^x - 1, with a relative error of a few roundings everywhere."""
-    return jnp.where(jnp.abs(x) < NEAR, x + x * x * _series(x), jnp.exp(x) - 1)
+    return jnp.where(jnp.abs(x) < NEAR, x + x * x * series(x), jnp.exp(x) - 1)
 
 
 def across(row_values: Shaped[Array, " N"], block: Float[Array, "N B"]) -> Shaped[Array, "N B"]:
