@@ -3,7 +3,7 @@
 Claim      Held-out accuracy on a + b (a, b in 0 .. 99, greedy, last number counts) rises by at least 25 points, with
            the trust-region bounds of every update beside the reward.
 Command    python -m experiments run smollm2_arithmetic          (make run)
-Cost       about 6 minutes of training on two quiet cores of an AMD EPYC, 5 GB of memory
+Cost       about 6 minutes of training on two quiet cores of an AMD EPYC, 4 GB of memory
 Expected   accuracy_gain >= 0.25 in summary.json (0.42 before, 0.75 after)
 
 The model is the instruction-tuned SmolLM2-135M (4-bit weights, dequantised); its 16 top layers learn. It reads three
