@@ -110,7 +110,8 @@ def bound_against_error(results: Sequence[Result]) -> Picture | None:
         ax.plot(span, span, color=INK, linewidth=1, linestyle="--", label="bound = error")
         ax.set(xscale="log", yscale="log", xlabel="measured |Error|", ylabel="bound", title=title)
     handles = axes[0][0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=3, markerscale=2.5, frameon=False)
+    columns = 3 if len(panels) > 1 else 1  # Three do not fit below one panel.
+    figure.legend(*handles, loc="outside lower center", ncols=columns, markerscale=2.5, frameon=False)
     tightest = max((result for rows in panels.values() for result, _, _ in rows), key=lambda one: one.tightness)
     caption = (
         "Every point is one world, enumerated or recursed exactly. No point lies below the dashed line, where a bound "
