@@ -35,14 +35,14 @@ def keep(run: RunFolder, results: Path = RESULTS) -> Path:
 
 
 def table(results: Path = RESULTS) -> str:
-    """One row per result file, in Markdown: what was trained, then what was computed."""
+    """One row per result file, in Markdown: first the experiments that train, then the studies, which compute."""
     kept = [read_json(path) for path in sorted(results.glob("*.json"))]
     trained = [_row(result) for result in kept if "accuracy_gain" in result["summary"]]
     computed = [_study_row(result) for result in kept if "accuracy_gain" not in result["summary"]]
     made = []
     for head, rows in (
         (("experiment", "before", "after", "gain", "claim", "training", "machine"), trained),
-        (("experiment", "quantity", "measured", "claim", "computing", "machine"), computed),
+        (("experiment", "claim", "quantity", "measured", "needed", "computing", "machine"), computed),
     ):
         if rows:
             made.append("\n".join(f"| {' | '.join(line)} |" for line in [head, ("---",) * len(head), *rows]))
@@ -64,16 +64,14 @@ def _row(result: Mapping[str, Any]) -> Sequence[str]:
 def _study_row(result: Mapping[str, Any]) -> Sequence[str]:
     summary = result["summary"]
     quantity, least = summary["expected"]["quantity"], summary["expected"]["at_least"]
-    claim = ("met" if summary["claim_met"] else "missed") + f": at least {least:g}"
-    measured = words.number(summary[quantity])
-    where = _where(result["machine"])
     return (
         f"`{summary['experiment']}`",
+        " ".join(summary["claim"].split()).replace("|", "\\|"),
         quantity.replace("_", " "),
-        measured,
-        claim,
+        words.number(summary[quantity]),
+        f"at least {words.number(least)}: {'met' if summary['claim_met'] else 'missed'}",
         words.duration(summary["seconds"]),
-        where,
+        _where(result["machine"]),
     )
 
 
@@ -86,9 +84,10 @@ def write_tables(results: Path = RESULTS, root: Path = ROOT) -> list[Path]:
     """Write docs/results.md, and the table in README.md where it has the two marks; returns what was written."""
     made = table(results)
     document = (
-        "# Results\n\nMade by `python -m experiments results` from `experiments/results/`; do not edit. Accuracies are "
-        "over held-out problems, greedy, last number or line; intervals at 95 %, Wilson's over problems and "
-        f"Agresti-Min (paired) for the gain. One seed each.\n\n{made}\n"
+        "# Results\n\nMade by `python -m experiments results` from `experiments/results/`; do not edit. Experiments "
+        "that train: accuracies over held-out problems, greedy, last number or line; intervals at 95 %, Wilson's over "
+        "problems and Agresti-Min (paired) for the gain; one seed each. Studies, which compute: the number that the "
+        f"claim is about; what it is, over how many seeds and how sure says the experiment's file.\n\n{made}\n"
     )
     page, readme = root / "docs" / "results.md", root / "README.md"
     page.parent.mkdir(exist_ok=True)

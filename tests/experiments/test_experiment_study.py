@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 
+from experiments import words
 from experiments.bandit_page import needed_size
 from experiments.cli import main
 from experiments.results import keep
-from experiments.results import table
+from experiments.results import write_tables
 from experiments.run_folder import RunFolder
 from experiments.study import read_results
 
@@ -57,10 +58,14 @@ def test_settings_that_cannot_be_are_refused_and_leave_no_folder(capsys, tmp_pat
 def test_a_kept_study_has_a_row_of_its_own(studied, tmp_path):
     run = RunFolder(studied / "linear_bandit" / "first")
     summary = json.loads(run.summary.read_text())
-    run.summary.write_text(json.dumps({**summary, "claim_met": True}))
-    keep(run, tmp_path)
+    run.summary.write_text(json.dumps({**summary, "claim_met": False}))
+    keep(run, tmp_path / "results")
     run.summary.write_text(json.dumps(summary))
-    assert "| `linear_bandit` | margin at claimed size |" in table(tmp_path)
+    (page,) = write_tables(tmp_path / "results", tmp_path)
+    (row,) = [line for line in page.read_text().splitlines() if line.startswith("| `linear_bandit` |")]
+    cells = [cell.strip() for cell in row.split("|")[1:-1]]
+    measured = words.number(summary["margin_at_claimed_size"])
+    assert cells[1:5] == [summary["claim"], "margin at claimed size", measured, "at least 0: missed"]
 
 
 def test_the_needed_size_is_where_all_larger_ones_match_too():
