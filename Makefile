@@ -13,6 +13,8 @@ STAMP := $(VENV)/.installed
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.3
 PYTEST := $(BIN)/python -m pytest -q
+# A file stays in one process, so that what its tests share is made once.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: help venv run test test-float32 test-float64 test-sharded aot lint checks notebooks bench clean
 help:
@@ -38,9 +40,9 @@ run: $(STAMP)
 test: test-float32 test-float64 test-sharded
 test-float32 test-float64 test-sharded: export JAX_PLATFORMS = cpu
 test-float32: $(STAMP)
-	$(PYTEST) tests --ignore tests/exact --ignore tests/sharded --ignore tests/aot
+	$(PYTEST) $(PARALLEL) tests --ignore tests/exact --ignore tests/sharded --ignore tests/aot
 test-float64: $(STAMP)
-	JAX_ENABLE_X64=1 $(PYTEST) tests/exact
+	JAX_ENABLE_X64=1 $(PYTEST) $(PARALLEL) tests/exact
 test-sharded: $(STAMP)
 	XLA_FLAGS="$(XLA_FLAGS) --xla_force_host_platform_device_count=8" $(PYTEST) tests/sharded
 
