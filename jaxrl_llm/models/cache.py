@@ -1,6 +1,8 @@
 """Keys and values of the tokens already read, so that each new token is computed once."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from dataclasses import field
 from dataclasses import replace
 from typing import NamedTuple
 from typing import Self
@@ -16,15 +18,20 @@ from jaxrl_llm.typing import Int
 
 
 class LayerCache(NamedTuple):
-    """One layer's share of the cache, with the slot at which the next token is written."""
+    """One layer's share of the cache, with the slot at which the next token is written, and how what is written is
+    rounded.
+    """
 
     keys: Float[Array, "B KV S hd"]
     values: Float[Array, "B KV S hd"]
     start: Int[Array, ""]
+    rounding: Callable[[Array], Array] | None = None
 
     def write(self, keys: Float[Array, "B KV T hd"], values: Float[Array, "B KV T hd"]) -> Self:
         """Put the keys and values of T new tokens into slots start .. start + T."""
         origin = (0, 0, self.start, 0)
+        if self.rounding is not None:
+            keys, values = self.rounding(keys), self.rounding(values)
         return self._replace(
             keys=jax.lax.dynamic_update_slice(self.keys, keys.astype(self.keys.dtype), origin),
             values=jax.lax.dynamic_update_slice(self.values, values.astype(self.values.dtype), origin),
@@ -41,16 +48,25 @@ class KVCache:
 
     All rows are written at the same slot: a left-padded prompt fills slots 0 .. P, the response the slots after it.
     `slot_mask` says which slots hold a real token; `length` counts the slots written. Writing past the capacity is not
-    seen at trace time (`length` is traced): allocate prompt plus response.
+    seen at trace time (`length` is traced): allocate prompt plus response. `rounding` acts on keys and values before
+    they are written: a cache in fewer bits.
     """
 
     keys: tuple[Float[Array, "B KV S hd"], ...]
     values: tuple[Float[Array, "B KV S hd"], ...]
     slot_mask: Bool[Array, "B S"]
     length: Int[Array, ""]
+    rounding: Callable[[Array], Array] | None = field(default=None, metadata={"static": True})
 
     @classmethod
-    def empty(cls, config: TransformerConfig, batch: int, capacity: int, dtype: jnp.dtype | type = jnp.float32) -> Self:
+    def empty(
+        cls,
+        config: TransformerConfig,
+        batch: int,
+        capacity: int,
+        dtype: jnp.dtype | type = jnp.float32,
+        rounding: Callable[[Array], Array] | None = None,
+    ) -> Self:
         """A cache of `capacity` slots for `batch` rows with nothing in it."""
         if batch < 1 or capacity < 1:
             raise ValueError(f"batch and capacity must be at least 1, got {batch} and {capacity}")
@@ -60,6 +76,7 @@ class KVCache:
             values=tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)),
             slot_mask=jnp.zeros((batch, capacity), bool),
             length=jnp.zeros((), jnp.int32),
+            rounding=rounding,
         )
 
     @property
@@ -74,7 +91,7 @@ class KVCache:
 
     def layer(self, index: int) -> LayerCache:
         """The share of one layer."""
-        return LayerCache(self.keys[index], self.values[index], self.length)
+        return LayerCache(self.keys[index], self.values[index], self.length, self.rounding)
 
     def next_positions(self, token_mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
         """Positions of the next T tokens: the number of real tokens before each in its row."""

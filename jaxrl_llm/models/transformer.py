@@ -1,5 +1,6 @@
 """A Llama-family decoder that hands out hidden states; the head is applied where its statistics are needed."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 from typing import Self
@@ -186,11 +187,19 @@ class Transformer(nnx.Module):
         return self.final_norm(x), cache
 
     def prefill(
-        self, tokens: Int[Array, "B P"], token_mask: Bool[Array, "B P"] | None = None, *, capacity: int | None = None
+        self,
+        tokens: Int[Array, "B P"],
+        token_mask: Bool[Array, "B P"] | None = None,
+        *,
+        capacity: int | None = None,
+        cache_rounding: Callable[[Array], Array] | None = None,
     ) -> tuple[Float[Array, "B P D"], KVCache]:
-        """Hidden states of left-padded prompts and a cache of them with room for `capacity` slots (None: no more)."""
+        """Hidden states of left-padded prompts and a cache of them with room for `capacity` slots (None: no more).
+
+        `cache_rounding` acts on keys and values before anything attends to them, here and in what is appended later.
+        """
         batch, length = tokens.shape
-        cache = KVCache.empty(self.config, batch, length, self.numerics.compute_dtype)
+        cache = KVCache.empty(self.config, batch, length, self.numerics.compute_dtype, cache_rounding)
         hidden, cache = self.extend(tokens, cache, token_mask)
         return hidden, cache if capacity is None else cache.grow(capacity)
 

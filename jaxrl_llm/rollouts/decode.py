@@ -16,6 +16,7 @@ Products run in `DecodeWeights.dtype` and are summed in float32; the residual st
 float32.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -165,6 +166,7 @@ def decode_step(
     slot: Int[Array, ""],
     prompt: PromptCache,
     response: ResponseCache,
+    cache_rounding: Callable[[Array], Array] | None = None,
 ) -> tuple[Float[Array, "B D"], ResponseCache]:
     """Read one token per row.
 
@@ -175,6 +177,7 @@ def decode_step(
         slot: their number in the response, the same for every row.
         prompt: cache of the N prompts, B = N * G.
         response: cache of the tokens before these.
+        cache_rounding: acts on keys and values before anything attends to them, their own token included.
 
     Returns:
         The final hidden states, which predict the next tokens, and the cache with these tokens in it.
@@ -187,6 +190,8 @@ def decode_step(
     keys, values = [], []
     for index, layer in enumerate(weights.layers):
         query, key, value = _project(layer, _norm(x, layer.attention_norm, config.norm_eps), rotation, config)
+        if cache_rounding is not None:
+            key, value = cache_rounding(key), cache_rounding(value)
         cached = (response.keys[index], response.values[index])
         mixed = _attend(query, (key, value), cached, slot, (prompt.keys[index], prompt.values[index], prompt.mask))
         # The write waits for the reads, which leave the lines it needs in the processor's cache.

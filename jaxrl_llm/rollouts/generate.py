@@ -17,6 +17,10 @@ from jaxrl_llm.rollouts.decode import decode_logits
 from jaxrl_llm.rollouts.decode import decode_step
 from jaxrl_llm.rollouts.grouping import group_ids
 from jaxrl_llm.rollouts.grouping import repeat_prompts
+from jaxrl_llm.rollouts.perturb.logits import LogitPerturbation
+from jaxrl_llm.rollouts.perturb.logits import context_keys
+from jaxrl_llm.rollouts.perturb.logits import next_keys
+from jaxrl_llm.rollouts.perturb.rounding import Rounding
 from jaxrl_llm.rollouts.sampling import SamplingSettings
 from jaxrl_llm.rollouts.sampling import rollout_keys
 from jaxrl_llm.rollouts.sampling import sample_tokens
@@ -62,8 +66,9 @@ class Generate(Protocol):
         step: Int[Array, ""] | int,
         prompt_index: Int[Array, " N"],
         sample_index: Int[Array, " G"] | None = None,
+        noise_key: PRNGKey | None = None,
     ) -> Rollout:
-        """Sample the responses; `sample_index` None is 0 .. G - 1."""
+        """Sample the responses; `sample_index` None is 0 .. G - 1, `noise_key` None is key 0."""
         ...
 
 
@@ -75,6 +80,8 @@ class _Plan(NamedTuple):
     eos_ids: tuple[int, ...]
     pad_id: int
     decode_dtype: jnp.dtype | None
+    perturb_logits: LogitPerturbation | None
+    cache_rounding: Rounding | None
 
 
 class _Progress(NamedTuple):
@@ -85,6 +92,8 @@ class _Progress(NamedTuple):
     tokens: Int[Array, "B R"]
     mask: Bool[Array, "B R"]
     log_probs: Float[Array, "B R"]
+    # Of the noise of each row's context; None where the engine has none.
+    context_keys: Key[Array, " B"] | None
 
 
 def make_generate(
@@ -96,6 +105,8 @@ def make_generate(
     eos_id: int | Sequence[int],
     pad_id: int,
     decode_dtype: jnp.dtype | type | None = None,
+    perturb_logits: LogitPerturbation | None = None,
+    cache_rounding: Rounding | None = None,
 ) -> Generate:
     """A compiled sampler for models of one structure.
 
@@ -114,10 +125,14 @@ def make_generate(
         pad_id: token written after the end.
         decode_dtype: of the decode loop's products and cache; None for the model's compute dtype. The prompts are
             always read in the model's own precision.
+        perturb_logits: makes the sampler another policy than the model (`rollouts.perturb`); the recorded log-probs are
+            those of the policy that sampled. Perturbed weights are given as the state.
+        cache_rounding: acts on keys and values of prompts and responses before anything attends to them.
 
     Returns:
         A function of (state, prompt_tokens [N, P], prompt_mask [N, P], key, step, prompt_index [N],
-        sample_index [G] = 0 .. G - 1) that returns a Rollout.
+        sample_index [G] = 0 .. G - 1, noise_key = key 0) that returns a Rollout; `noise_key` is the root of the noise
+        that `perturb_logits` draws.
 
     Raises:
         ValueError: for sizes or tokens that cannot be; from the returned function, before it computes anything, for
@@ -128,15 +143,15 @@ def make_generate(
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
     dtype = None if decode_dtype is None else jnp.dtype(decode_dtype)
-    plan = _Plan(max_new_tokens, group_size, sampling, eos_ids, pad_id, dtype)
+    plan = _Plan(max_new_tokens, group_size, sampling, eos_ids, pad_id, dtype, perturb_logits, cache_rounding)
 
     @jax.jit
-    def generate(state, prompt_tokens, prompt_mask, key, step, prompt_index, sample_index=None):
+    def generate(state, prompt_tokens, prompt_mask, key, step, prompt_index, sample_index=None, noise_key=None):
         model = nnx.merge(graphdef, state)
         sample_index = jnp.arange(group_size) if sample_index is None else sample_index
         _check(model, plan, prompt_tokens, prompt_mask, prompt_index, sample_index)
         keys = rollout_keys(key, step, prompt_index, sample_index).reshape(-1)
-        return _generate(model, plan, prompt_tokens, prompt_mask.astype(bool), keys)
+        return _generate(model, plan, prompt_tokens, prompt_mask.astype(bool), keys, noise_key)
 
     return generate
 
@@ -173,8 +188,9 @@ def _generate(
     prompt_tokens: Int[Array, "N P"],
     prompt_mask: Bool[Array, "N P"],
     keys: Key[Array, " B"],
+    noise_key: PRNGKey | None,
 ) -> Rollout:
-    hidden, cache = model.prefill(prompt_tokens, prompt_mask)
+    hidden, cache = model.prefill(prompt_tokens, prompt_mask, cache_rounding=plan.cache_rounding)
     first_logits = jnp.repeat(model.logits(hidden[:, -1]).T, plan.group_size, axis=1)
     weights = DecodeWeights.of(model, plan.decode_dtype)
     prompt = PromptCache.of(cache, weights.dtype)
@@ -191,6 +207,7 @@ def _generate(
             tokens=jnp.full((rows, slots), plan.pad_id, prompt_tokens.dtype),
             mask=jnp.zeros((rows, slots), bool),
             log_probs=jnp.zeros((rows, slots), first_logits.dtype),
+            context_keys=_prompt_keys(plan, noise_key, prompt_tokens, prompt_mask),
         ),
     )
 
@@ -200,7 +217,7 @@ def _generate(
     def advance(progress: _Progress) -> _Progress:
         last = progress.count - 1
         tokens = jax.lax.dynamic_index_in_dim(progress.tokens, last, axis=1, keepdims=False)
-        hidden, cache = decode_step(model.config, weights, tokens, last, prompt, progress.cache)
+        hidden, cache = decode_step(model.config, weights, tokens, last, prompt, progress.cache, plan.cache_rounding)
         return _record(plan, keys, decode_logits(weights, hidden), progress._replace(cache=cache))
 
     progress = jax.lax.while_loop(unfinished, advance, progress)
@@ -214,9 +231,23 @@ def _generate(
     )
 
 
+def _prompt_keys(
+    plan: _Plan, noise_key: PRNGKey | None, prompt_tokens: Int[Array, "N P"], prompt_mask: Bool[Array, "N P"]
+) -> Key[Array, " B"] | None:
+    """The keys of the contexts that are the prompts, once per row."""
+    if plan.perturb_logits is None:
+        return None
+    key = jax.random.key(0) if noise_key is None else noise_key
+    # One column more, whose context is the whole prompt.
+    keys = context_keys(key, jnp.pad(prompt_tokens, ((0, 0), (0, 1))), jnp.pad(prompt_mask, ((0, 0), (0, 1))))
+    return jnp.repeat(keys[:, -1], plan.group_size)
+
+
 def _record(plan: _Plan, keys: Key[Array, " B"], logits: Float[Array, "V B"], progress: _Progress) -> _Progress:
     """Draw token number `count` of every row that has not ended, and write it down."""
-    count, ended = progress.count, progress.ended
+    count, ended, keys_now = progress.count, progress.ended, progress.context_keys
+    if plan.perturb_logits is not None and keys_now is not None:
+        logits = plan.perturb_logits(logits.T, keys_now).T
     drawn, log_probs = sample_tokens(logits, token_uniforms(keys, count), plan.sampling)
     drawn = jnp.where(ended, plan.pad_id, drawn).astype(progress.tokens.dtype)
     ends = jnp.zeros_like(ended)
@@ -232,4 +263,5 @@ def _record(plan: _Plan, keys: Key[Array, " B"], logits: Float[Array, "V B"], pr
         tokens=write(progress.tokens, drawn),
         mask=write(progress.mask, ~ended),
         log_probs=write(progress.log_probs, jnp.where(ended, 0, log_probs.astype(progress.log_probs.dtype))),
+        context_keys=None if keys_now is None else next_keys(keys_now, drawn),
     )
