@@ -20,6 +20,16 @@ def require_positive(name: str, value: float) -> None:
         raise ValueError(f"{name} is {value}; it must be a positive number.")
 
 
+def require_not_negative(name: str, value: float) -> None:
+    """The Python number `value` must be at least 0 and finite.
+
+    Raises:
+        ValueError: if it is not, NaN included.
+    """
+    if not (value >= 0 and math.isfinite(value)):
+        raise ValueError(f"{name} is {value}; it must be a number that is not negative.")
+
+
 def require_at_least(name: str, value: int, least: int) -> None:
     """The Python number `value` must be at least `least`.
 
@@ -38,6 +48,16 @@ def require_width(name: str, array: Float[Array, "*shape"], dimension: int) -> N
     """
     if array.shape[-1] != dimension:
         raise ValueError(f"{name} has width {array.shape[-1]}; the agent was made for dimension {dimension}.")
+
+
+def require_input_shape(inputs: Float[Array, "*shape"], input_shape: tuple[int, ...]) -> None:
+    """All axes of `inputs` but the first must be `input_shape`; known at trace time.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    if inputs.shape[1:] != input_shape:
+        raise ValueError(f"inputs have shape {inputs.shape[1:]} each; the features were made for {input_shape}.")
 
 
 def require_positive_definite(covariance: Float[Array, "*batch D D"]) -> None:
