@@ -5,6 +5,10 @@ from jaxrl_llm.environments.arithmetic import chain_sum
 from jaxrl_llm.environments.arithmetic import signed_terms
 from jaxrl_llm.environments.arithmetic import sum_identity
 from jaxrl_llm.environments.arithmetic import worked
+from jaxrl_llm.environments.crowd_ratings import fetch_vader
+from jaxrl_llm.environments.crowd_ratings import vader_texts
+from jaxrl_llm.environments.crowd_texts import CrowdTexts
+from jaxrl_llm.environments.crowd_texts import labelled_texts
 from jaxrl_llm.environments.generated import Entry
 from jaxrl_llm.environments.generated import GeneratedTask
 from jaxrl_llm.environments.generated import GenerationError
@@ -14,6 +18,9 @@ from jaxrl_llm.environments.library import SUM_SHOTS
 from jaxrl_llm.environments.library import TASKS
 from jaxrl_llm.environments.linear_bandits import LinearBandit
 from jaxrl_llm.environments.linear_bandits import box_bandit
+from jaxrl_llm.environments.moderation import Moderation
+from jaxrl_llm.environments.moderation import moderation
+from jaxrl_llm.environments.moderation import moderation_rewards
 from jaxrl_llm.environments.pass_rates import Curriculum
 from jaxrl_llm.environments.pass_rates import CurriculumState
 from jaxrl_llm.environments.pass_rates import PassRate
@@ -42,12 +49,14 @@ __all__ = [
     "LEVELS",
     "SUM_SHOTS",
     "TASKS",
+    "CrowdTexts",
     "Curriculum",
     "CurriculumState",
     "Entry",
     "GeneratedTask",
     "GenerationError",
     "LinearBandit",
+    "Moderation",
     "PassRate",
     "Problem",
     "Score",
@@ -61,11 +70,15 @@ __all__ = [
     "box_bandit",
     "chain_sum",
     "check_task",
+    "fetch_vader",
     "final_answer",
     "get_task",
     "is_held_out",
+    "labelled_texts",
     "last_number",
     "matching_places",
+    "moderation",
+    "moderation_rewards",
     "pass_rate",
     "register",
     "replaced_keys",
@@ -75,5 +88,6 @@ __all__ = [
     "sum_identity",
     "task_names",
     "time_limit",
+    "vader_texts",
     "worked",
 ]

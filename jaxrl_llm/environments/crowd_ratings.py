@@ -1,4 +1,4 @@
-"""Texts with the separate ratings of about twenty people each, in the source distribution of `vaderSentiment` 3.3.2 (MIT).
+"""Texts with about twenty people's separate ratings each: the source distribution of `vaderSentiment` 3.3.2 (MIT).
 
 Its wheel lacks them, so they are fetched once by an explicit call of `fetch_vader`, never otherwise. Source: Hutto and
 Gilbert, VADER, ICWSM 2014: tweets, sentences of Amazon and film reviews and of New York Times editorials, each rated

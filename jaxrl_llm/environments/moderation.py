@@ -44,7 +44,7 @@ class Moderation(NamedTuple):
 
     inputs: Array
     harmless: Float[Array, " N"]
-    later: Bool[Array, " N"] | None = None
+    later: Bool[np.ndarray, " N"] | None = None
 
     @property
     def mean_rewards(self) -> Float[Array, "N 2"]:
@@ -66,7 +66,7 @@ class Moderation(NamedTuple):
         return jnp.concatenate([early, _passes(second, jnp.asarray(np.flatnonzero(later)), rounds - half)])
 
     def reward(self, key: PRNGKey, post: Int[Array, ""], action: Int[Array, ""]) -> Float[Array, ""]:
-        """What the round earns: 0.5 for blocking; for publishing 1 or -0.5, as one random person of the crowd judges."""
+        """What the round earns: 0.5 if blocked; if published 1 or -0.5, as one random person of the crowd judges."""
         harmless = jax.random.uniform(key) < self.harmless[post]
         published = jnp.where(harmless, HARMLESS_REWARD, HARMFUL_REWARD)
         return jnp.where(action == PUBLISH, published, BLOCK_REWARD)

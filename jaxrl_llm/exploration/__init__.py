@@ -5,6 +5,11 @@ from jaxrl_llm.exploration.agent import Agent as Agent
 from jaxrl_llm.exploration.agent import Bandit as Bandit
 from jaxrl_llm.exploration.agent import Play as Play
 from jaxrl_llm.exploration.agent import play as play
+from jaxrl_llm.exploration.contextual import ContextualBandit as ContextualBandit
+from jaxrl_llm.exploration.contextual import ContextualPlay as ContextualPlay
+from jaxrl_llm.exploration.contextual import independent_linear as independent_linear
+from jaxrl_llm.exploration.contextual import play_contexts as play_contexts
+from jaxrl_llm.exploration.contextual import rows_of as rows_of
 from jaxrl_llm.exploration.features import Features as Features
 from jaxrl_llm.exploration.features import given_features as given_features
 from jaxrl_llm.exploration.features import mlp as mlp

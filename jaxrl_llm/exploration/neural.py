@@ -86,16 +86,16 @@ class NeuralAgent(NamedTuple):
     """A neural agent as pure functions; a choice is a pair of an input and one of its outputs.
 
     Attributes:
-        init: key -> state before the first round.
+        init: key -> state before the first round: any pytree, a `NeuralState` for the agents below.
         act: (state, key, inputs [X, *input_shape]) -> the choice, numbered row * O + output. With X = 1 it is the
             action at one context, with O = 1 the row of one action.
         update: (state, key, input [*input_shape], output, reward) -> next state: stores the datum, learns when due.
         outputs: O.
     """
 
-    init: Callable[[PRNGKey], NeuralState]
-    act: Callable[[NeuralState, PRNGKey, Array], Int[Array, ""]]
-    update: Callable[[NeuralState, PRNGKey, Array, Int[Array, ""] | int, Float[Array, ""] | float], NeuralState]
+    init: Callable[[PRNGKey], Any]
+    act: Callable[[Any, PRNGKey, Array], Int[Array, ""]]
+    update: Callable[[Any, PRNGKey, Array, Int[Array, ""] | int, Float[Array, ""] | float], Any]
     outputs: int
 
 
