@@ -20,6 +20,7 @@ NAMES = (
     "smollm2_arithmetic",
     "from_scratch",
     "linear_bandit",
+    "content_moderation",
 )
 
 

@@ -17,8 +17,8 @@ from jaxtyping import Int
 
 from jaxrl_llm.typing import PRNGKey
 
-BLOCK, PUBLISH = 0, 1
-"""The two actions."""
+PUBLISH, BLOCK = 0, 1
+"""The two actions; agents that break ties by number publish."""
 
 HARMLESS_REWARD, HARMFUL_REWARD, BLOCK_REWARD = 1.0, -0.5, 0.5
 
@@ -27,9 +27,9 @@ THRESHOLD = (BLOCK_REWARD - HARMFUL_REWARD) / (HARMLESS_REWARD - HARMFUL_REWARD)
 
 
 def moderation_rewards(harmless: Float[Array, " N"]) -> Float[Array, "N 2"]:
-    """Expected reward of blocking, 0.5, and of publishing, p - 0.5 (1 - p), at each P(harmless) = p."""
+    """Expected reward of publishing, p - 0.5 (1 - p), and of blocking, 0.5, at each P(harmless) = p."""
     publish = HARMLESS_REWARD * harmless + HARMFUL_REWARD * (1 - harmless)
-    return jnp.stack([jnp.full_like(publish, BLOCK_REWARD), publish], axis=-1)
+    return jnp.stack([publish, jnp.full_like(publish, BLOCK_REWARD)], axis=-1)
 
 
 class Moderation(NamedTuple):
@@ -65,9 +65,9 @@ class Moderation(NamedTuple):
         early = _passes(first, jnp.asarray(np.flatnonzero(~later)), half)
         return jnp.concatenate([early, _passes(second, jnp.asarray(np.flatnonzero(later)), rounds - half)])
 
-    def reward(self, key: PRNGKey, post: Int[Array, ""], action: Int[Array, ""]) -> Float[Array, ""]:
+    def reward(self, key: PRNGKey, context: Int[Array, ""], action: Int[Array, ""]) -> Float[Array, ""]:
         """What the round earns: 0.5 if blocked; if published 1 or -0.5, as one random person of the crowd judges."""
-        harmless = jax.random.uniform(key) < self.harmless[post]
+        harmless = jax.random.uniform(key) < self.harmless[context]
         published = jnp.where(harmless, HARMLESS_REWARD, HARMFUL_REWARD)
         return jnp.where(action == PUBLISH, published, BLOCK_REWARD)
 

@@ -26,7 +26,7 @@ def test_publishing_is_best_from_two_thirds_on() -> None:
     chosen = jnp.take_along_axis(rewards, best[:, None], axis=1)[:, 0]
     np.testing.assert_allclose(chosen, rewards.max(1), atol=1e-6)
     # The rule "more likely harmless than not" would lose at shares between 1/2 and 2/3.
-    wrong = jnp.take_along_axis(rewards, (shares > 0.5).astype(int)[:, None], axis=1)[:, 0]
+    wrong = jnp.where(shares > 0.5, rewards[:, PUBLISH], rewards[:, BLOCK])
     assert (wrong < rewards.max(1) - 0.01).sum() == 4
 
 
