@@ -161,3 +161,35 @@ def _pair(merge: str | Sequence[str]) -> tuple[str, str]:
     """A merge as two parts; older tokenizer.json files and GGUF write it as one string with a space."""
     left, right = merge.split(" ") if isinstance(merge, str) else merge
     return left, right
+
+
+def placeholder_metadata(*, vocab_size: int, end_ids: Sequence[int]) -> dict[str, Any]:
+    """The GGUF metadata of a vocabulary without texts, for an engine that is given ids and asked for ids.
+
+    It needs no tokenizer that GGUF can describe, the engine ends at exactly these tokens, and no token can be half of a
+    character: llama.cpp's server leaves the log-prob of such a token out. Every token is a control token, whose text
+    is empty.
+
+    Args:
+        vocab_size: rows of the model.
+        end_ids: tokens that end a text, one to three of them.
+
+    Raises:
+        ValueError: none or more than three end tokens, or one outside the vocabulary.
+    """
+    names = ("eos", "eot", "eom")
+    if not 1 <= len(end_ids) <= len(names):
+        raise ValueError(f"end_ids is {tuple(end_ids)}; a GGUF vocabulary can name one to {len(names)} end tokens.")
+    for token in end_ids:
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"end_ids has {token}, which is not a token of the vocabulary, 0 .. {vocab_size - 1}.")
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": [f"<{token}>" for token in range(vocab_size)],
+        "tokenizer.ggml.token_type": [CONTROL] * vocab_size,
+        "tokenizer.ggml.merges": ["<0> <1>"],
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.add_space_prefix": False,
+        **{f"tokenizer.ggml.{name}_token_id": int(token) for name, token in zip(names, end_ids, strict=False)},
+    }

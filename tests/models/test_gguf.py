@@ -84,6 +84,42 @@ def test_eight_bits_round_each_block_of_32(tmp_path: Path) -> None:
         assert (error <= (bound if tensor.ndim == 2 else 0)).all(), key
 
 
+def q8_0(values: np.ndarray) -> np.ndarray:
+    """ggml's rule, written out: per 32 entries a float16 scale max|x| / 127, and round(x / scale), ties away from 0."""
+    blocks = values.reshape(-1, 32).astype(np.float32)
+    scale = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
+    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
+    scaled = blocks * inverse
+    levels = np.trunc(scaled + np.copysign(np.float32(0.5), scaled)).astype(np.int8)
+    return np.concatenate([scale.astype(np.float16).view(np.uint8), levels.view(np.uint8)], axis=1).ravel()
+
+
+BITS = {
+    "F32": lambda values: values.view(np.uint8).ravel(),
+    "F16": lambda values: values.astype(np.float16).view(np.uint8).ravel(),
+    "BF16": lambda values: values.astype(ml_dtypes.bfloat16).view(np.uint8).ravel(),
+    "Q8_0": q8_0,
+}
+
+
+@pytest.mark.parametrize("dtype", BITS)
+def test_what_lies_in_the_file_is_right_bit_for_bit(dtype: Any, tmp_path: Path) -> None:
+    """Against the quantizer of the package gguf, and against the format written out here."""
+    model = Transformer(tiny(), rngs=nnx.Rngs(0))
+    table = np.array(model.embedding[...])
+    table[0], table[1, :4], table[2, 0] = 0, (0.5 / 127, -0.5 / 127, 1.0, 2**-20), 3e-40
+    model.embedding[...] = jnp.asarray(table)
+    save_gguf(model, tmp_path / "model.gguf", dtype=dtype)
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    for name, values in {"token_embd": table, "blk.0.ffn_up": np.asarray(model.layers[0].mlp.up.kernel[...]).T}.items():
+        tensor = stored[f"{name}.weight"]
+        assert tensor.tensor_type.name == dtype
+        found, values = tensor.data.view(np.uint8).ravel(), np.ascontiguousarray(values)
+        packaged = gguf.quantize(values, tensor.tensor_type).view(np.uint8).ravel()
+        np.testing.assert_array_equal(found, packaged)
+        np.testing.assert_array_equal(found, BITS[dtype](values))
+
+
 def test_rows_that_blocks_do_not_divide(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"down_proj\.weight has rows of 48 elements; Q8_0 needs a multiple of 32"):
         save_gguf(tiny_model(), tmp_path / "model.gguf", dtype="Q8_0")

@@ -1,0 +1,98 @@
+"""The built-in engine: the compiled sampler and scorer behind the engine's interface."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxrl_llm import categorical
+from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.rollouts.engines.protocol import EngineSettings
+from jaxrl_llm.rollouts.engines.protocol import Stoppable
+from jaxrl_llm.rollouts.generate import Rollout
+from jaxrl_llm.rollouts.generate import make_generate
+from jaxrl_llm.rollouts.scoring import predicting
+from jaxrl_llm.rollouts.scoring import score
+from jaxrl_llm.typing import Array
+from jaxrl_llm.typing import Bool
+from jaxrl_llm.typing import Float
+from jaxrl_llm.typing import Int
+from jaxrl_llm.typing import PRNGKey
+
+
+class JaxEngine(Stoppable):
+    """`make_generate` and `score` with a model of their own.
+
+    Args:
+        model: what samples; `push_weights` replaces its parameters.
+        settings: of the responses.
+        decode_dtype: see `make_generate`.
+    """
+
+    def __init__(
+        self, model: Transformer, settings: EngineSettings, *, decode_dtype: jnp.dtype | type | None = None
+    ) -> None:
+        self.settings = settings
+        self._graphdef, self._state = nnx.split(model)
+        self._generate = make_generate(
+            self._graphdef,
+            max_new_tokens=settings.max_new_tokens,
+            group_size=settings.group_size,
+            sampling=settings.sampling,
+            eos_id=tuple(settings.eos_ids),
+            pad_id=settings.pad_id,
+            decode_dtype=decode_dtype,
+        )
+        self._score = jax.jit(self._log_probs, static_argnames="response_width")
+        self._distributions = jax.jit(self._all_log_probs, static_argnames="response_width")
+
+    def generate(
+        self,
+        prompt_tokens: Int[np.ndarray, "N P"],
+        prompt_mask: Bool[np.ndarray, "N P"],
+        key: PRNGKey,
+        step: int = 0,
+        prompt_index: Int[np.ndarray, " N"] | None = None,
+    ) -> Rollout:
+        """See `Engine.generate`."""
+        index = jnp.arange(len(prompt_tokens)) if prompt_index is None else jnp.asarray(prompt_index)
+        prompts = (jnp.asarray(prompt_tokens), jnp.asarray(prompt_mask))
+        return jax.device_get(self._generate(self._state, *prompts, key, step, index))
+
+    def score(
+        self, tokens: Int[np.ndarray, "B T"], token_mask: Bool[np.ndarray, "B T"], *, response_width: int
+    ) -> Float[np.ndarray, "B R"]:
+        """See `Engine.score`."""
+        values = self._score(self._state, jnp.asarray(tokens), jnp.asarray(token_mask), response_width=response_width)
+        return np.where(np.asarray(token_mask)[:, -response_width:], np.asarray(values), 0)
+
+    def distributions(
+        self, tokens: Int[np.ndarray, "B T"], token_mask: Bool[np.ndarray, "B T"], *, response_width: int
+    ) -> Float[np.ndarray, "B R V"]:
+        """See `DistributionEngine.distributions`."""
+        arrays = (jnp.asarray(tokens), jnp.asarray(token_mask))
+        return np.asarray(self._distributions(self._state, *arrays, response_width=response_width))
+
+    def push_weights(self, model: Transformer) -> None:
+        """See `Engine.push_weights`; the arrays are shared, not copied.
+
+        Raises:
+            ValueError: a model of another structure.
+        """
+        _, state = nnx.split(model)
+        shapes = [[leaf.shape for leaf in jax.tree.leaves(tree)] for tree in (state, self._state)]
+        if model.config != nnx.merge(self._graphdef, self._state).config or shapes[0] != shapes[1]:
+            raise ValueError(
+                f"model has the configuration {model.config}, or adapters, that this engine was not built for"
+            )
+        self._state = state
+
+    def _log_probs(self, state: nnx.State, tokens: Array, mask: Array, *, response_width: int) -> Array:
+        model = nnx.merge(self._graphdef, state)
+        found = score(model, tokens, mask, response_width=response_width, statistics=("log_prob",)).log_prob
+        assert found is not None
+        return found
+
+    def _all_log_probs(self, state: nnx.State, tokens: Array, mask: Array, *, response_width: int) -> Array:
+        model = nnx.merge(self._graphdef, state)
+        return categorical.log_probs(model.logits(predicting(model(tokens, mask), response_width)))

@@ -1,0 +1,299 @@
+"""llama.cpp as the engine, in this process: `xllamacpp`'s prebuilt server, on a loopback port of its own.
+
+Weights are pushed as a GGUF file that is written here, in a precision that is a setting: the mismatch of a
+low-precision sync can be had on purpose. The server's native /completion is used because it returns token ids; all of
+its routes leave out the log-prob of a token that ends inside a character, which is then asked for by itself.
+"""
+
+import gc
+import json
+import math
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from typing import Literal
+from typing import TypeVar
+from typing import get_args
+
+import numpy as np
+
+from jaxrl_llm.models.gguf_io import GGUFFile
+from jaxrl_llm.models.gguf_io import GGUFType
+from jaxrl_llm.models.gguf_io import write_gguf
+from jaxrl_llm.models.gguf_tokenizer import placeholder_metadata
+from jaxrl_llm.models.tokenizers import Tokenizer
+from jaxrl_llm.models.tokenizers import check_vocabulary
+from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.models.weights import model_tensors
+from jaxrl_llm.rollouts.engines import rows
+from jaxrl_llm.rollouts.engines.protocol import EngineError
+from jaxrl_llm.rollouts.engines.protocol import EngineSettings
+from jaxrl_llm.rollouts.engines.protocol import Stoppable
+from jaxrl_llm.rollouts.engines.rows import Response
+from jaxrl_llm.rollouts.engines.vocabulary import require_tokenizer_of_gguf
+from jaxrl_llm.rollouts.generate import Rollout
+from jaxrl_llm.typing import Bool
+from jaxrl_llm.typing import Float
+from jaxrl_llm.typing import Int
+from jaxrl_llm.typing import PRNGKey
+
+FORCED = 1e6
+"""A logit bias that leaves no choice. The log-probs that the server reports are those before it."""
+
+LOOPBACK = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Without the proxy of the environment, which does not serve this machine's own ports."""
+
+Item, Made = TypeVar("Item"), TypeVar("Made")
+
+
+class LlamaCppEngine(Stoppable):
+    """A llama.cpp server with weights of ours, or with those of a GGUF file.
+
+    Args:
+        weights: a model to push, or the path of a GGUF file to serve as it is.
+        settings: of the responses; one to three end tokens.
+        sync_dtype: precision in which pushed matrices are written. llama.cpp multiplies Q8_0 with activations in 8
+            bits, BF16 and F16 with activations in that format.
+        cache_dtype: of keys and values. "F32" also turns flash attention off, which would round them to half precision
+            all the same: with F32 weights the engine then agrees with float32 to about 1e-4.
+        slots: sequences at a time. With one, the same call gives the same bits; with more, what is computed together
+            depends on the clock, and so does the rounding of 8-bit products.
+        context: tokens of prompt and response that a slot has room for.
+        n_threads: of the computation. More than one spins at barriers and collapses where other work runs.
+        timeout: of one request [seconds].
+        tokenizer: of the trainer, to be compared with the file's; pushed weights have no texts to compare.
+
+    Raises:
+        ModuleNotFoundError: xllamacpp is not installed; the sentence names the extra.
+        ValueError: settings that cannot be, weights that GGUF cannot hold in this precision, or another vocabulary.
+        EngineError: llama.cpp does not load the weights.
+    """
+
+    def __init__(
+        self,
+        weights: Transformer | str | Path,
+        settings: EngineSettings,
+        *,
+        sync_dtype: GGUFType = "F32",
+        cache_dtype: Literal["F16", "F32"] = "F16",
+        slots: int = 4,
+        context: int = 1024,
+        n_threads: int = 1,
+        timeout: float = 600.0,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        self._llama = _xllamacpp()
+        for name, value in (("slots", slots), ("context", context), ("n_threads", n_threads)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if sync_dtype not in get_args(GGUFType):
+            raise ValueError(f"sync_dtype is {sync_dtype!r}; expected one of {', '.join(get_args(GGUFType))}.")
+        self.settings, self.cache_dtype = settings, cache_dtype
+        self.sync_dtype: GGUFType = sync_dtype
+        self.slots, self.context, self.n_threads, self.timeout = slots, context, n_threads, timeout
+        self._server: Any = None
+        self._folder = tempfile.TemporaryDirectory(prefix="jaxrl_llm_engine_")
+        self._pushes = 0
+        try:
+            if isinstance(weights, Transformer):
+                self.vocab_size = weights.config.vocab_size
+                if tokenizer is not None:
+                    check_vocabulary(tokenizer, self.vocab_size)
+                self.push_weights(weights)
+            else:
+                file = GGUFFile(Path(weights))
+                self.vocab_size = file.config.vocab_size
+                if tokenizer is not None:
+                    require_tokenizer_of_gguf(tokenizer, file.metadata, engine=str(weights))
+                self._serve(Path(weights))
+        except BaseException:
+            self.stop()
+            raise
+
+    @property
+    def address(self) -> str:
+        """Of the server, http://127.0.0.1:port; its OpenAI routes are under /v1."""
+        return self._running().listening_address
+
+    def generate(
+        self,
+        prompt_tokens: Int[np.ndarray, "N P"],
+        prompt_mask: Bool[np.ndarray, "N P"],
+        key: PRNGKey,
+        step: int = 0,
+        prompt_index: Int[np.ndarray, " N"] | None = None,
+    ) -> Rollout:
+        """See `Engine.generate`."""
+        prompts = rows.prompts_of(prompt_tokens, prompt_mask, vocab_size=self.vocab_size)
+        self._require_room(len(prompt) + self.settings.max_new_tokens for prompt in prompts)
+        group = self.settings.group_size
+        seeds = rows.request_seeds(key, step, prompt_index, len(prompts), group)
+        jobs = [(prompt, seed) for prompt, row in zip(prompts, seeds, strict=True) for seed in row]
+        return rows.rollout_of(prompt_tokens, prompt_mask, self._in_slots(self._sample, jobs), self.settings)
+
+    def score(
+        self, tokens: Int[np.ndarray, "B T"], token_mask: Bool[np.ndarray, "B T"], *, response_width: int
+    ) -> Float[np.ndarray, "B R"]:
+        """See `Engine.score`; each token is forced, so what is computed is what sampling computes."""
+        texts = rows.texts_of(tokens, token_mask, response_width, vocab_size=self.vocab_size)
+        self._require_room(len(text.prompt) + len(text.response) for text in texts)
+        return rows.padded(self._in_slots(lambda text: self._score(*text), texts), response_width)
+
+    def distributions(
+        self, tokens: Int[np.ndarray, "B T"], token_mask: Bool[np.ndarray, "B T"], *, response_width: int
+    ) -> Float[np.ndarray, "B R V"]:
+        """See `DistributionEngine.distributions`; a vocabulary of 49,152 takes a quarter of a second per token."""
+        texts = rows.texts_of(tokens, token_mask, response_width, vocab_size=self.vocab_size)
+        self._require_room(len(text.prompt) + len(text.response) for text in texts)
+        result = np.zeros((len(texts), response_width, self.vocab_size), np.float32)
+
+        def fill(job: tuple[int, rows.Text]) -> None:
+            row, (prompt, response) = job
+            for place in range(len(response)):
+                result[row, place] = self._distribution([*prompt, *response[:place]])
+
+        self._in_slots(fill, list(enumerate(texts)))
+        return result
+
+    def push_weights(self, model: Transformer) -> None:
+        """See `Engine.push_weights`: written as a GGUF file in `sync_dtype`, and loaded by a new server.
+
+        Raises:
+            ValueError: another vocabulary, or a matrix that `sync_dtype` cannot hold.
+        """
+        if model.config.vocab_size != self.vocab_size:
+            raise ValueError(f"model has {model.config.vocab_size} tokens; this engine has {self.vocab_size}.")
+        self._pushes += 1
+        path = Path(self._folder.name) / f"push_{self._pushes}.gguf"
+        metadata = placeholder_metadata(vocab_size=self.vocab_size, end_ids=self.settings.eos_ids)
+        write_gguf(path, model.config, model_tensors(model), dtype=self.sync_dtype, metadata=metadata)
+        self._serve(path)
+        for old in path.parent.glob("*.gguf"):
+            if old != path:
+                old.unlink()
+
+    def stop(self) -> None:
+        """See `Engine.stop`."""
+        self._server = None
+        gc.collect()  # the server ends when nothing refers to it any more
+        self._folder.cleanup()
+
+    def _serve(self, path: Path) -> None:
+        self._server = None
+        gc.collect()
+        parameters = self._llama.CommonParams()
+        parameters.model.path = str(path)
+        parameters.n_parallel, parameters.n_ctx = self.slots, self.slots * self.context
+        parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = self.n_threads
+        parameters.verbosity, parameters.warmup, parameters.fit_params, parameters.cache_ram_mib = -1, False, False, 0
+        if self.cache_dtype == "F32":
+            parameters.cache_type_k = parameters.cache_type_v = self._llama.ggml_type.GGML_TYPE_F32
+            parameters.flash_attn_type = self._llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        try:
+            self._server = self._llama.Server(parameters)
+        except RuntimeError as error:
+            raise EngineError(f"llama.cpp does not load {path} ({error}).") from error
+
+    def _running(self) -> Any:
+        if self._server is None:
+            raise EngineError("this llama.cpp engine was stopped; make a new one.")
+        return self._server
+
+    def _require_room(self, lengths) -> None:
+        longest = max(lengths, default=0)
+        if longest > self.context:
+            raise ValueError(f"prompt and response take {longest} tokens; context is {self.context}, make it larger.")
+
+    def _in_slots(self, job: Callable[[Item], Made], items: Sequence[Item]) -> list[Made]:
+        with ThreadPoolExecutor(self.slots) as pool:
+            return list(pool.map(job, items))
+
+    def _complete(self, body: dict[str, Any]) -> dict[str, Any]:
+        """One request to /completion; the defaults of the server's sampler, which truncate, are all switched off."""
+        body = {"samplers": ["temperature"], "temperature": 1.0, "n_probs": 1, "return_tokens": True, **body}
+        request = urllib.request.Request(
+            f"{self._running().listening_address}/completion",
+            json.dumps({"cache_prompt": True, **body}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        try:
+            with LOOPBACK.open(request, timeout=self.timeout) as answer:
+                return json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            raise EngineError(f"llama.cpp refused a request: {error.read().decode(errors='replace')[:300]}") from error
+        except (OSError, ValueError) as error:
+            raise EngineError(f"llama.cpp did not answer within {self.timeout:g} s or broke off ({error}).") from error
+
+    def _sample(self, job: tuple[list[int], int]) -> Response:
+        prompt, seed = job
+        sampling, width = self.settings.sampling, self.settings.max_new_tokens
+        body: dict[str, Any] = {"prompt": prompt, "n_predict": width, "seed": seed}
+        whole = sampling.temperature == 1 and sampling.top_p is None and sampling.min_p is None
+        if sampling.greedy:
+            body |= {"samplers": ["top_k"], "top_k": 1}
+        elif not whole:
+            # In this order both sets are judged on the whole softmax, as `sampling` defines them.
+            named = {"temperature": sampling.temperature, "top_p": sampling.top_p, "min_p": sampling.min_p}
+            given = {name: value for name, value in named.items() if value is not None}
+            body |= {"samplers": list(given), "post_sampling_probs": True, **given}
+        answer = self._complete(body)
+        tokens = answer["tokens"]
+        self._require_end(tokens, answer)
+        if sampling.greedy:
+            return Response(tokens, [0.0] * len(tokens))
+        entries = answer.get("completion_probabilities", [])
+        if [entry["id"] for entry in entries] != tokens:
+            if not whole:
+                raise EngineError(
+                    f"llama.cpp gave log-probs of {len(entries)} of {len(tokens)} tokens: it leaves out those that "
+                    "end inside a character. Push weights instead of serving a file, or sample at temperature 1."
+                )
+            return Response(tokens, self._score(prompt, tokens))
+        return Response(tokens, [entry["logprob"] if whole else math.log(entry["prob"]) for entry in entries])
+
+    def _require_end(self, tokens: list[int], answer: dict[str, Any]) -> None:
+        stopped = answer.get("stop_type")
+        whole = len(tokens) == self.settings.max_new_tokens or (tokens and tokens[-1] in self.settings.eos_ids)
+        if not whole:
+            raise EngineError(
+                f"llama.cpp's response is cut off after {len(tokens)} of {self.settings.max_new_tokens} tokens by "
+                f"{stopped!r}, and its last token {tokens[-1:]} is not among eos_ids {tuple(self.settings.eos_ids)}; a "
+                "file's own end tokens must all be among them."
+            )
+
+    def _score(self, prompt: list[int], response: list[int]) -> list[float]:
+        scores = []
+        for place, token in enumerate(response):
+            before = [*prompt, *response[:place]]
+            answer = self._complete({"prompt": before, "n_predict": 1, "logit_bias": [[token, FORCED]]})
+            entries = answer.get("completion_probabilities", [])
+            if answer["tokens"] != [token]:
+                raise EngineError(f"llama.cpp answered with the tokens {answer['tokens']} where {token} was forced.")
+            # Left out for a token that ends inside a character: read from the whole distribution.
+            scores.append(entries[0]["logprob"] if entries else float(self._distribution(before)[token]))
+        return scores
+
+    def _distribution(self, before: list[int]) -> Float[np.ndarray, " V"]:
+        forced = [[int(self.settings.eos_ids[0]), FORCED]]
+        body = {"prompt": before, "n_predict": 1, "logit_bias": forced, "n_probs": self.vocab_size}
+        entries = self._complete(body)["completion_probabilities"][0]["top_logprobs"]
+        if len(entries) != self.vocab_size:
+            raise EngineError(f"llama.cpp gave {len(entries)} log-probs; the vocabulary has {self.vocab_size}.")
+        result = np.empty(self.vocab_size, np.float32)
+        result[[entry["id"] for entry in entries]] = [entry["logprob"] for entry in entries]
+        return result
+
+
+def _xllamacpp() -> Any:
+    try:
+        import xllamacpp
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "the llama.cpp engine needs xllamacpp; run: pip install 'jaxrl_llm[engines]'", name="xllamacpp"
+        ) from error
+    return xllamacpp
