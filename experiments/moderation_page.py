@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from experiments import style
@@ -18,6 +19,8 @@ from experiments.study import Section
 from experiments.study import Table
 from experiments.style import Picture
 from experiments.style import new_axes
+from jaxrl_llm.environments import lock_in_probability
+from jaxrl_llm.environments.moderation import THRESHOLD
 
 LOOKS = {
     "hypermodel": (style.VERMILION, "-"),
@@ -220,7 +223,11 @@ def moderation_page(settings: Any, results: Results, summary: Mapping[str, Any])
                 "Reviews and lock-in",
                 [
                     "A run counts as locked in when it publishes less than 1 % of the last tenth of the posts: "
-                    + (", ".join(locked) + " of the runs." if locked else "none did.")
+                    + (", ".join(locked) + " of the runs." if locked else "none did."),
+                    "Were all posts alike and found harmless by nine in ten people, so that publishing were always "
+                    f"right, an agent on the mean of its rewards would lock in with probability "
+                    f"{float(lock_in_probability(jnp.asarray(0.9))):.3f}; at the threshold of two thirds with "
+                    f"{float(lock_in_probability(jnp.asarray(THRESHOLD))):.3f} (exact, environments.moderation).",
                 ],
                 [reviews_picture(settings, results), locked_picture(settings, results)],
             ),

@@ -19,6 +19,7 @@ from jaxrl_llm.environments.library import TASKS
 from jaxrl_llm.environments.linear_bandits import LinearBandit
 from jaxrl_llm.environments.linear_bandits import box_bandit
 from jaxrl_llm.environments.moderation import Moderation
+from jaxrl_llm.environments.moderation import lock_in_probability
 from jaxrl_llm.environments.moderation import moderation
 from jaxrl_llm.environments.moderation import moderation_rewards
 from jaxrl_llm.environments.pass_rates import Curriculum
@@ -76,6 +77,7 @@ __all__ = [
     "is_held_out",
     "labelled_texts",
     "last_number",
+    "lock_in_probability",
     "matching_places",
     "moderation",
     "moderation_rewards",

@@ -32,6 +32,23 @@ def moderation_rewards(harmless: Float[Array, " N"]) -> Float[Array, "N 2"]:
     return jnp.stack([publish, jnp.full_like(publish, BLOCK_REWARD)], axis=-1)
 
 
+def lock_in_probability(harmless: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Probability that a greedy agent comes to block for ever although all posts look alike: (sqrt(4/p - 3) - 1) / 2.
+
+    The agent acts on the sum of its rewards so far, publishes when it is not negative, and starts at 0 (a posterior
+    mean with prior mean 0 does the same up to ties). Each review moves the sum by +1 with probability p and by -1/2
+    else; below 0 it blocks, blocking pays, and no review arrives any more. The chance x that the walk ever falls by 1/2
+    solves x = 1 - p + p x^3, whose root in (0, 1) is the formula; for p <= 1/3 it is 1. Derived here.
+
+    Args:
+        harmless: p in (0, 1].
+
+    Returns:
+        x [prob]; 0.366 at the threshold p = 2/3, from which on publishing is best.
+    """
+    return jnp.minimum((jnp.sqrt(4 / harmless - 3) - 1) / 2, 1.0)
+
+
 class Moderation(NamedTuple):
     """Posts that arrive one at a time.
 
