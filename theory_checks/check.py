@@ -168,3 +168,45 @@ def run_checks(checks: list[Check], *, seed: int, instances: int) -> list[Result
         if check.world.name not in measured:
             measured[check.world.name] = check.instances(jax.random.key(seed), instances)
     return [run_check(check, measured[check.world.name]) for check in checks]
+
+
+def compare(
+    name: str,
+    statement: str,
+    functions: str,
+    left: Callable[[Measured], np.ndarray],
+    right: Callable[[Measured], np.ndarray],
+    *,
+    world: World,
+    paper: str,
+    wrong: Callable[[Measured], np.ndarray] | None = None,
+    wrong_left: Callable[[Measured], np.ndarray] | None = None,
+    equality: bool = False,
+    tolerance: float = 1e-11,
+) -> Check:
+    """A check from its two sides, and its twin from what replaces them.
+
+    Args:
+        name: `family.statement`.
+        statement: in one line.
+        functions: names below `jaxrl_llm`, separated by blanks.
+        left: measured -> left side.
+        right: measured -> right side.
+        world: where the instances come from.
+        paper: where the statement is from.
+        wrong: what replaces the right side in the twin.
+        wrong_left: what replaces the left side in the twin.
+        equality: left = right instead of left <= right.
+        tolerance: rounding allowed.
+    """
+    return Check(
+        name=name,
+        paper=paper,
+        statement=statement,
+        functions=tuple(functions.split()),
+        world=world,
+        sides=lambda m: Sides(left(m), right(m)),
+        wrong=lambda m: Sides((wrong_left or left)(m), (wrong or right)(m)),
+        equality=equality,
+        tolerance=tolerance,
+    )

@@ -9,9 +9,8 @@ import numpy as np
 from jaxrl_llm import categorical
 from jaxrl_llm.objectives import divergence_augmented as augmented
 from theory_checks.check import Check
-from theory_checks.check import Measured
-from theory_checks.check import Sides
 from theory_checks.check import World
+from theory_checks.check import compare
 
 PAPER = "arXiv 2501.15034"
 DERIVED = "derived (docs/theory.md)"
@@ -200,25 +199,9 @@ def _measure_rows(phi, values, rewards, ratio, mask) -> dict[str, jax.Array]:
 ROWS_WORLD = World(name="divergence_rows", draw=_draw_rows, measure=_measure_rows)
 
 
-def _check(
-    name, statement, function, left, right, *, world=MDPS, wrong=None, wrong_left=None, paper=DERIVED, **options
-) -> Check:
-    def sides(m: Measured) -> Sides:
-        return Sides(left(m), right(m))
-
-    def twin(m: Measured) -> Sides:
-        return Sides((wrong_left or left)(m), (wrong or right)(m))
-
-    return Check(
-        name=f"divergence.{name}",
-        paper=paper,
-        statement=statement,
-        functions=(f"objectives.divergence_augmented.{function}",),
-        world=world,
-        sides=sides,
-        wrong=twin,
-        **options,
-    )
+def _check(name, statement, function, left, right, *, world=MDPS, paper=DERIVED, **options) -> Check:
+    names = " ".join(f"objectives.divergence_augmented.{part}" for part in function.split())
+    return compare(f"divergence.{name}", statement, names, left, right, world=world, paper=paper, **options)
 
 
 CHECKS = [

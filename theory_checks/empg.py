@@ -11,9 +11,8 @@ from jaxrl_llm.bounds import logit_dynamics
 from jaxrl_llm.masked import masked_mean
 from jaxrl_llm.objectives import modulation
 from theory_checks.check import Check
-from theory_checks.check import Measured
-from theory_checks.check import Sides
 from theory_checks.check import World
+from theory_checks.check import compare
 
 PAPER = "arXiv 2509.09265"
 DERIVED = "derived (docs/theory.md)"
@@ -92,23 +91,9 @@ def _measure(step_h: jax.Array, mask: jax.Array, advantages: jax.Array, logits: 
 WORLD = World(name="empg", draw=_draw, measure=_measure)
 
 
-def _check(name, statement, functions, left, right, *, wrong=None, wrong_left=None, paper=PAPER, **options) -> Check:
-    def sides(m: Measured) -> Sides:
-        return Sides(left(m), right(m))
-
-    def twin(m: Measured) -> Sides:
-        return Sides((wrong_left or left)(m), (wrong or right)(m))
-
-    return Check(
-        name=f"empg.{name}",
-        paper=paper,
-        statement=statement,
-        functions=functions,
-        world=WORLD,
-        sides=sides,
-        wrong=twin,
-        **options,
-    )
+def _check(name, statement, functions, left, right, *, paper=PAPER, **options) -> Check:
+    names = " ".join(functions)
+    return compare(f"empg.{name}", statement, names, left, right, world=WORLD, paper=paper, **options)
 
 
 CHECKS = [

@@ -10,9 +10,8 @@ from jaxrl_llm import categorical
 from jaxrl_llm.objectives import hybrid
 from theory_checks import token_trees as trees
 from theory_checks.check import Check
-from theory_checks.check import Measured
-from theory_checks.check import Sides
 from theory_checks.check import World
+from theory_checks.check import compare
 
 PAPER = "arXiv 2512.23097"
 DERIVED = "derived (docs/theory.md)"
@@ -146,24 +145,9 @@ def _measure(student: Any, teacher: Any, rewards: jax.Array) -> dict[str, jax.Ar
 WORLD = World(name="hybrid", draw=_draw, measure=_measure)
 
 
-def _check(name, statement, function, left, right, *, wrong=None, wrong_left=None, paper=DERIVED, **options) -> Check:
-    def sides(m: Measured) -> Sides:
-        return Sides(left(m), right(m))
-
-    def twin(m: Measured) -> Sides:
-        return Sides((wrong_left or left)(m), (wrong or right)(m))
-
-    functions = tuple(f"objectives.hybrid.{part}" for part in function.split())
-    return Check(
-        name=f"hybrid.{name}",
-        paper=paper,
-        statement=statement,
-        functions=functions,
-        world=WORLD,
-        sides=sides,
-        wrong=twin,
-        **options,
-    )
+def _check(name, statement, function, left, right, *, paper=DERIVED, **options) -> Check:
+    names = " ".join(f"objectives.hybrid.{part}" for part in function.split())
+    return compare(f"hybrid.{name}", statement, names, left, right, world=WORLD, paper=paper, **options)
 
 
 CHECKS = [

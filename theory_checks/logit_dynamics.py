@@ -9,9 +9,8 @@ import numpy as np
 from jaxrl_llm.bounds import logit_dynamics
 from jaxrl_llm.bounds import mismatch
 from theory_checks.check import Check
-from theory_checks.check import Measured
-from theory_checks.check import Sides
 from theory_checks.check import World
+from theory_checks.check import compare
 
 PAPER = "arXiv 2506.12912"
 DERIVED = "derived (docs/theory.md)"
@@ -79,24 +78,9 @@ def _measure(logits: jax.Array, action: jax.Array, step: jax.Array) -> dict[str,
 WORLD = World(name="logit_dynamics", draw=_draw, measure=_measure)
 
 
-def _check(name, statement, function, left, right, *, wrong=None, wrong_left=None, paper=PAPER, **options) -> Check:
-    def sides(m: Measured) -> Sides:
-        return Sides(left(m), right(m))
-
-    def twin(m: Measured) -> Sides:
-        return Sides((wrong_left or left)(m), (wrong or right)(m))
-
-    functions = tuple(f"bounds.{part}" for part in function.split())
-    return Check(
-        name=f"logit_dynamics.{name}",
-        paper=paper,
-        statement=statement,
-        functions=functions,
-        world=WORLD,
-        sides=sides,
-        wrong=twin,
-        **options,
-    )
+def _check(name, statement, function, left, right, *, paper=PAPER, **options) -> Check:
+    names = " ".join(f"bounds.{part}" for part in function.split())
+    return compare(f"logit_dynamics.{name}", statement, names, left, right, world=WORLD, paper=paper, **options)
 
 
 CHECKS = [

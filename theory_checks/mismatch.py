@@ -9,9 +9,8 @@ import numpy as np
 from jaxrl_llm import categorical
 from jaxrl_llm.bounds import mismatch
 from theory_checks.check import Check
-from theory_checks.check import Measured
-from theory_checks.check import Sides
 from theory_checks.check import World
+from theory_checks.check import compare
 
 PAPER = "arXiv 2512.23087"
 DERIVED = "derived (docs/theory.md)"
@@ -108,24 +107,9 @@ def _measure(logits: jax.Array, unit: jax.Array, noise: jax.Array) -> dict[str, 
 WORLD = World(name="mismatch", draw=_draw, measure=_measure)
 
 
-def _check(name, statement, function, left, right, *, wrong=None, wrong_left=None, paper=DERIVED, **options) -> Check:
-    def sides(m: Measured) -> Sides:
-        return Sides(left(m), right(m))
-
-    def twin(m: Measured) -> Sides:
-        return Sides((wrong_left or left)(m), (wrong or right)(m))
-
-    functions = tuple(f"bounds.mismatch.{part}" for part in function.split())
-    return Check(
-        name=f"mismatch.{name}",
-        paper=paper,
-        statement=statement,
-        functions=functions,
-        world=WORLD,
-        sides=sides,
-        wrong=twin,
-        **options,
-    )
+def _check(name, statement, function, left, right, *, paper=DERIVED, **options) -> Check:
+    names = " ".join(f"bounds.mismatch.{part}" for part in function.split())
+    return compare(f"mismatch.{name}", statement, names, left, right, world=WORLD, paper=paper, **options)
 
 
 CHECKS = [

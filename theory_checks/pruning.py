@@ -11,9 +11,8 @@ from jaxrl_llm.bounds import pruning as bounds
 from jaxrl_llm.objectives import pruning
 from theory_checks import token_trees as trees
 from theory_checks.check import Check
-from theory_checks.check import Measured
-from theory_checks.check import Sides
 from theory_checks.check import World
+from theory_checks.check import compare
 
 PAPER = "arXiv 2512.23087"
 DERIVED = "derived (docs/theory.md)"
@@ -142,23 +141,9 @@ def _measure(pi: Any, infer: Any, rewards: jax.Array) -> dict[str, jax.Array]:
 WORLD = World(name="pruning", draw=_draw, measure=_measure)
 
 
-def _check(name, statement, functions, left, right, *, wrong=None, wrong_left=None, paper=DERIVED, **options) -> Check:
-    def sides(m: Measured) -> Sides:
-        return Sides(left(m), right(m))
-
-    def twin(m: Measured) -> Sides:
-        return Sides((wrong_left or left)(m), (wrong or right)(m))
-
-    return Check(
-        name=f"pruning.{name}",
-        paper=paper,
-        statement=statement,
-        functions=functions,
-        world=WORLD,
-        sides=sides,
-        wrong=twin,
-        **options,
-    )
+def _check(name, statement, functions, left, right, *, paper=DERIVED, **options) -> Check:
+    names = " ".join(functions)
+    return compare(f"pruning.{name}", statement, names, left, right, world=WORLD, paper=paper, **options)
 
 
 CHECKS = [

@@ -1,15 +1,22 @@
 """All checks by name."""
 
+from theory_checks import advantages
+from theory_checks import aggregation
+from theory_checks import corrections
 from theory_checks import divergence
 from theory_checks import empg
 from theory_checks import hybrid
 from theory_checks import inverse
+from theory_checks import kl_estimators
 from theory_checks import logit_dynamics
 from theory_checks import masked_guarantee
+from theory_checks import masks
 from theory_checks import mismatch
 from theory_checks import pruning
 from theory_checks import regret
 from theory_checks import surrogate_error
+from theory_checks import surrogates
+from theory_checks import token_baseline
 from theory_checks import token_chains
 from theory_checks.check import Check
 
@@ -21,6 +28,13 @@ FAMILIES: dict[str, list[Check]] = {
     "mismatch": mismatch.CHECKS,
     "pruning": pruning.CHECKS,
     "logit_dynamics": logit_dynamics.CHECKS,
+    "advantages": advantages.CHECKS,
+    "token_baseline": token_baseline.CHECKS,
+    "corrections": corrections.CHECKS,
+    "surrogates": surrogates.CHECKS,
+    "masks": masks.CHECKS,
+    "kl_estimators": kl_estimators.CHECKS,
+    "aggregation": aggregation.CHECKS,
     "hybrid": hybrid.CHECKS,
     "empg": empg.CHECKS,
     "divergence": divergence.CHECKS,

@@ -1,8 +1,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxrl_llm.objectives.token_baseline import optimal_token_baseline
+from jaxrl_llm.objectives.token_baseline import own_token_baseline
 from jaxrl_llm.objectives.token_baseline import spent_gradient
 
 MASK = jnp.array([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]], bool)
@@ -32,6 +34,22 @@ def test_baseline_by_hand():
     np.testing.assert_allclose(advantages, expected, atol=1e-5)
     unweighted = REWARDS[:3] - REWARDS[:3].mean()
     assert np.abs(advantages[:3, 0] - unweighted).max() > 0.02
+
+
+def test_the_own_baseline_by_hand():
+    norm = 1 - 2 * P + C
+    advantages = np.asarray(own_token_baseline(jnp.array(REWARDS), jnp.log(P), jnp.array(C), MASK, IDS))
+    for column, rows in ((0, 3), (1, 2)):
+        baseline = (REWARDS[:rows] * norm[:rows, column]).sum() / norm[:rows, column].sum()
+        np.testing.assert_allclose(advantages[:rows, column], REWARDS[:rows] - baseline, atol=1e-5)
+    cumulated = np.asarray(optimal_token_baseline(jnp.array(REWARDS), jnp.log(P), jnp.array(C), MASK, IDS))
+    np.testing.assert_allclose(cumulated[:, 0], advantages[:, 0], atol=1e-5)
+    assert np.abs(cumulated[:2, 1] - advantages[:2, 1]).max() > 0.01
+
+
+def test_rewards_of_another_batch_are_refused(without_type_hook):
+    with pytest.raises(ValueError, match="rewards has 3 sequences and log_prob 4"):
+        optimal_token_baseline(jnp.array(REWARDS[:3]), jnp.log(P), jnp.array(C), MASK, IDS[:3])
 
 
 def test_is_a_constant_to_the_gradient():
