@@ -107,6 +107,30 @@ def _measure_mdp(kernel: jax.Array, old: jax.Array, new: jax.Array) -> dict[str,
 MDPS = World(name="divergence_mdps", draw=_draw_mdps, measure=_measure_mdp)
 
 
+def _draw_chains(generator: np.random.Generator, count: int) -> list[Any]:
+    """Chains on which the first action goes forward and the others stay: rarely for the old policy, more for the new."""
+    forward = np.zeros((STATES, ACTIONS, STATES))
+    forward[:, 1:] = np.eye(STATES)[:, None]
+    forward[:, 0] = np.eye(STATES)[np.minimum(np.arange(STATES) + 1, STATES - 1)]
+    old = generator.normal(size=(count, STATES, ACTIONS))
+    old[..., 0] -= np.geomspace(1, 20, count)[:, None]
+    move = np.zeros_like(old)
+    move[..., 0] = generator.uniform(-1, 12, size=(count, 1))
+    return [tuple(jnp.asarray(x) for x in (np.broadcast_to(forward, (count, *forward.shape)), old, old + move))]
+
+
+def _measure_chain(kernel: jax.Array, old: jax.Array, new: jax.Array) -> dict[str, jax.Array]:
+    d_old, d_new = _occupancy(kernel, old), _occupancy(kernel, new)
+    change = jnp.sum(d_old * categorical.total_variation(new, old))
+    return {
+        "drift": jnp.sum(jnp.abs(d_new - d_old)) / 2,
+        "drift_bound": DISCOUNT / (1 - DISCOUNT) * change,
+    }
+
+
+CHAINS = World(name="divergence_chains", draw=_draw_chains, measure=_measure_chain)
+
+
 def _draw_rows(generator: np.random.Generator, count: int) -> list[Any]:
     shape = (count, ROWS, LENGTH)
     phi, values, rewards = (generator.normal(size=shape) for _ in range(3))
@@ -242,6 +266,15 @@ CHECKS = [
         wrong_left=lambda m: m["augmented_wrong"],
         paper=PAPER,
         equality=True,
+    ),
+    _check(
+        "occupancy_drift",
+        "TV(d_pi, d_old) <= g/(1 - g) E_{d_old} TV(pi, pi_old): small steps can move the states far",
+        "pseudo_reward",
+        lambda m: m["drift"],
+        lambda m: m["drift_bound"],
+        wrong=lambda m: (1 - DISCOUNT) * m["drift_bound"],
+        world=CHAINS,
     ),
     _check(
         "pseudo_rewards",

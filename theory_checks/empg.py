@@ -89,11 +89,54 @@ def _measure(step_h: jax.Array, mask: jax.Array, advantages: jax.Array, logits: 
 
 
 WORLD = World(name="empg", draw=_draw, measure=_measure)
+COOLING, BISECTIONS = 0.1, 50
+"""Weight of the entropy of the root that makes the fixed point unique, and how finely it is found."""
 
 
-def _check(name, statement, functions, left, right, *, paper=PAPER, **options) -> Check:
+def _draw_branches(generator: np.random.Generator, count: int) -> list[Any]:
+    """What the two branches return, and how uncertain the policy is before the choice and on each branch."""
+    return [(jnp.asarray(generator.random((count, 2))), jnp.asarray(generator.uniform(0, 2, size=(count, 3))))]
+
+
+def _fixed_point(returns: jax.Array, bonus: jax.Array) -> jax.Array:
+    """Log-odds z of branch 1 at which the exact policy gradient E[A grad log p] + cooling grad H vanishes."""
+
+    def slope(z):
+        p = jnp.stack([jax.nn.sigmoid(-z), jax.nn.sigmoid(z)])
+        score = jnp.stack([-p[1], p[0]])
+        return jnp.sum(p * (returns + bonus) * score) - COOLING * p[0] * p[1] * z
+
+    def halve(_, ends):
+        middle = (ends[0] + ends[1]) / 2
+        up = slope(middle) > 0
+        return jnp.where(up, middle, ends[0]), jnp.where(up, ends[1], middle)
+
+    return jax.lax.fori_loop(0, BISECTIONS, halve, (jnp.array(-30.0), jnp.array(30.0)))[0]
+
+
+def _measure_branches(returns: jax.Array, entropies: jax.Array) -> dict[str, jax.Array]:
+    root = jnp.stack([entropies[0], entropies[0]])
+    normalised = modulation.normalised_entropy(jnp.stack([root, entropies[1:]], axis=1), jnp.ones((2, 2), bool))
+    steps = jnp.ones((2, 2), bool)
+    clarity = modulation.future_clarity(normalised, steps)
+    potential = jnp.exp(-normalised)
+    zeta = 0.5
+    return {
+        "without_bonus": _fixed_point(returns, jnp.zeros(2)),
+        "closed_form": (returns[1] - returns[0]) / COOLING,
+        "with_clarity": _fixed_point(returns, zeta * clarity[:, 0]),
+        "with_clarity_formula": (returns[1] - returns[0] + zeta * (clarity[1, 0] - clarity[0, 0])) / COOLING,
+        "with_potential": _fixed_point(returns, zeta * modulation.potential_bonus(potential, steps)[:, 0]),
+        "with_one_term": _fixed_point(returns, zeta * modulation.potential_shaping(potential, steps)[:, 0]),
+    }
+
+
+BRANCHES = World(name="empg_branches", draw=_draw_branches, measure=_measure_branches)
+
+
+def _check(name, statement, functions, left, right, *, world=WORLD, paper=PAPER, **options) -> Check:
     names = " ".join(functions)
-    return compare(f"empg.{name}", statement, names, left, right, world=WORLD, paper=paper, **options)
+    return compare(f"empg.{name}", statement, names, left, right, world=world, paper=paper, **options)
 
 
 CHECKS = [
@@ -178,6 +221,28 @@ CHECKS = [
         lambda m: m["telescoped"],
         lambda m: m["potential_bonus"],
         wrong_left=lambda m: m["one_term"],
+        paper=DERIVED,
+        equality=True,
+    ),
+    _check(
+        "two_branches_clarity",
+        "two branches: the fixed point is (R_1 - R_0 + zeta (f_1 - f_0)) / cooling, so clarity moves it (erratum F4.3)",
+        ("objectives.modulation.future_clarity",),
+        lambda m: m["with_clarity"],
+        lambda m: m["with_clarity_formula"],
+        wrong=lambda m: m["closed_form"],
+        world=BRANCHES,
+        paper=DERIVED,
+        equality=True,
+    ),
+    _check(
+        "two_branches_potential",
+        "the summed potential leaves the fixed point at (R_1 - R_0) / cooling; one of its terms alone does not",
+        ("objectives.modulation.potential_bonus", "objectives.modulation.potential_shaping"),
+        lambda m: m["with_potential"],
+        lambda m: m["without_bonus"],
+        wrong_left=lambda m: m["with_one_term"],
+        world=BRANCHES,
         paper=DERIVED,
         equality=True,
     ),

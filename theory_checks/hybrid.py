@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 
@@ -10,6 +11,7 @@ from jaxrl_llm import categorical
 from jaxrl_llm.objectives import hybrid
 from theory_checks import token_trees as trees
 from theory_checks.check import Check
+from theory_checks.check import Measured
 from theory_checks.check import World
 from theory_checks.check import compare
 
@@ -137,17 +139,48 @@ def _measure(student: Any, teacher: Any, rewards: jax.Array) -> dict[str, jax.Ar
         "value_at_optimum": _objective(optimum, teacher, rewards),
         "value_at_teacher": _objective(teacher, teacher, rewards),
         "field_at_optimum": _field(optimum, teacher, rewards),
+        "at_teacher": jnp.stack([_field(teacher, teacher, 0 * rewards, discount=g) for g in (0.0, 1.0)]),
+        "at_teacher_with_reward": jnp.stack([_field(teacher, teacher, rewards, discount=g) for g in (0.0, 1.0)]),
         "no_future_at_optimum": _field(optimum, teacher, rewards, future=False),
         **_dense(student[0][0], teacher[0][0]),
     }
 
 
 WORLD = World(name="hybrid", draw=_draw, measure=_measure)
+SMALL, STEP = 2, 1e-4
+"""Vocabulary and horizon of the trees whose Jacobian is taken, and the step of its differences."""
 
 
-def _check(name, statement, function, left, right, *, paper=DERIVED, **options) -> Check:
+def _draw_small(generator: np.random.Generator, count: int) -> list[Any]:
+    some = max(count // 4, 20)
+    scale = {"noise": np.full(some, 1.5), "share": np.ones(some), "kind": np.zeros(some, int)}
+    return [trees.draw(generator, worlds=some, vocabulary=SMALL, horizon=SMALL, **scale)]
+
+
+def _measure_small(student: Any, teacher: Any, rewards: jax.Array) -> dict[str, jax.Array]:
+    """Jacobians of the field by differences: automatic ones would stop where the loss stops its gradient."""
+    point, restore = jax.flatten_util.ravel_pytree(student)
+
+    def along(move, discount):
+        ahead, behind = (_field(restore(point + s * move), teacher, rewards, discount=discount) for s in (1, -1))
+        return (ahead - behind) / (2 * STEP)
+
+    moves = STEP * jnp.eye(point.size)
+    return {f"jacobian_{g}": jax.vmap(lambda move, g=g: along(move, g))(moves) for g in (0.0, 0.5, 1.0)}
+
+
+SMALL_WORLD = World(name="hybrid_jacobian", draw=_draw_small, measure=_measure_small)
+
+
+def _by_hand(m: Measured) -> np.ndarray:
+    # p = (.6, .4), p_T = (.5, .5)
+    gradient = hybrid.dense_gradient(jnp.log(jnp.array([0.6, 0.4])), jnp.zeros(2))
+    return np.tile(np.asarray(gradient), (m["kl"].size, 1))
+
+
+def _check(name, statement, function, left, right, *, world=WORLD, paper=DERIVED, **options) -> Check:
     names = " ".join(f"objectives.hybrid.{part}" for part in function.split())
-    return compare(f"hybrid.{name}", statement, names, left, right, world=WORLD, paper=paper, **options)
+    return compare(f"hybrid.{name}", statement, names, left, right, world=world, paper=paper, **options)
 
 
 CHECKS = [
@@ -213,6 +246,38 @@ CHECKS = [
         lambda m: np.zeros_like(m["field_at_optimum"]),
         wrong_left=lambda m: m["no_future_at_optimum"],
         equality=True,
+    ),
+    _check(
+        "teacher_is_stationary",
+        "without reward the field vanishes at pi_T, at discount 0 and 1; with one it does not",
+        "sparse_coefficient hybrid_losses",
+        lambda m: m["at_teacher"],
+        lambda m: np.zeros_like(m["at_teacher"]),
+        wrong_left=lambda m: m["at_teacher_with_reward"],
+        equality=True,
+    ),
+    _check(
+        "gradient_field",
+        "at discount 1 the Jacobian of the field is symmetric; at 0 and 1/2 it is not, so it is no gradient",
+        "sparse_coefficient hybrid_losses",
+        lambda m: m["jacobian_1.0"],
+        lambda m: np.swapaxes(m["jacobian_1.0"], 1, 2),
+        wrong_left=lambda m: m["jacobian_0.5"] + m["jacobian_0.0"],
+        wrong=lambda m: np.swapaxes(m["jacobian_0.5"] + m["jacobian_0.0"], 1, 2),
+        world=SMALL_WORLD,
+        equality=True,
+        # Central differences of step 1e-4.
+        tolerance=1e-6,
+    ),
+    _check(
+        "fixture",
+        "p = (.6, .4), p_T = (.5, .5): dk/dz = (.0973116, -.0973116)",
+        "dense_gradient",
+        _by_hand,
+        lambda m: np.tile([0.0973116, -0.0973116], (m["kl"].size, 1)),
+        wrong=lambda m: np.tile([0.1, -0.1], (m["kl"].size, 1)),
+        equality=True,
+        tolerance=1e-7,
     ),
     _check(
         "dense_gradient",

@@ -14,7 +14,7 @@ from theory_checks.check import compare
 
 PAPER = "arXiv 2506.12912"
 DERIVED = "derived (docs/theory.md)"
-VOCABULARY = 5
+VOCABULARY, WIDTH = 5, 12
 
 
 def _draw(generator: np.random.Generator, count: int) -> list[Any]:
@@ -29,10 +29,23 @@ def _draw(generator: np.random.Generator, count: int) -> list[Any]:
     alone = (kind == 2)[:, None] & others & (np.arange(VOCABULARY)[None, :] != (action[:, None] + 1) % VOCABULARY)
     logits = np.where(alone, -40.0, logits)
     step = generator.normal(size=count)
-    return [(jnp.asarray(logits), jnp.asarray(action), jnp.asarray(step))]
+    network = generator.normal(size=(count, VOCABULARY, WIDTH)) / np.sqrt(WIDTH)
+    return [tuple(jnp.asarray(x) for x in (logits, action, step, network))]
 
 
-def _measure(logits: jax.Array, action: jax.Array, step: jax.Array) -> dict[str, jax.Array]:
+def _realised(update: jax.Array, network: jax.Array) -> dict[str, jax.Array]:
+    """What a linear network z = M theta makes of the update: M M^T of it, between the extreme eigenvalues of M M^T."""
+    theta_step = jax.grad(lambda theta: jnp.sum(jax.lax.stop_gradient(update) * (network @ theta)))(jnp.zeros(WIDTH))
+    eigenvalues = jnp.linalg.eigvalsh(network @ network.T)
+    norm = jnp.sqrt(jnp.sum(jnp.square(update)))
+    return {
+        "realised": jnp.sqrt(jnp.sum(jnp.square(network @ theta_step))),
+        "kernel_low": eigenvalues[0] * norm,
+        "kernel_high": eigenvalues[-1] * norm,
+    }
+
+
+def _measure(logits: jax.Array, action: jax.Array, step: jax.Array, network: jax.Array) -> dict[str, jax.Array]:
     p = jax.nn.softmax(logits)
     collision = jnp.sum(p * p)
     score = jax.jacrev(jax.nn.log_softmax)(logits)
@@ -49,6 +62,7 @@ def _measure(logits: jax.Array, action: jax.Array, step: jax.Array) -> dict[str,
     slope = jax.jvp(jax.nn.log_softmax, (logits,), (update,))[1]
     one_hot = jnp.where(jnp.arange(VOCABULARY) == action, 1.0, 0.0)
     return {
+        **_realised(update, network),
         "square": jnp.sum(jnp.square(update)),
         "square_formula": logit_dynamics.squared_update_norm(p[action], collision, step=step),
         "square_wrong": jnp.square(step) * (1 - p[action] + collision),
@@ -185,6 +199,24 @@ CHECKS = [
         wrong_left=lambda m: -m["entropy_change"],
         paper=DERIVED,
         equality=True,
+    ),
+    _check(
+        "realised_upper",
+        "erratum F5.1: a network z = M theta moves by at most the largest eigenvalue of M M^T times the formula",
+        "logit_dynamics.update_norm",
+        lambda m: m["realised"],
+        lambda m: m["kernel_high"],
+        wrong=lambda m: m["norm"],
+        paper=DERIVED,
+    ),
+    _check(
+        "realised_lower",
+        "and by at least the smallest eigenvalue times the formula, which itself is no lower end",
+        "logit_dynamics.update_norm",
+        lambda m: m["kernel_low"],
+        lambda m: m["realised"],
+        wrong_left=lambda m: m["norm"],
+        paper=DERIVED,
     ),
     _check(
         "same_factor_as_noise",
