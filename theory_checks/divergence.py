@@ -108,7 +108,7 @@ MDPS = World(name="divergence_mdps", draw=_draw_mdps, measure=_measure_mdp)
 
 
 def _draw_chains(generator: np.random.Generator, count: int) -> list[Any]:
-    """Chains on which the first action goes forward and the others stay: rarely for the old policy, more for the new."""
+    """Chains on which the first action goes forward and the others stay; the new policy goes forward more often."""
     forward = np.zeros((STATES, ACTIONS, STATES))
     forward[:, 1:] = np.eye(STATES)[:, None]
     forward[:, 0] = np.eye(STATES)[np.minimum(np.arange(STATES) + 1, STATES - 1)]
