@@ -76,7 +76,8 @@ class ModerationSettings:
         index_dimension: M of the hypermodel, members of the ensemble.
         prior_scale: of the weights' prior.
         noise_scale: sigma, standard deviation of the perturbation of a reward.
-        learning_rate: of Adam.
+        learning_rate: of Adam, for the heads.
+        tuned_learning_rate: of Adam, for the adapters of smollm2_tuned.
         weight_decay: beta.
         batch: reviews per gradient step.
         every: rounds between two gradient steps.
@@ -100,6 +101,7 @@ class ModerationSettings:
     prior_scale: float = 0.5
     noise_scale: float = 0.5
     learning_rate: float = 1e-2
+    tuned_learning_rate: float = 1e-3
     weight_decay: float = 0.01
     batch: int = 32
     every: int = 4
@@ -235,7 +237,7 @@ def parts(settings: ModerationSettings) -> Parts:
             raise ValueError(f"Field --{name.replace('_', '-')} is {getattr(settings, name)}; it must be at least 1.")
     if settings.rounds < 8:
         raise ValueError(f"Field --rounds is {settings.rounds}; it must be at least 8, for there to be quarters.")
-    for name in ("prior_scale", "noise_scale", "learning_rate"):
+    for name in ("prior_scale", "noise_scale", "learning_rate", "tuned_learning_rate"):
         if not getattr(settings, name) > 0:
             raise ValueError(f"Field --{name.replace('_', '-')} is {getattr(settings, name)}; it must be positive.")
     if not 0 <= settings.epsilon <= 1:

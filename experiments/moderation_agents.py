@@ -37,8 +37,10 @@ class Player(NamedTuple):
 
 
 def _learning(settings: Any, *, start: int) -> Learning:
+    """Adam; what is trained is a pair (parameters of the features, layer), each with its own rate."""
+    rates = {"features": optax.adam(settings.tuned_learning_rate), "layer": optax.adam(settings.learning_rate)}
     return Learning(
-        optax.adam(settings.learning_rate),
+        optax.partition(rates, ("features", "layer")),
         noise_scale=settings.noise_scale,
         weight_decay=settings.weight_decay,
         batch=settings.batch,

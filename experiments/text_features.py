@@ -175,7 +175,7 @@ class TunedTexts(NamedTuple):
     rest: Callable[[Any, Array, Array], Array]
 
 
-def tuned_smollm2(texts: Sequence[str], *, top: int, rank: int, length: int = 48) -> TunedTexts:
+def tuned_smollm2(texts: Sequence[str], *, top: int, rank: int, length: int = 32) -> TunedTexts:
     """SmolLM2-135M with adapters on its `top` last layers; the layers below are computed once.
 
     Args:
