@@ -1,4 +1,4 @@
-"""Tasks with verifiable answers, their splits and pass rates."""
+"""Tasks with verifiable answers, their splits and pass rates; bandits."""
 
 from jaxrl_llm.environments.arithmetic import addition
 from jaxrl_llm.environments.arithmetic import chain_sum
@@ -22,6 +22,11 @@ from jaxrl_llm.environments.moderation import Moderation
 from jaxrl_llm.environments.moderation import lock_in_probability
 from jaxrl_llm.environments.moderation import moderation
 from jaxrl_llm.environments.moderation import moderation_rewards
+from jaxrl_llm.environments.nonlinear_bandits import BernoulliBandit
+from jaxrl_llm.environments.nonlinear_bandits import GaussianBandit
+from jaxrl_llm.environments.nonlinear_bandits import neural_bandit
+from jaxrl_llm.environments.nonlinear_bandits import quadratic_bandit
+from jaxrl_llm.environments.nonlinear_bandits import vector_quadratic_bandit
 from jaxrl_llm.environments.pass_rates import Curriculum
 from jaxrl_llm.environments.pass_rates import CurriculumState
 from jaxrl_llm.environments.pass_rates import PassRate
@@ -50,10 +55,12 @@ __all__ = [
     "LEVELS",
     "SUM_SHOTS",
     "TASKS",
+    "BernoulliBandit",
     "CrowdTexts",
     "Curriculum",
     "CurriculumState",
     "Entry",
+    "GaussianBandit",
     "GeneratedTask",
     "GenerationError",
     "LinearBandit",
@@ -81,7 +88,9 @@ __all__ = [
     "matching_places",
     "moderation",
     "moderation_rewards",
+    "neural_bandit",
     "pass_rate",
+    "quadratic_bandit",
     "register",
     "replaced_keys",
     "signed_terms",
@@ -91,5 +100,6 @@ __all__ = [
     "task_names",
     "time_limit",
     "vader_texts",
+    "vector_quadratic_bandit",
     "worked",
 ]

@@ -48,3 +48,4 @@ from jaxrl_llm.exploration.neural import neural_hyperagent as neural_hyperagent
 from jaxrl_llm.exploration.replay import Data as Data
 from jaxrl_llm.exploration.replay import Replay as Replay
 from jaxrl_llm.exploration.replay import empty_replay as empty_replay
+from jaxrl_llm.exploration.shown import play_shown as play_shown

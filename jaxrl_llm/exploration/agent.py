@@ -73,6 +73,37 @@ def first_maximum(values: Float[Array, " X"]) -> Int[Array, ""]:
     return jnp.min(jnp.where(values == jnp.max(values), places, last))
 
 
+def scan_blocks(
+    step: Callable[[Any, tuple[Any, Array]], tuple[Any, Any]],
+    state: Any,
+    draw: Callable[[PRNGKey, int], Any],
+    key: PRNGKey,
+    noise: Float[Array, " T"],
+) -> tuple[Any, Any]:
+    """`jax.lax.scan` of `step` over T rounds, whose random numbers are drawn a block of rounds at a time.
+
+    Args:
+        step: (state, (what was drawn for the round, its noise)) -> (state, outputs).
+        state: before the first round.
+        draw: (key, rounds) -> random numbers of that many rounds, along the first axis of every leaf.
+        key: random key.
+        noise: one number per round.
+
+    Returns:
+        the last state, and the outputs of all rounds.
+    """
+    rounds = noise.shape[0]
+    length = max(size for size in range(1, min(rounds, LONGEST_BLOCK) + 1) if rounds % size == 0)
+
+    def block(carry: Any, drawn: tuple[PRNGKey, Array]) -> tuple[Any, Any]:
+        block_key, block_noise = drawn
+        return jax.lax.scan(step, carry, (draw(block_key, length), block_noise))
+
+    keys = jax.random.split(key, rounds // length)
+    state, outputs = jax.lax.scan(block, state, (keys, noise.reshape(-1, length)))
+    return state, jax.tree.map(lambda leaf: leaf.reshape(rounds, *leaf.shape[2:]), outputs)
+
+
 class Play(NamedTuple):
     """What a run of `play` leaves.
 
@@ -116,11 +147,5 @@ def play(agent: Agent, bandit: Bandit, key: PRNGKey, *, rounds: int) -> Play:
         mean = means[action]
         return agent.update(state, to_update, features[action], mean + round_noise), (best - mean, action)
 
-    def block(state: Any, drawn: tuple[PRNGKey, Array]) -> tuple[Any, tuple[Array, Array]]:
-        block_key, block_noise = drawn
-        return jax.lax.scan(step, state, (agent.draw(block_key, block_noise.shape[0]), block_noise))
-
-    length = max(size for size in range(1, min(rounds, LONGEST_BLOCK) + 1) if rounds % size == 0)
-    keys = jax.random.split(rounds_key, rounds // length)
-    state, (regrets, actions) = jax.lax.scan(block, agent.init(init_key), (keys, noise.reshape(-1, length)))
-    return Play(regrets.reshape(rounds), actions.reshape(rounds), state)
+    state, (regrets, actions) = scan_blocks(step, agent.init(init_key), agent.draw, rounds_key, noise)
+    return Play(regrets, actions, state)

@@ -7,12 +7,17 @@ Source: Ensemble++ (arXiv 2407.13195), incremental update; the rank-one form is 
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 from jaxtyping import Float
 
 from jaxrl_llm.exploration.inputs import require_positive
 from jaxrl_llm.exploration.inputs import require_width
+
+HIGHEST = jax.lax.Precision.HIGHEST
+"""A covariance that shrinks by rank-one steps does not forgive the rounding of shorter products. On CPU, products are
+also a multiple faster than sums over an axis when seeds are mapped."""
 
 
 class Gaussian(NamedTuple):
@@ -55,7 +60,7 @@ def _gain(
     """(g, Sigma x) with g = Sigma x / (sigma^2 + x^T Sigma x)."""
     require_positive("noise_scale", noise_scale)
     require_width("features", features, covariance.shape[0])
-    along = jnp.sum(covariance * features[None, :], axis=1)
+    along = jnp.matmul(covariance, features, precision=HIGHEST)
     return along / (noise_scale**2 + jnp.sum(features * along)), along
 
 
@@ -113,7 +118,7 @@ def hypermodel_update(
     """
     require_width("perturbation", perturbation, model.factor.shape[1])
     gain, along = _gain(model.posterior.covariance, features, noise_scale)
-    innovation = noise_scale * perturbation - jnp.sum(features[:, None] * model.factor, axis=0)
+    innovation = noise_scale * perturbation - jnp.matmul(features, model.factor, precision=HIGHEST)
     return Hypermodel(
         _applied(model.posterior, features, reward, gain, along),
         model.factor + gain[:, None] * innovation[None, :],

@@ -55,8 +55,9 @@ def _gaussian(key: PRNGKey, shape: tuple[int, ...]) -> Array:
 
 
 def _sphere(key: PRNGKey, shape: tuple[int, ...]) -> Array:
-    normal = jax.random.normal(key, shape)
-    return normal * jax.lax.rsqrt(jnp.sum(jnp.square(normal), axis=-1, keepdims=True))
+    # Sums over the first axis are sums of vectors, several times faster than sums within a short last axis.
+    normal = jax.random.normal(key, (shape[-1], *shape[:-1]))
+    return jnp.moveaxis(normal * jax.lax.rsqrt(jnp.sum(jnp.square(normal), axis=0, keepdims=True)), 0, -1)
 
 
 def _cube(key: PRNGKey, shape: tuple[int, ...]) -> Array:
