@@ -35,6 +35,9 @@ HASHED_WIDTH = 256
 BATCH = 32
 """Texts that a language model reads at once."""
 
+LENGTH = 48
+"""Tokens of a text that a language model reads; few tweets are longer."""
+
 VERSION = 1
 """Of what is kept in the cache; a new one makes old files be made again."""
 
@@ -71,7 +74,7 @@ def tokens_of(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> Tokens
     return Tokens(ids, mask)
 
 
-def smollm2(texts: Sequence[str], *, length: int = 64) -> np.ndarray:
+def smollm2(texts: Sequence[str], *, length: int = LENGTH) -> np.ndarray:
     """Hidden states [N, 576] of SmolLM2-135M at each text's last token."""
     model, tokenizer = smollm2_135m()
     read = nnx.jit(lambda model, ids, mask: model(ids, mask)[:, -1])
@@ -175,7 +178,7 @@ class TunedTexts(NamedTuple):
     rest: Callable[[Any, Array, Array], Array]
 
 
-def tuned_smollm2(texts: Sequence[str], *, top: int, rank: int, length: int = 32) -> TunedTexts:
+def tuned_smollm2(texts: Sequence[str], *, top: int, rank: int, length: int = LENGTH) -> TunedTexts:
     """SmolLM2-135M with adapters on its `top` last layers; the layers below are computed once.
 
     Args:
