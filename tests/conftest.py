@@ -8,6 +8,9 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
+# A kernel of six GPU threads needs as many threads of XLA to be interpreted; with one per core it waits for ever.
+os.environ.setdefault("NPROC", str(max(8, os.cpu_count() or 1)))
+
 # The hook must be in place before the modules it checks are imported.
 install_import_hook(
     [

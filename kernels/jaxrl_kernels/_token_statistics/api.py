@@ -12,6 +12,7 @@ from jaxtyping import Int
 from jaxtyping import ScalarLike
 
 from jaxrl_kernels import _dispatch
+from jaxrl_kernels._token_statistics import pallas_mosaic_gpu
 from jaxrl_kernels._token_statistics import pallas_tpu
 from jaxrl_kernels._token_statistics import reference as plain
 from jaxrl_kernels._token_statistics import vjp
@@ -25,7 +26,7 @@ from jaxrl_kernels._token_statistics.types import WITH_REFERENCE
 from jaxrl_kernels._token_statistics.types import Reference
 from jaxrl_kernels._token_statistics.types import TokenStatistics
 
-ENGINES = {"xla": xla.ENGINE, "pallas_tpu": pallas_tpu.ENGINE}
+ENGINES = {"xla": xla.ENGINE, "pallas_tpu": pallas_tpu.ENGINE, "pallas_mosaic_gpu": pallas_mosaic_gpu.ENGINE}
 IMPLEMENTATIONS = ("reference", *ENGINES)
 
 

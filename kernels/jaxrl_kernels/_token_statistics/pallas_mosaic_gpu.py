@@ -1,0 +1,163 @@
+"""token_statistics forward as a Mosaic GPU kernel (Hopper, jax 0.11 or newer): logits live in the accumulators of the
+tensor cores and never reach memory. The backward pass is the closed form on wide blocks of logits, in XLA.
+
+mosaic_gpu_sweep.py holds the kernel; what a tile contributes, and how contributions join, are the functions of
+streaming.py and closed_form.py.
+
+Precision: bfloat16 products accumulate in float32. The tensor cores have no float32 product (theirs would be TF32, with
+11 bits), so float32 operands are cut into three bfloat16 parts that hold all 24 bits, and six of the nine products of
+parts are summed, the small ones first: what is left out is below 2^-24 of a term. That costs six times the work.
+
+The kernel reads bfloat16 heads in place, [D, V] and [V, D] alike, if they consist of whole tiles of shared memory: the
+second axis divisible by 64, the first by 8. Other heads are copied block by block of the vocabulary; hidden states are
+copied as a whole.
+
+Estimate (not measured): N=8192, D=4096, V=131072 in bfloat16 is 8.8 TFLOP, 8.9 ms at the 989 TFLOP/s that the data
+sheet of an H100 SXM gives and 12.7 ms at 692, the rate of a good matrix product. A tile needs 36 us of tensor core and
+about 2 us of sums, part of which hides because the two warpgroups may drift apart by the steps in flight. A block reads
+2 MB per tile from the L2 cache, half of what it needs of the head: 5.4 TB/s in all at that rate. The blocks that run
+together are 16 blocks of rows by 8 segments, so memory gives 0.4 TB/s of its 3.35.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from jaxrl_kernels._token_statistics import xla
+from jaxrl_kernels._token_statistics.blocks import Layout
+from jaxrl_kernels._token_statistics.blocks import Logits
+from jaxrl_kernels._token_statistics.blocks import fold
+from jaxrl_kernels._token_statistics.closed_form import Constants
+from jaxrl_kernels._token_statistics.closed_form import Variation
+from jaxrl_kernels._token_statistics.closed_form import variation
+from jaxrl_kernels._token_statistics.mosaic_gpu_sweep import ROWS
+from jaxrl_kernels._token_statistics.mosaic_gpu_sweep import SLICE
+from jaxrl_kernels._token_statistics.mosaic_gpu_sweep import STEP
+from jaxrl_kernels._token_statistics.mosaic_gpu_sweep import Case
+from jaxrl_kernels._token_statistics.mosaic_gpu_sweep import Head
+from jaxrl_kernels._token_statistics.mosaic_gpu_sweep import sweep
+from jaxrl_kernels._token_statistics.streaming import Summary
+from jaxrl_kernels._token_statistics.streaming import combine
+from jaxrl_kernels._token_statistics.streaming import summarise
+from jaxrl_kernels._token_statistics.vjp import Engine
+from jaxrl_kernels._token_statistics.vjp import Plan
+
+COPIED = 2048
+"""Columns per block of a head that the kernel cannot read in place."""
+
+BACKWARD_BYTES = 2**28
+"""Logits of one head, in the accumulator's type, that a block of the backward pass holds."""
+
+PARTS = 3
+"""bfloat16 numbers that add up to a float32."""
+
+PRODUCTS = ((0, 2), (2, 0), (1, 1), (0, 1), (1, 0), (0, 0))
+"""(part of the hidden states, part of the head) whose products are summed, in this order."""
+
+NEEDS = (0, 11)
+"""First jax whose Mosaic GPU has what this file uses."""
+
+_VERSION = tuple(int(part) for part in jax.__version__.split(".")[:2])
+
+
+def columns(op: str, block: int | None, rows: int, vocabulary: int, dtypes: tuple[Any, ...]) -> int:
+    """Columns of a block of the backward pass for a given `block` argument; raise on what the kernel cannot do."""
+    if _VERSION < NEEDS:
+        raise NotImplementedError(
+            f"{op}: implementation 'pallas_mosaic_gpu' needs jax 0.11 or newer, not {jax.__version__}; choose 'xla'."
+        )
+    refused = [dtype for dtype in dtypes if dtype not in (jnp.bfloat16, jnp.float32)]
+    if refused:
+        raise NotImplementedError(
+            f"{op}: implementation 'pallas_mosaic_gpu' takes bfloat16 and float32 arrays, not {refused[0]}; choose "
+            f"'xla'."
+        )
+    if block is None:
+        fitting = BACKWARD_BYTES // (max(rows, 1) * 4)
+        block = max(STEP, fitting // STEP * STEP)
+    elif block < 1 or block % STEP:
+        raise ValueError(
+            f"{op}: block must be a multiple of {STEP} columns for implementation 'pallas_mosaic_gpu', not {block}."
+        )
+    return min(block, vocabulary)
+
+
+def _pairs(logits: Logits) -> list[Head]:
+    pairs = [Head(logits.hidden, logits.head)]
+    return pairs if logits.reference is None else [*pairs, Head(*logits.reference)]
+
+
+def _padded(x: Array, axis: int | None = None) -> Array:
+    """x filled up with zeros to whole tiles of shared memory, 8 by 64, and to whole steps along `axis`."""
+    padding = [(0, -x.shape[0] % (STEP if axis == 0 else 8)), (0, -x.shape[1] % STEP)]
+    return jnp.pad(x, padding) if any(after for _, after in padding) else x
+
+
+def _parts(x: Array, axis: int, count: int) -> Array:
+    """bfloat16 parts of x side by side along `axis`, each filled up with zeros to whole steps."""
+    rest, parts = _padded(x.astype(jnp.float32), axis), []
+    for _ in range(count):
+        # A mere cast there and back is something XLA may leave out, and with it the next part.
+        part = lax.reduce_precision(rest, 8, 7)
+        parts.append(part.astype(jnp.bfloat16))
+        rest = rest - part
+    return jnp.concatenate(parts, axis)
+
+
+def _swept(plan: Plan, logits: Logits, targets: Array, rows: Any, tile: Callable, join: Callable) -> Any:
+    """Fold tile(z, z_ref, targets, start, row constants) over the vocabulary with `join`."""
+    rows = rows | {"inverse": logits.inverse_temperature}
+    if rows["inverse"] is not None:
+        rows["inverse"] = jnp.broadcast_to(rows["inverse"], (logits.hidden.shape[0], 1))[:, 0]
+    z, count = jax.ShapeDtypeStruct((ROWS, SLICE), jnp.float32), logits.hidden.shape[0]
+    row, token = (jax.ShapeDtypeStruct((ROWS,), dtype) for dtype in (jnp.float32, jnp.int32))
+    z_ref = None if logits.reference is None else z
+    like = jax.eval_shape(lambda *x: tile(*x[:3], 0, x[3]), z, z_ref, token, jax.tree.map(lambda _: row, rows))
+    if count == 0:
+        return jax.tree.map(lambda _: jnp.zeros((0,), jnp.float32), like)
+    axis, pairs, targets = plan.layout.vocabulary_axis, _pairs(logits), targets.astype(jnp.int32)
+    widths = tuple(pair.hidden.shape[1] for pair in pairs)
+    narrow = all(x.dtype == jnp.bfloat16 for pair in pairs for x in pair)
+    if narrow and all(pair.head.shape[0] % 8 == 0 and pair.head.shape[1] % STEP == 0 for pair in pairs):
+        case = Case(axis, plan.layout.vocabulary, count, widths, ((0, 0),))
+        heads = [Head(_padded(pair.hidden), pair.head) for pair in pairs]
+        return sweep(case, heads, targets, rows, tile, join, like)
+    parts, products = (1, ((0, 0),)) if narrow else (PARTS, PRODUCTS)
+    hidden = [_parts(pair.hidden, 1, parts) for pair in pairs]
+
+    def step(start: int | Array, size: int):
+        blocks = [lax.dynamic_slice_in_dim(pair.head, start, size, axis=axis) for pair in pairs]
+        heads = [_parts(block, 1 - axis, parts) for block in blocks]
+        case = Case(axis, size, count, widths, products)
+        return sweep(case, [Head(*x) for x in zip(hidden, heads, strict=True)], targets - start, rows, tile, join, like)
+
+    return fold(Layout(axis, plan.layout.vocabulary, min(COPIED, plan.layout.vocabulary)), step, join)
+
+
+def summary(plan: Plan, logits: Logits, targets: Array, wanted: tuple[str, ...], floor: Array | None) -> Summary:
+    """Summary of the whole vocabulary, in one sweep."""
+
+    def tile(z, z_ref, targets, start, given) -> Summary:
+        return summarise(z, z_ref, targets, start, wanted, given["floor"], in_kernel=True)
+
+    return _swept(plan, logits, targets, {"floor": floor}, tile, combine)
+
+
+def total_variation(plan: Plan, logits: Logits, constants: Constants) -> Variation:
+    """The sums that need both normalisers first, in a sweep of their own."""
+
+    def tile(z, z_ref, _targets, _start, given) -> Variation:
+        return variation(z, z_ref, given["constants"])
+
+    def join(a: Variation, b: Variation) -> Variation:
+        return jax.tree.map(jnp.add, a, b)
+
+    targets = jnp.zeros(logits.hidden.shape[:1], jnp.int32)
+    return _swept(plan, logits, targets, {"constants": constants}, tile, join)
+
+
+ENGINE = Engine(columns, summary, total_variation, xla.backward)
