@@ -93,14 +93,12 @@ def test_forward_in_bfloat16(compiled, size, axis, names, kernels):
     function = statistics_of(axis, names, "pallas_mosaic_gpu")
     held = compiled(function, *arrays(size, axis, jnp.bfloat16, reference="kl" in names), kernels=kernels)
     assert held < 0.02 * size[0] * size[2] * 4
-    print("TEMP", size, names, held)
 
 
 def test_backward_in_bfloat16(compiled):
     """The backward pass holds blocks of logits and the cotangent of the hidden states in float32."""
     function = statistics_of(1, ("log_prob", "entropy"), "pallas_mosaic_gpu", gradient=True)
     held = compiled(function, *arrays(LARGE, 1, jnp.bfloat16, reference=False), kernels=1)
-    print("TEMP bwd", held)
     assert held < 1.5e9
 
 
@@ -109,7 +107,6 @@ def test_forward_in_float32(compiled):
     size = (2048, 576, 49155)
     function = statistics_of(1, FOUR, "pallas_mosaic_gpu")
     held = compiled(function, *arrays(size, 1, jnp.float32, reference=True), kernels=2)
-    print("TEMP f32", held)
     assert held < 0.1 * size[0] * size[2] * 4
 
 
@@ -125,7 +122,6 @@ def test_dense_gradient(compiled, dtype):
 
     for function in (both, pulled):
         held = compiled(function, logits, logits, kernels=2)
-        print("TEMP dense", dtype, held)
         assert held < 0.02 * 8192 * 131072 * 4
 
 
@@ -133,5 +129,4 @@ def test_dense_gradient(compiled, dtype):
 def test_xla(compiled, gradient):
     function = statistics_of(1, ("log_prob", "entropy"), "xla", gradient=gradient)
     held = compiled(function, *arrays(LARGE, 1, jnp.bfloat16, reference=False), kernels=0)
-    print("TEMP xla", gradient, held)
     assert held < 1.5e9

@@ -127,6 +127,7 @@ def test_close_policies_and_bad_rows():
 def test_bfloat16_inputs_lose_nothing_but_their_own_rounding(monkeypatch, rows, width, vocabulary, axis, names, scales):
     rng = np.random.default_rng(0)
     monkeypatch.setattr(sweep, "TILES", {1: (256, 4), 2: (64, 3)})  # that of the GPU for one head
+    monkeypatch.setattr(sweep, "SHORTEST", 4)
 
     @jax.jit
     def values_of(arrays, targets):

@@ -53,6 +53,9 @@ PROCESSORS = 132
 TOGETHER = 8
 """Clusters of rows that run side by side: their hidden states, 16 MB at D = 4096, stay in the L2 cache."""
 
+SHORTEST = 8
+"""Tiles of a segment at least, so that what the segments write stays below 2 % of the logits."""
+
 NOTHING = -1e30
 """Logit of a column beyond the vocabulary: e^(NOTHING - m) is 0, and nothing that multiplies it is infinite."""
 
@@ -106,7 +109,7 @@ class Case(NamedTuple):
             waves = math.ceil(self.clusters * segments / (PROCESSORS // CLUSTER))
             return waves * (math.ceil(self.tiles / segments) + 0.1)
 
-        return min(range(1, max(1, self.tiles // 4) + 1), key=rounds)
+        return min(range(1, max(1, self.tiles // SHORTEST) + 1), key=rounds)
 
     @property
     def steps(self) -> tuple[int, ...]:

@@ -43,6 +43,7 @@ from jaxrl_kernels._token_statistics.mosaic_gpu_sweep import sweep
 from jaxrl_kernels._token_statistics.streaming import Summary
 from jaxrl_kernels._token_statistics.streaming import combine
 from jaxrl_kernels._token_statistics.streaming import summarise
+from jaxrl_kernels._token_statistics.types import Reference
 from jaxrl_kernels._token_statistics.vjp import Engine
 from jaxrl_kernels._token_statistics.vjp import Plan
 
@@ -88,7 +89,14 @@ def columns(op: str, block: int | None, rows: int, vocabulary: int, dtypes: tupl
 
 def _pairs(logits: Logits) -> list[Head]:
     pairs = [Head(logits.hidden, logits.head)]
-    return pairs if logits.reference is None else [*pairs, Head(*logits.reference)]
+    if logits.reference is None:
+        return pairs
+    if not isinstance(logits.reference, Reference):
+        raise NotImplementedError(
+            "implementation 'pallas_mosaic_gpu' compares with a reference's hidden states and head; for its logits "
+            "choose 'xla'."
+        )
+    return [*pairs, Head(*logits.reference)]
 
 
 def _padded(x: Array, axis: int | None = None) -> Array:
