@@ -1,8 +1,5 @@
 """Which implementation of an op runs: chosen by platform, or named by the caller and then never replaced by another."""
 
-PLANNED = ("pallas_tpu", "pallas_mosaic_gpu")
-"""Implementations that have a place in the layout but are not written yet."""
-
 DEFAULTS = {"cpu": "xla", "gpu": "xla", "cuda": "xla", "rocm": "xla", "tpu": "xla"}
 """Implementation per platform when the caller names none."""
 
@@ -18,16 +15,10 @@ def resolve(op: str, implementation: str | None, available: tuple[str, ...], pla
 
     Raises:
         ValueError: the name is not an implementation.
-        NotImplementedError: the name is planned but not written.
     """
     choices = ", ".join(repr(name) for name in available)
     if implementation is None:
         return DEFAULTS.get(platform, "xla")
     if implementation in available:
         return implementation
-    if implementation in PLANNED:
-        raise NotImplementedError(
-            f"{op}: implementation {implementation!r} is not written yet; choose one of {choices}, or "
-            f"None for the platform's default."
-        )
     raise ValueError(f"{op}: implementation must be None or one of {choices}, not {implementation!r}.")

@@ -75,9 +75,9 @@ def token_statistics(
             would be infinite and is left out. The set carries no gradient.
         statistics: names to compute; None means all that apply. total_variation costs a second sweep over the
             vocabulary, log_min_p another.
-        implementation: "reference" (plain jax.numpy and autodiff, [N, V] in memory), "xla" (blocks), "pallas_tpu"
-            (Mosaic TPU kernels; bfloat16 or float32), or None: the platform's default. A named one is never replaced
-            by another: where it cannot run, that is an error.
+        implementation: "reference" (plain jax.numpy and autodiff, [N, V] in memory), "xla" (blocks), "pallas_tpu" or
+            "pallas_mosaic_gpu" (Mosaic kernels for TPU and for Hopper GPUs; bfloat16 or float32), or None: the
+            platform's default. A named one is never replaced by another: where it cannot run, that is an error.
         block: columns per block of "xla" (None: about 8 MB of logits) or per tile of "pallas_tpu" (a multiple of 128;
             None: what fits into vector memory).
 
@@ -86,7 +86,7 @@ def token_statistics(
 
     Raises:
         ValueError: shapes, names or numbers that do not fit. TypeError: targets that are not integers.
-        NotImplementedError: an implementation that is planned but not written.
+        NotImplementedError: what the named implementation cannot do.
 
     Source: derivation in kernels/README.md; the pruning in arXiv 2512.23087.
     """
