@@ -97,6 +97,109 @@ def psrl_bayes_regret_prior_free(
     return horizon * (horizon - 1) / 2 * dimension * jnp.sqrt(k * (log_term / 2 + 1 / dimension))
 
 
+def psrl_potential_at(
+    prior_covariances: Float[Array, "H D D"],
+    *,
+    eps: ScalarLike,
+    episodes: ScalarLike,
+    feature_ratio: ScalarLike = 1.0,
+) -> Float[Array, " H"]:
+    """(1/2) log det( I + Gamma_h / eps ) + eps ratio^2 K per step: `psrl_potential` for any eps, not one alone.
+
+    Each eps gives a bound on sum_k E[X^T Gamma_k X] / R_h^2; `psrl_potential` takes eps = 1 / (K ratio^2).
+
+    Args:
+        prior_covariances, episodes, feature_ratio: as `psrl_potential`.
+        eps: any positive number.
+
+    Returns:
+        one number per step.
+
+    Raises:
+        ValueError: if prior_covariances does not have three axes.
+    """
+    require_rank(3, "H D D", prior_covariances=prior_covariances)
+    identity = jnp.eye(prior_covariances.shape[-1], dtype=prior_covariances.dtype)[None]
+    log_det = jnp.linalg.slogdet(identity + prior_covariances / eps)[1]
+    return log_det / 2 + eps * jnp.square(feature_ratio) * episodes
+
+
+def psrl_potential_sharp(
+    prior_covariances: Float[Array, "H D D"], *, episodes: ScalarLike, feature_ratio: ScalarLike = 1.0
+) -> Float[Array, " H"]:
+    """min over eps of (1/4) log det( I + Gamma_h / eps ) + eps ratio^2 K, never above K / 4: derived here.
+
+    Half the logarithm of `psrl_potential`: the best linear estimator divides by the whole variance of the target, E
+    Var(y|theta) + X^T Gamma X = Var(y) <= R_h^2 / 4, not by R_h^2 / 4 + X^T Gamma X. Goes to 0 with the prior
+    covariance. On the simplex a constant may be added to V without moving X^T Gamma X, so ratio = sqrt(d) / 2 will do.
+
+    Args, Raises as `psrl_potential`.
+
+    Returns:
+        a bound on sum_k E[X^T Gamma_k X] / R_h^2, one number per step.
+    """
+    require_rank(3, "H D D", prior_covariances=prior_covariances)
+    eigenvalues = jnp.maximum(jnp.linalg.eigvalsh(prior_covariances), 0.0)
+    length = jnp.square(jnp.asarray(feature_ratio, eigenvalues.dtype)) * episodes
+    # Every eps gives a bound; around its best value the sum is flat.
+    eps = jnp.geomspace(1e-3, 1e3, 121, dtype=eigenvalues.dtype)[:, None] / length
+    log_det = jnp.sum(jnp.log1p(eigenvalues[None] / eps[:, :, None]), axis=-1)
+    return jnp.minimum(jnp.min(log_det / 4 + eps * length, axis=0), jnp.asarray(episodes, eigenvalues.dtype) / 4)
+
+
+def psrl_bayes_regret_sharp(
+    prior_covariances: Float[Array, "H D D"], *, rank: int, episodes: ScalarLike, feature_ratio: ScalarLike = 1.0
+) -> Float[Array, ""]:
+    """BR(K) <= sum_h R_h sqrt( r K potential_h ), with `psrl_potential_sharp` and the rank r in place of d.
+
+    Args:
+        prior_covariances, episodes, feature_ratio: as `psrl_potential`.
+        rank: r >= rank Gamma_h for all h; d - 1 for every prior on the simplex.
+
+    Returns:
+        a bound on the Bayes regret after K episodes, in units of reward.
+
+    Raises:
+        ValueError: if prior_covariances does not have three axes, or rank is not in 1..d.
+    """
+    horizon, dimension = prior_covariances.shape[0], prior_covariances.shape[-1]
+    if not 1 <= rank <= dimension:
+        raise ValueError(f"rank is {rank}; it must be at least 1 and at most the dimension {dimension}.")
+    potential = psrl_potential_sharp(prior_covariances, episodes=episodes, feature_ratio=feature_ratio)
+    return jnp.sum(
+        _value_ranges(horizon).astype(potential.dtype)
+        * safe_sqrt(potential * rank * jnp.asarray(episodes, potential.dtype))
+    )
+
+
+def self_normalised_width(
+    log_determinant: Float[Array, "*batch"],
+    *,
+    failure: ScalarLike,
+    ridge: ScalarLike = 1.0,
+    parameter_norm: ScalarLike = 1.0,
+) -> Float[Array, "*batch"]:
+    """beta = (1/2) sqrt( log det(Lambda / lambda) + 2 log(1/delta) ) + sqrt(lambda) B, for targets in [0, 1].
+
+    With probability 1 - delta, |theta_hat - theta|_Lambda <= beta at all times together, for ridge regression of
+    adaptive data: a target of range 1 is 1/2-sub-Gaussian. UCRL-VTR uses it for values divided by H - h, where it is at
+    most the closed form sqrt( (d log(1 + k/lambda) + 2 log(H K)) / 2 ) + sqrt(lambda) B, for |X| <= 1 and delta of 1 /
+    (H K).
+    Source: self-normalised bound of Abbasi-Yadkori et al. 2011.
+
+    Args:
+        log_determinant: log det(Lambda / lambda).
+        failure: delta.
+        ridge: lambda.
+        parameter_norm: B >= |theta|.
+
+    Returns:
+        beta.
+    """
+    logs = log_determinant - 2 * jnp.log(jnp.asarray(failure, log_determinant.dtype))
+    return safe_sqrt(logs) / 2 + jnp.sqrt(jnp.asarray(ridge, logs.dtype)) * parameter_norm
+
+
 def sequential_projection_dimension(
     *,
     accuracy: ScalarLike,

@@ -1,5 +1,7 @@
 """Tasks with verifiable answers, their splits and pass rates; bandits."""
 
+"""Tasks with verifiable answers, their splits and pass rates; bandits and finite MDPs to explore."""
+
 from jaxrl_llm.environments.arithmetic import addition
 from jaxrl_llm.environments.arithmetic import chain_sum
 from jaxrl_llm.environments.arithmetic import signed_terms
@@ -9,6 +11,8 @@ from jaxrl_llm.environments.crowd_ratings import fetch_vader
 from jaxrl_llm.environments.crowd_ratings import vader_texts
 from jaxrl_llm.environments.crowd_texts import CrowdTexts
 from jaxrl_llm.environments.crowd_texts import labelled_texts
+from jaxrl_llm.environments.deep_sea import DeepSea
+from jaxrl_llm.environments.deep_sea import deep_sea
 from jaxrl_llm.environments.generated import Entry
 from jaxrl_llm.environments.generated import GeneratedTask
 from jaxrl_llm.environments.generated import GenerationError
@@ -18,6 +22,11 @@ from jaxrl_llm.environments.library import SUM_SHOTS
 from jaxrl_llm.environments.library import TASKS
 from jaxrl_llm.environments.linear_bandits import LinearBandit
 from jaxrl_llm.environments.linear_bandits import box_bandit
+from jaxrl_llm.environments.mixture_mdps import draw_parameters
+from jaxrl_llm.environments.mixture_mdps import random_mixture
+from jaxrl_llm.environments.mixture_mdps import risky_mixture
+from jaxrl_llm.environments.mixture_mdps import segment_atoms
+from jaxrl_llm.environments.mixture_mdps import simplex_atoms
 from jaxrl_llm.environments.moderation import Moderation
 from jaxrl_llm.environments.moderation import lock_in_probability
 from jaxrl_llm.environments.moderation import moderation
@@ -59,6 +68,7 @@ __all__ = [
     "CrowdTexts",
     "Curriculum",
     "CurriculumState",
+    "DeepSea",
     "Entry",
     "GaussianBandit",
     "GeneratedTask",
@@ -78,6 +88,8 @@ __all__ = [
     "box_bandit",
     "chain_sum",
     "check_task",
+    "deep_sea",
+    "draw_parameters",
     "fetch_vader",
     "final_answer",
     "get_task",
@@ -91,9 +103,13 @@ __all__ = [
     "neural_bandit",
     "pass_rate",
     "quadratic_bandit",
+    "random_mixture",
     "register",
     "replaced_keys",
+    "risky_mixture",
+    "segment_atoms",
     "signed_terms",
+    "simplex_atoms",
     "split",
     "stable_key",
     "sum_identity",
