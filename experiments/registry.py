@@ -21,6 +21,8 @@ NAMES = (
     "from_scratch",
     "linear_bandit",
     "content_moderation",
+    "psrl",
+    "deep_sea",
 )
 
 

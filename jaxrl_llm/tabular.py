@@ -17,9 +17,6 @@ from jaxtyping import Int
 
 from jaxrl_llm.checks import require_rank
 
-UNROLLED = 8
-"""Steps of an episode that are written out in one loop body: short horizons then cost no loop at all."""
-
 SUM_TOLERANCE = 1e-4
 """How far from 1 a sum of probabilities may be."""
 
@@ -71,7 +68,7 @@ class Plan(NamedTuple):
 
     policy: Int[Array, "H S"]
     action_values: Float[Array, "H S A"]
-    values: Float[Array, "H+1 S"]
+    values: Float[Array, "_ S"]
 
 
 def value_ranges(horizon: int) -> Float[Array, " H"]:
@@ -111,9 +108,8 @@ def backward_induction(
         action_values = backup(known, values)
         return jnp.max(action_values, axis=-1), action_values
 
-    leaf = jax.tree.leaves(steps)[0]
-    last = jnp.zeros(states, leaf.dtype)
-    _, action_values = jax.lax.scan(step, last, steps, reverse=True, unroll=min(leaf.shape[0], UNROLLED))
+    last = jnp.zeros(states, jax.tree.leaves(steps)[0].dtype)
+    _, action_values = jax.lax.scan(step, last, steps, reverse=True)
     return as_plan(action_values)
 
 
@@ -137,7 +133,7 @@ def plan(transitions: Float[Array, "H S A S"], rewards: Float[Array, "H S A"]) -
     )
 
 
-def evaluate(mdp: TabularMdp, policy: Int[Array, "H S"]) -> Float[Array, "H+1 S"]:
+def evaluate(mdp: TabularMdp, policy: Int[Array, "H S"]) -> Float[Array, "_ S"]:
     """V_h(s) of a deterministic policy, exactly; the last row is 0.
 
     Args:
@@ -155,11 +151,11 @@ def evaluate(mdp: TabularMdp, policy: Int[Array, "H S"]) -> Float[Array, "H+1 S"
         return here, here
 
     last = jnp.zeros(rewards.shape[1], rewards.dtype)
-    _, values = jax.lax.scan(step, last, (moves, rewards), reverse=True, unroll=min(rewards.shape[0], UNROLLED))
+    _, values = jax.lax.scan(step, last, (moves, rewards), reverse=True)
     return jnp.concatenate([values, last[None]])
 
 
-def start_value(mdp: TabularMdp, values: Float[Array, "H+1 S"]) -> Float[Array, ""]:
+def start_value(mdp: TabularMdp, values: Float[Array, "_ S"]) -> Float[Array, ""]:
     """The mean of V_1 over the first state."""
     return mdp.initial @ values[0]
 

@@ -12,6 +12,7 @@ from theory_checks import logit_dynamics
 from theory_checks import masked_guarantee
 from theory_checks import masks
 from theory_checks import mismatch
+from theory_checks import posterior_sampling
 from theory_checks import pruning
 from theory_checks import regret
 from theory_checks import surrogate_error
@@ -39,6 +40,7 @@ FAMILIES: dict[str, list[Check]] = {
     "empg": empg.CHECKS,
     "divergence": divergence.CHECKS,
     "regret": regret.CHECKS,
+    "posterior_sampling": posterior_sampling.CHECKS,
 }
 """Family -> its checks, in the order of the table."""
 

@@ -127,11 +127,12 @@ def psrl_potential_at(
 def psrl_potential_sharp(
     prior_covariances: Float[Array, "H D D"], *, episodes: ScalarLike, feature_ratio: ScalarLike = 1.0
 ) -> Float[Array, " H"]:
-    """min over eps of (1/4) log det( I + Gamma_h / eps ) + eps ratio^2 K, never above K / 4: derived here.
+    """min over eps of (1/4) log det( I + Gamma_h / eps ) + eps ratio^2 K, at most K / 4 and ratio^2 K tr Gamma_h.
 
-    Half the logarithm of `psrl_potential`: the best linear estimator divides by the whole variance of the target, E
-    Var(y|theta) + X^T Gamma X = Var(y) <= R_h^2 / 4, not by R_h^2 / 4 + X^T Gamma X. Goes to 0 with the prior
-    covariance. On the simplex a constant may be added to V without moving X^T Gamma X, so ratio = sqrt(d) / 2 will do.
+    Derived here, with half the logarithm of `psrl_potential`: the best linear estimator divides by the whole variance
+    of the target, E Var(y|theta) + X^T Gamma X = Var(y) <= R_h^2 / 4, not by R_h^2 / 4 + X^T Gamma X. Goes to 0 with
+    the prior covariance. On the simplex a constant may be added to V without moving X^T Gamma X, so ratio = sqrt(d) / 2
+    will do.
 
     Args, Raises as `psrl_potential`.
 
@@ -144,7 +145,8 @@ def psrl_potential_sharp(
     # Every eps gives a bound; around its best value the sum is flat.
     eps = jnp.geomspace(1e-3, 1e3, 121, dtype=eigenvalues.dtype)[:, None] / length
     log_det = jnp.sum(jnp.log1p(eigenvalues[None] / eps[:, :, None]), axis=-1)
-    return jnp.minimum(jnp.min(log_det / 4 + eps * length, axis=0), jnp.asarray(episodes, eigenvalues.dtype) / 4)
+    largest = jnp.minimum(jnp.asarray(episodes, eigenvalues.dtype) / 4, length * jnp.sum(eigenvalues, axis=-1))
+    return jnp.minimum(jnp.min(log_det / 4 + eps * length, axis=0), largest)
 
 
 def psrl_bayes_regret_sharp(

@@ -1,5 +1,3 @@
-"""Tasks with verifiable answers, their splits and pass rates; bandits."""
-
 """Tasks with verifiable answers, their splits and pass rates; bandits and finite MDPs to explore."""
 
 from jaxrl_llm.environments.arithmetic import addition

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 from jaxtyping import Float
+from jaxtyping import ScalarLike
 
 from jaxrl_llm.tabular import LinearMixture
 from jaxrl_llm.typing import PRNGKey
@@ -90,7 +91,7 @@ def risky_mixture(key: PRNGKey, *, actions: int = 6, horizon: int = 5, dimension
 
 
 def simplex_atoms(
-    key: PRNGKey, *, horizon: int, atoms: int, dimension: int, concentration: float = 0.5, width: float = 1.0
+    key: PRNGKey, *, horizon: int, atoms: int, dimension: int, concentration: float = 0.5, width: ScalarLike = 1.0
 ) -> Float[Array, "H N D"]:
     """The support of a finite prior: Dirichlet draws for each step, drawn towards the centre of the simplex.
 
@@ -111,7 +112,7 @@ def simplex_atoms(
     if isinstance(width, (int, float)) and not 0 < width <= 1:
         raise ValueError(f"width is {width}; it must be above 0 and at most 1.")
     draws = jax.random.dirichlet(key, jnp.full(dimension, concentration), (horizon, atoms))
-    return 1 / dimension + width * (draws - 1 / dimension)
+    return jnp.asarray(width, draws.dtype) * (draws - 1 / dimension) + 1 / dimension
 
 
 def segment_atoms(key: PRNGKey, *, horizon: int, atoms: int, dimension: int) -> Float[Array, "H N D"]:

@@ -30,7 +30,7 @@ class Episode(NamedTuple):
         rewards: r_1..r_H.
     """
 
-    states: Int[Array, " H+1"]
+    states: Int[Array, " _"]
     actions: Int[Array, " H"]
     rewards: Float[Array, " H"]
 
@@ -96,7 +96,7 @@ def run_episode(mdp: TabularMdp, policy: Int[Array, "H S"], key: PRNGKey) -> Epi
 
     first = _next_state(mdp.initial, uniform[0])
     known = (mdp.transitions, mdp.rewards, policy, uniform[1:])
-    _, (following, actions, rewards) = jax.lax.scan(step, first, known, unroll=min(horizon, tabular.UNROLLED))
+    _, (following, actions, rewards) = jax.lax.scan(step, first, known)
     return Episode(jnp.concatenate([first[None], following]), actions, rewards)
 
 

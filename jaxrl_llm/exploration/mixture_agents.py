@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 from jaxtyping import Float
+from jaxtyping import ScalarLike
 
 from jaxrl_llm.bounds.regret import self_normalised_width
 from jaxrl_llm.exploration.episodes import Episode
@@ -95,7 +96,7 @@ def ucrl_vtr(
     failure: float = 0.05,
     ridge: float = 1.0,
     parameter_norm: float = 1.0,
-    bonus_scale: float = 1.0,
+    bonus_scale: ScalarLike = 1.0,
 ) -> EpisodicAgent:
     """Optimism by value-targeted regression: Q_h = r_h + clip(<X, theta_hat> + beta_h |X|_{Lambda^-1}, 0, H - h).
 
@@ -107,7 +108,7 @@ def ucrl_vtr(
         failure: delta.
         ridge: lambda, of X / (H - h).
         parameter_norm: B >= |theta_h|; 1 on the simplex.
-        bonus_scale: factor on the bonus.
+        bonus_scale: factor on the bonus; an array is not checked, so that one program can serve many.
 
     Returns:
         the agent; its state is a `Regression`.
@@ -121,7 +122,7 @@ def ucrl_vtr(
     require_positive("parameter_norm", parameter_norm)
     if not 0 < failure < 1:
         raise ValueError(f"failure is {failure}; it must lie between 0 and 1.")
-    if not bonus_scale >= 0:
+    if isinstance(bonus_scale, (int, float)) and not bonus_scale >= 0:
         raise ValueError(f"bonus_scale is {bonus_scale}; it must be at least 0.")
     horizon, dimension = mixture.rewards.shape[0], mixture.kernels.shape[0]
     ranges = value_ranges(horizon).astype(mixture.rewards.dtype)
@@ -161,7 +162,7 @@ def ucrl_vtr(
 
 
 def rlsvi(
-    rewards: Float[Array, "H S A"], prior_transitions: Float[Array, "H S A S"], *, noise: float = 1.0
+    rewards: Float[Array, "H S A"], prior_transitions: Float[Array, "*shape"], *, noise: ScalarLike = 1.0
 ) -> EpisodicAgent:
     """Randomised least-squares value iteration on the table, knowing rewards but not that kernels are mixtures.
 
@@ -170,8 +171,8 @@ def rlsvi(
 
     Args:
         rewards: r_h(s, a) in [0, 1].
-        prior_transitions: P0, which counts as one visit.
-        noise: c.
+        prior_transitions: P0 [H, S, A, S], which counts as one visit.
+        noise: c; an array is not checked, so that one program can serve many.
 
     Returns:
         the agent; its state is the table of visits [H, S, A, S].
@@ -179,7 +180,8 @@ def rlsvi(
     Raises:
         ValueError: if noise is not positive, shapes do not fit or P0 (where its values are known) is not probabilities.
     """
-    require_positive("noise", noise)
+    if isinstance(noise, (int, float)):
+        require_positive("noise", noise)
     if prior_transitions.shape != (*rewards.shape, rewards.shape[1]):
         raise ValueError(
             f"prior_transitions has shape {prior_transitions.shape}; it must be {(*rewards.shape, rewards.shape[1])}."

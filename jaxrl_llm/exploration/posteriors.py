@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array
 from jaxtyping import Float
 
@@ -40,7 +41,7 @@ class Posterior(NamedTuple):
     init: Callable[[], Any]
     sample: Callable[[Any, PRNGKey], Float[Array, "H S A S"]]
     mean: Callable[[Any], Float[Array, "H S A S"]]
-    update: Callable[[Any, Episode, Float[Array, "H+1 S"]], Any]
+    update: Callable[[Any, Episode, Float[Array, "_ S"]], Any]
 
 
 class FiniteSupport(NamedTuple):
@@ -75,13 +76,13 @@ def _met(kernels: Float[Array, "D S A S"], episode: Episode) -> Float[Array, "H 
     return kernels[:, episode.states[:-1], episode.actions, episode.states[1:]].T
 
 
-def finite_support(mixture: LinearMixture, atoms: Float[Array, "H N D"], weights: Float[Array, "H N"]) -> Posterior:
+def finite_support(mixture: LinearMixture, atoms: Float[Array, "H N D"], weights: Float[Array, "*shape"]) -> Posterior:
     """Exact Bayes for theta_h on N atoms, independent over steps: weights times <phi(s'|s, a), theta>, normalised.
 
     Args:
         mixture: the base kernels.
         atoms: support of the prior.
-        weights: prior probabilities.
+        weights: prior probabilities [H, N].
 
     Returns:
         the posterior; its state is a `FiniteSupport`.
@@ -115,11 +116,11 @@ def finite_support(mixture: LinearMixture, atoms: Float[Array, "H N D"], weights
     return Posterior(init, sample, mean, update)
 
 
-def dirichlet(concentration: Float[Array, "H S A S"]) -> Posterior:
+def dirichlet(concentration: Float[Array, "*shape"]) -> Posterior:
     """Exact Bayes for transitions whose rows are independent Dirichlet: counts are added to the concentration.
 
     Args:
-        concentration: alpha_h(s, a, s') of the prior, all positive.
+        concentration: alpha_h(s, a, s') of the prior [H, S, A, S], all positive.
 
     Returns:
         the posterior; its state is the concentration.
@@ -129,7 +130,7 @@ def dirichlet(concentration: Float[Array, "H S A S"]) -> Posterior:
     """
     if concentration.ndim != 4 or concentration.shape[1] != concentration.shape[3]:
         raise ValueError(f"concentration has shape {concentration.shape}; it must be [H, S, A, S].")
-    if not isinstance(concentration, jax.core.Tracer) and not bool(jnp.all(concentration > 0)):
+    if not isinstance(concentration, Tracer) and not bool(jnp.all(concentration > 0)):
         raise ValueError(f"concentration has the entry {float(jnp.min(concentration)):.3g}; all must be positive.")
     steps = jnp.arange(concentration.shape[0])
 
@@ -145,7 +146,7 @@ def dirichlet(concentration: Float[Array, "H S A S"]) -> Posterior:
 
 
 def value_targets(
-    mixture: LinearMixture, episode: Episode, values: Float[Array, "H+1 S"]
+    mixture: LinearMixture, episode: Episode, values: Float[Array, "_ S"]
 ) -> tuple[Float[Array, "H D"], Float[Array, " H"]]:
     """X_h = sum_s' phi(s'|s_h, a_h) V_{h+1}(s') and y_h = V_{h+1}(s_{h+1}): E[y_h | s_h, a_h] = <X_h, theta_h>.
 
@@ -186,7 +187,7 @@ def gaussian_surrogate(mixture: LinearMixture, prior: Gaussian) -> Posterior:
         raise ValueError(
             f"prior.covariance has shape {prior.covariance.shape}; it must be {(horizon, dimension, dimension)}."
         )
-    if not isinstance(prior.covariance, jax.core.Tracer):
+    if not isinstance(prior.covariance, Tracer):
         require_positive_definite(prior.covariance)
     ranges = value_ranges(horizon)
     # At the last step X = 0 and nothing is learned; any positive variance keeps 0/0 away.
@@ -218,7 +219,7 @@ def require_sound(state: FiniteSupport | Gaussian | Float[Array, "*batch H S A S
         require_positive_definite(state.covariance)
         return
     array = state.log_weights if isinstance(state, FiniteSupport) else state
-    if isinstance(array, jax.core.Tracer):
+    if isinstance(array, Tracer):
         raise TypeError("state is a tracer; a posterior can only be checked outside jit, vmap and grad.")
     if np.isnan(np.asarray(array)).any():
         raise ValueError(
