@@ -20,6 +20,7 @@ NAMES = (
     "smollm2_arithmetic",
     "from_scratch",
     "linear_bandit",
+    "mismatch_anatomy",
     "content_moderation",
     "psrl",
     "deep_sea",

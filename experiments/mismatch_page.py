@@ -1,0 +1,351 @@
+"""The report of `mismatch_anatomy`."""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments import style
+from experiments import words
+from experiments.figures import legend
+from experiments.mismatch_statistics import EDGES
+from experiments.mismatch_statistics import LOG_MIN_P
+from experiments.mismatch_statistics import bucket_means
+from experiments.mismatch_statistics import noise_scale
+from experiments.study import Page
+from experiments.study import Results
+from experiments.study import Section
+from experiments.study import Table
+from experiments.style import Picture
+from experiments.style import new_axes
+from jaxrl_llm.bounds import SurrogateErrorBounds
+from jaxrl_llm.bounds import bound_inputs_from_tokens
+from jaxrl_llm.bounds import mismatch
+from jaxrl_llm.bounds import surrogate_error_bounds
+from jaxrl_llm.objectives import masks
+
+COLOURS = (style.BLUE, style.SKY, style.GREEN, style.ORANGE, style.VERMILION, style.PURPLE, style.MUTED)
+MARKS = "osD^vPX"
+FLAT_BUCKETS = ("p < 0.1", "0.1 to 0.5", "0.5 to 0.9", "p > 0.9")
+FLAT_STARTS = (0, 6, 8, 10)
+"""First fine bucket of each of these."""
+DELTAS = np.geomspace(1e-7, 1.0, 60)
+CENTRES = np.sqrt(np.append(EDGES[0] / 10, EDGES) * np.append(EDGES, 1.0))
+
+
+def flat_means(part: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Mean of |d| / (1 - p) over the tokens that the engine samples, in the four wide buckets."""
+    total, mass = (part[f"bucket_{name}"][part["full_mask"]].sum(axis=0) for name in ("ratio", "mass"))
+    return np.add.reduceat(total, FLAT_STARTS) / np.add.reduceat(mass, FLAT_STARTS)
+
+
+def flatness(part: Mapping[str, np.ndarray]) -> float:
+    """Smallest over largest of `flat_means`; 1 is the (1 - p) law, 0 its failure."""
+    means = flat_means(part)
+    means = means[np.isfinite(means)]
+    return float(means.min() / means.max()) if means.max() > 0 else 1.0
+
+
+def bounds_of(part: Mapping[str, np.ndarray], horizon: int) -> SurrogateErrorBounds:
+    """Every bound, estimated on visited contexts, for rewards in [0, 1]."""
+    arrays = (jnp.asarray(part[name]) for name in ("kl", "tv", "full_mask"))
+    return surrogate_error_bounds(bound_inputs_from_tokens(*arrays, horizon=horizon))
+
+
+def _named(results: Results, kind: str) -> dict[str, dict[str, np.ndarray]]:
+    return {name.removeprefix(f"{kind}_"): part for name, part in results.items() if name.startswith(f"{kind}_")}
+
+
+def _engines(settings: Any, results: Results) -> dict[str, dict[str, np.ndarray]]:
+    found = _named(results, "engine")
+    return {name: found[name] for name in settings.engines}
+
+
+def _size(axes: Axes, height: float = 3.7) -> None:
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    figure.set_size_inches(4.7, height)
+
+
+def law(settings: Any, results: Results) -> Picture:
+    """|d| of the sampled tokens against p, with the bounds, for the finest and the coarsest precision."""
+    engines = _engines(settings, results)
+    shown = [name for name in ("BF16", "Q4_1") if name in engines] or list(engines)[-2:]
+    figure = Figure(figsize=(4.5 * len(shown), 3.9))
+    grid = 1 - np.geomspace(1, 1e-4, 300)
+    for number, name in enumerate(shown):
+        part = engines[name]
+        axes = figure.add_subplot(1, len(shown), number + 1)
+        p = np.exp(part["log_pi"])[part["mask"]]
+        change = np.abs(part["log_mu"] - part["log_pi"])[part["mask"]]
+        rest = np.maximum(1 - p, 1e-4)
+        axes.loglog(
+            rest, np.maximum(change, 1e-7), "o", color=style.BLUE, alpha=0.35, markersize=3, label="a sampled token"
+        )
+        mean = np.average(flat_means(part)[np.isfinite(flat_means(part))])
+        axes.plot(1 - grid, mean * (1 - grid), color=style.GREEN, label=f"mean: {mean:.2g} (1 - p)")
+        noise = float(np.median(part["noise"][part["full_mask"]]))
+        first = 2 * noise * (1 - grid)
+        axes.plot(1 - grid, first, color=style.VERMILION, linestyle="--", label=f"2 e (1 - p), e = {noise:.2g}")
+        exact = -np.asarray(mismatch.log_prob_change_range(jnp.asarray(grid), max_noise=noise)[0])
+        axes.plot(1 - grid, exact, color=style.INK, linestyle=":", label="exact range, lower side")
+        axes.set_xlabel("1 - p")
+        axes.set_ylabel("|log p' - log p| [nats]" if number == 0 else "")
+        axes.set_title(name, fontsize=9.5, color=style.INK, loc="right")
+        axes.set_ylim(max(1e-7, change[change > 0].min() / 3), max(exact.max(), change.max()) * 2)
+        axes.legend(loc="lower right", fontsize=7.5)
+    share = [
+        words.percent(float(engines[name]["above_printed"][engines[name]["full_mask"]].mean())) for name in engines
+    ]
+    caption = (
+        "Every sampled token. e is half the range of log p'/p over the vocabulary in a context (its median is drawn): "
+        "the smallest bound on the difference of logits that is true. With the e of each context, the printed law "
+        f"|d| <= 2 e (1 - p) fails for {', '.join(share)} of the sampled tokens in {', '.join(engines)}."
+    )
+    return Picture("law", "Change of the log-prob against 1 - p", caption, figure)
+
+
+def flat(parts: Mapping[str, Mapping[str, np.ndarray]], name: str, title: str) -> Picture:
+    """Mean |d| / (1 - p) by bucket of p."""
+    figure, axes = new_axes("p of the token", "mean |d| / (1 - p) [nats]")
+    _size(axes, 3.9)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    largest = 0.0
+    for number, (label, part) in enumerate(parts.items()):
+        means = bucket_means(dict(part), "ratio")
+        largest = max(largest, float(np.nanmax(means)))
+        style_ = {"color": COLOURS[number % 7], "marker": MARKS[number % 7], "markersize": 3.5}
+        axes.plot(
+            CENTRES, np.where(means > 1e-9, means, np.nan), label=label.replace("_", " "), linewidth=1.3, **style_
+        )
+    legend(axes, 3)
+    flats = ", ".join(f"{label.replace('_', ' ')} {flatness(part):.2f}" for label, part in parts.items())
+    caption = (
+        "A horizontal line is the (1 - p) law. Expectation over the tokens that the engine samples, summed over the "
+        f"whole vocabulary. Smallest over largest of four wide buckets: {flats}."
+    )
+    return Picture(name, title, caption, figure)
+
+
+def bias(parts: Mapping[str, Mapping[str, np.ndarray]]) -> Picture:
+    """Signed bias of sampled tokens, measured and predicted, in units of s^2."""
+    figure, axes = new_axes("p of the token", "E[log p' - log p | sampled] / s²")
+    _size(axes, 3.9)
+    axes.set_xscale("log")
+    lines = []
+    for number, (label, part) in enumerate(parts.items()):
+        measured, predicted = (bucket_means(dict(part), name) for name in ("bias", "law"))
+        scale = noise_scale(dict(part)) ** 2
+        colour = COLOURS[number % 7]
+        axes.plot(
+            CENTRES, measured / scale, MARKS[number % 7], color=colour, markersize=4.5, label=label.replace("_", " ")
+        )
+        axes.plot(CENTRES, predicted, color=colour, linestyle="--", linewidth=1.1)
+        tail = slice(0, 6)
+        mass = part["bucket_mass"][part["full_mask"]].sum(axis=0)[tail]
+        ratio = np.nansum((measured * mass_or_zero(measured[tail], mass, 11))[tail]) / scale
+        expected = np.nansum((predicted * mass_or_zero(predicted[tail], mass, 11))[tail])
+        lines.append(f"{label.replace('_', ' ')} {ratio / expected:.2f}")
+    axes.axhline(0, color=style.MUTED, linewidth=0.8)
+    legend(axes, 3)
+    caption = (
+        "Marks: exact expectation over the tokens that the engine samples. Dashed: s² (1/2 - 2 p + 3/2 C) of "
+        "independent Gaussian logit noise, with s of each engine from its mean KL. Measured over predicted for p < 0.1: "
+        f"{', '.join(lines)}."
+    )
+    return Picture("bias", "Signed bias of sampled tokens", caption, figure)
+
+
+def mass_or_zero(values: np.ndarray, mass: np.ndarray, size: int) -> np.ndarray:
+    """Weights of the first buckets, 0 where there is no value, filled up to `size`."""
+    weights = np.where(np.isfinite(values), mass, 0.0)
+    return np.pad(weights / max(weights.sum(), 1e-30), (0, size - len(weights)))
+
+
+def acceptance(parts: Mapping[str, Mapping[str, np.ndarray]], settings: Any) -> Picture:
+    """Accepted sequences against delta, by the exact KL and by k2 of the sampled tokens."""
+    figure, axes = new_axes("delta [nats]", "% of sequences accepted")
+    _size(axes, 3.9)
+    axes.set_xscale("log")
+    wrong = []
+    for number, (label, part) in enumerate(parts.items()):
+        real, kl = jnp.asarray(part["full_mask"]), jnp.asarray(part["kl"])
+        ratio = jnp.asarray(np.where(part["full_mask"], part["full_log_pi"] - part["full_log_mu"], 0))
+        exact = [np.asarray(masks.accept_by_maximum(kl, real, threshold=float(x))) for x in DELTAS]
+        by_sample = [np.asarray(masks.accept_by_sampled_maximum(ratio, real, threshold=float(x))) for x in DELTAS]
+        colour = COLOURS[number % 7]
+        axes.plot(DELTAS, [100 * accepted.mean() for accepted in exact], color=colour, label=label)
+        axes.plot(
+            DELTAS, [100 * accepted.mean() for accepted in by_sample], color=colour, linestyle="--", linewidth=1.1
+        )
+        disputed = [(one != other).mean() for one, other in zip(exact, by_sample, strict=True)]
+        wrong.append(f"{label} {100 * max(disputed):.0f} %")
+    axes.axvline(settings.delta, color=style.MUTED, linewidth=1, linestyle=":")
+    axes.set_ylim(-3, 103)
+    legend(axes, 5)
+    caption = (
+        f"Solid: largest exact KL(mu‖pi) of a token is at most delta. Dashed: the same test with k2 of the sampled "
+        f"tokens. Dotted: {settings.delta:g}, the threshold of the paper's runs. At the worst delta the two tests disagree "
+        f"about {', '.join(wrong)} of {settings.full_sequences} sequences."
+    )
+    return Picture("acceptance", "Trust region masking: acceptance against delta", caption, figure)
+
+
+def pruning(parts: Mapping[str, Mapping[str, np.ndarray]]) -> Picture:
+    """Mass outside the safe set, and what the two sides' sets differ by, against the threshold."""
+    figure, axes = new_axes("log rho [nats]", "probability per token")
+    _size(axes, 3.9)
+    axes.set_yscale("log")
+    first = next(iter(parts.values()))
+    pruned = first["pruned_mass"][first["full_mask"]].mean(axis=0)
+    axes.plot(LOG_MIN_P, np.maximum(pruned, 1e-12), color=style.INK, label="pruned mass 1 - Z")
+    flips = []
+    for number, (label, part) in enumerate(parts.items()):
+        wasted = part["wasted_mass"][part["full_mask"]].mean(axis=0)
+        flip = part["flips"][part["full_mask"]].mean(axis=0)
+        axes.plot(
+            LOG_MIN_P,
+            np.where(wasted > 1e-10, wasted, np.nan),
+            color=COLOURS[number % 7],
+            marker=MARKS[number % 7],
+            markersize=3,
+            linewidth=1.2,
+            label=f"wasted, {label}",
+        )
+        flips.append(f"{label} {flip[np.searchsorted(LOG_MIN_P, -13.0)]:.2g}")
+    legend(axes, 3)
+    at = float(pruned[np.searchsorted(LOG_MIN_P, -13.0)])
+    caption = (
+        "Wasted: probability that the engine, pruned by its own set, samples a token outside the trainer's set. At "
+        f"log rho = -13 the trainer prunes {at:.2g} per token, and so many entries of the vocabulary lie in one set only: "
+        f"{', '.join(flips)}."
+    )
+    return Picture("pruning", "Safe sets of both sides", caption, figure)
+
+
+def certificate(parts: Mapping[str, Mapping[str, np.ndarray]], settings: Any, summary: Mapping[str, Any]) -> Picture:
+    """Smallest printed and sharp bound of every engine against the trivial one, and the worst measured error."""
+    figure, axes = new_axes("", "units of the reward's span")
+    _size(axes, 4.1)
+    axes.set_yscale("log")
+    places = np.arange(len(parts))
+    numbers = [summary[f"engine_{name}"] for name in parts]
+    for key, colour, mark, label in (
+        ("unified_printed", style.VERMILION, "^", "smallest bound, as printed"),
+        ("unified_sharp", style.BLUE, "o", "smallest bound, sharp"),
+        ("worst_surrogate_error", style.GREEN, "D", "worst reward's error, measured"),
+    ):
+        values = np.array([number[key] for number in numbers])
+        axes.plot(places, np.where(values > 0, values, np.nan), mark, color=colour, markersize=6, label=label)
+    axes.axhline(1, color=style.INK, linestyle="--", linewidth=1, label="the span: vacuous above")
+    axes.axhline(
+        0.5, color=style.MUTED, linestyle=":", linewidth=1, label="half of it: vacuous above, if L' = 0 and J = 1/2"
+    )
+    axes.set_xticks(places, list(parts))
+    axes.set_xlim(-0.5, len(parts) - 0.5)
+    legend(axes, 1)
+    ends = ", ".join(
+        f"{name} {number['tokens_until_vacuous']:,.0f}" for name, number in zip(parts, numbers, strict=True)
+    )
+    caption = (
+        f"For responses of {settings.response_length} tokens, on visited contexts: estimates, never certificates. At the mean "
+        f"KL per token measured here the best bound, D_KL, reaches the span at a length of {ends} tokens."
+    )
+    return Picture("certificate", "Bounds on the surrogate's error", caption, figure)
+
+
+def estimators(parts: Mapping[str, Mapping[str, np.ndarray]]) -> Table:
+    """How k1, k2 and k3 judge the KL of one context, exactly."""
+    rows = []
+    for name, part in parts.items():
+        real = part["full_mask"]
+        kl = part["kl"][real].mean()
+        noise = [np.sqrt(max(part[f"k{n}_square"][real].mean() - m**2, 0)) / kl for n, m in ((1, kl), (3, kl))]
+        k2_noise = np.sqrt(part["k2_square"][real].mean() - part["k2"][real].mean() ** 2) / kl
+        below = words.percent(float(part["k1_negative"][real].mean()))
+        row = (f"{kl:.2g}", f"{part['kl'][real].max():.2g}", f"{noise[0]:.1f}", f"{k2_noise:.1f}", f"{noise[1]:.1f}")
+        rows.append((name.replace("_", " "), *row, f"{part['k2'][real].mean() / kl - 1:+.3f}", below))
+    head = ("", "mean KL", "largest KL", "sd k1 / KL", "sd k2 / KL", "sd k3 / KL", "bias of k2 / KL", "k1 below 0")
+    return Table(head=head, rows=rows)
+
+
+def bound_table(parts: Mapping[str, Mapping[str, np.ndarray]], settings: Any) -> Table:
+    """Every sharp bound of every engine; a star where it is vacuous."""
+    found = {name: bounds_of(part, settings.response_length) for name, part in parts.items()}
+    some = next(iter(found.values()))
+    rows = []
+    for bound in some.sharp:
+        cells = [
+            f"{float(one.sharp[bound]):.2g}{' *' if bool(one.vacuous_each[bound]) else ''}" for one in found.values()
+        ]
+        rows.append((bound.replace("_", " "), *cells))
+    for bound in ("classical", "mixed_kl", "adaptive"):
+        cells = [
+            f"{float(one.printed[bound]):.2g}{' *' if float(one.printed[bound]) >= 1 else ''}" for one in found.values()
+        ]
+        rows.append((f"{bound.replace('_', ' ')}, as printed", *cells))
+    return Table(head=("bound (* vacuous)", *found), rows=rows)
+
+
+def _reading(settings: Any, results: Results, summary: Mapping[str, Any]) -> Sequence[str]:
+    engines = _engines(settings, results)
+    two_sided = max(float(part["largest_two_sided"][part["full_mask"]].max()) for part in engines.values())
+    printed = max(float(part["largest_printed"][part["full_mask"]].max()) for part in engines.values())
+    scales = ", ".join(f"{name} {summary[f'engine_{name}']['noise_scale']:.2g}" for name in engines)
+    return [
+        f"The largest |d| over 2 e (1 - p) of any entry of the vocabulary is {printed:.3f}, and over the two-sided bound "
+        f"2 e (1 - min(p, p')) it is {two_sided:.3f}, which a theorem keeps at 1.",
+        f"The logit noise that the mean KL speaks of, as a standard deviation s [nats]: {scales}. A hard e is many times "
+        "as large, so the law holds as an average far inside its bound.",
+    ]
+
+
+def mismatch_page(settings: Any, results: Results, summary: Mapping[str, Any]) -> Page:
+    """The law, the bias, what the estimators and masks make of it, and the bounds."""
+    engines, perturbed = _engines(settings, results), _named(results, "perturbation")
+    noisy = {name: part for name, part in perturbed.items() if np.isfinite(part["noise"][part["full_mask"]]).all()}
+    weights = {name: part for name, part in noisy.items() if name.endswith(("weights", "cache"))}
+    others = {name: part for name, part in perturbed.items() if name not in weights}
+    gaussian = {name: part for name, part in perturbed.items() if name == "gaussian_noise"}
+    with matplotlib.rc_context(style.SETTINGS):
+        first = [law(settings, results), flat(engines, "flat_engines", "Flat in p? Engines")]
+        second = [
+            flat(chosen, name, title)
+            for chosen, name, title in (
+                (weights, "flat_weights", "Flat in p? Rounded weights and caches"),
+                (others, "flat_logits", "Flat in p? Noise, slips and rounded logits"),
+            )
+            if chosen
+        ]
+        later = [bias(engines | gaussian), acceptance(engines, settings), pruning(engines)]
+        last = certificate(engines, settings, summary)
+    return Page(
+        value=f"{summary['flatness']:.2f}",
+        value_range="smallest over largest bucket mean of |d| / (1 - p), worst precision",
+        sentence="1 would be the (1 - p) law exactly; the buckets are " + ", ".join(FLAT_BUCKETS) + ".",
+        facts=(
+            f"{settings.model}, {settings.sequences} responses of at most {settings.response_length} tokens per engine, "
+            f"{settings.full_sequences} of them compared over the whole vocabulary"
+        ),
+        sections=[
+            Section("Is the (1 - p) law obeyed?", _reading(settings, results, summary), [*first, *second]),
+            Section("Are sampled tokens over-estimated?", [], later[:1]),
+            Section(
+                "Which estimators and masks misjudge?",
+                [
+                    "Exact moments under the engine's distribution, in the contexts that were visited. k3 is unbiased for "
+                    "KL(mu‖pi), as k1 is; k2 is not."
+                ],
+                [later[1]],
+                estimators(engines | perturbed),
+            ),
+            Section("What pruning sees", [], [later[2]]),
+            Section("When is the certificate not vacuous?", [], [last], bound_table(engines, settings)),
+        ],
+    )

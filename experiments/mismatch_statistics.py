@@ -1,0 +1,106 @@
+"""Exact statistics of two next-token distributions: what `mismatch_anatomy` measures in every context.
+
+mu is the engine's distribution, pi the trainer's, x_a = log mu(a) - log pi(a). Sums run over the whole vocabulary, so
+that an expectation over sampled tokens has no sampling noise. mu(a) may be 0 (top-p), pi(a) may not.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl_llm.bounds import mismatch
+
+EDGES = np.array([1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 0.5, 0.7, 0.9])
+"""Edges of the buckets of p = pi(a): below the first, between, above the last."""
+
+LOG_MIN_P = np.arange(-18.0, -1.9, 1.0)
+"""Thresholds of the safe set."""
+
+
+@functools.partial(jax.jit, static_argnames="buckets")
+def _statistics(log_mu, log_pi, *, buckets: tuple[float, ...]):
+    log_mu, log_pi = jax.nn.log_softmax(log_mu), jax.nn.log_softmax(log_pi)
+    mu, pi = jnp.exp(log_mu), jnp.exp(log_pi)
+    possible = jnp.isfinite(log_mu)
+    x = jnp.where(possible, log_mu - log_pi, 0.0)
+    # mu log(mu / pi) - mu + pi: the same sum, every term of second order, so that rounding does not show.
+    k3 = x + jnp.expm1(-x)
+    kl = jnp.sum(jnp.where(possible, mu * k3, pi), axis=-1)
+    expected = functools.partial(jnp.sum, axis=-1)
+    collision = expected(pi * pi)
+    rest = jnp.maximum(-jnp.expm1(log_pi), 1e-7)
+    range_ = (jnp.max(x, axis=-1) - jnp.min(x, axis=-1)) / 2
+    noise = jnp.where(jnp.all(possible, axis=-1), range_, jnp.inf)
+    printed = mismatch.first_order_log_prob_change(pi, max_noise=1.0) * noise[..., None]
+    two_sided = mismatch.two_sided_log_prob_change(pi, mu, max_noise=1.0) * noise[..., None]
+    statistics = {
+        "kl": kl,
+        "tv": expected(jnp.abs(mu - pi)) / 2,
+        "collision": collision,
+        "noise": noise,
+        "above_printed": expected(jnp.where(jnp.abs(x) > printed * (1 + 1e-4) + 1e-6, mu, 0.0)),
+        "largest_printed": jnp.max(jnp.abs(x) / jnp.maximum(printed, 1e-6), axis=-1),
+        "largest_two_sided": jnp.max(jnp.abs(x) / jnp.maximum(two_sided, 1e-6), axis=-1),
+        "k1_square": expected(mu * x * x),
+        "k2": expected(mu * x * x) / 2,
+        "k2_square": expected(mu * x**4) / 4,
+        "k3_square": expected(mu * k3 * k3),
+        "k1_negative": expected(jnp.where(x < 0, mu, 0.0)),
+    }
+    bias = mismatch.gaussian_sampled_bias(pi, jnp.broadcast_to(collision[..., None], pi.shape), scale=1.0)
+    bucket = jnp.searchsorted(jnp.asarray(buckets), pi)
+    weighted = {"mass": mu, "size": mu * jnp.abs(x), "ratio": mu * jnp.abs(x) / rest, "bias": mu * x, "law": mu * bias}
+    for name, values in weighted.items():
+        per_bucket = [expected(jnp.where(bucket == index, values, 0.0)) for index in range(len(buckets) + 1)]
+        statistics[f"bucket_{name}"] = jnp.stack(per_bucket, axis=-1)
+    return statistics
+
+
+@jax.jit
+def _pruned(log_mu, log_pi, log_min_p):
+    mu, pi = jax.nn.softmax(log_mu), jax.nn.softmax(log_pi)
+    keep_mu, keep_pi = (z >= jnp.max(z, axis=-1, keepdims=True) + log_min_p for z in (log_mu, log_pi))
+    return {
+        "pruned_mass": jnp.sum(jnp.where(keep_pi, 0.0, pi), axis=-1),
+        "flips": jnp.sum(keep_mu != keep_pi, axis=-1),
+        "missing_mass": jnp.sum(jnp.where(keep_pi & ~keep_mu, pi, 0.0), axis=-1),
+        "wasted_mass": jnp.sum(jnp.where(keep_mu & ~keep_pi, mu, 0.0), axis=-1),
+    }
+
+
+def exact_statistics(log_mu: np.ndarray, log_pi: np.ndarray) -> dict[str, np.ndarray]:
+    """Statistics of every context, [B, R] each; those by bucket of p or by threshold have one more axis.
+
+    Args:
+        log_mu: log-probabilities of the engine [B, R, V]; -inf where it gives none.
+        log_pi: of the trainer.
+
+    Returns:
+        kl KL(mu || pi), tv, collision of pi; noise: the smallest e for which the logits of both differ by at most e
+        (half the range of x), infinite where mu is truncated; above_printed: probability under mu that |x| exceeds
+        2 e (1 - p), and largest ratios to it and to the two-sided bound; moments of the estimators k1, k2, k3 under
+        mu; bucket_*: sums under mu of 1, |x|, |x| / (1 - p), x and the predicted bias / s^2; masses and flips of the
+        safe sets at `LOG_MIN_P`.
+    """
+    made: list[dict[str, np.ndarray]] = []
+    for mu, pi in zip(log_mu, log_pi, strict=True):  # a row at a time: [R, V] is what fits a cache
+        row = dict(jax.device_get(_statistics(mu, pi, buckets=tuple(EDGES.tolist()))))
+        pruned = [jax.device_get(_pruned(mu, pi, threshold)) for threshold in LOG_MIN_P]
+        row |= {name: np.stack([one[name] for one in pruned], axis=-1) for name in pruned[0]}
+        made.append(row)
+    return {name: np.stack([row[name] for row in made]) for name in made[0]}
+
+
+def bucket_means(part: dict[str, np.ndarray], name: str) -> np.ndarray:
+    """Mean over tokens that mu samples, by bucket of p; NaN where there is less than a thousandth of a token."""
+    real = part["full_mask"]
+    total, mass = part[f"bucket_{name}"][real].sum(axis=0), part["bucket_mass"][real].sum(axis=0)
+    return np.where(mass > 1e-3, total / np.maximum(mass, 1e-30), np.nan)
+
+
+def noise_scale(part: dict[str, np.ndarray]) -> float:
+    """s of the Gaussian model, from E KL = s^2 (1 - C) / 2 over all contexts."""
+    real = part["full_mask"]
+    return float(np.sqrt(2 * part["kl"][real].sum() / (1 - part["collision"][real]).sum()))
