@@ -84,7 +84,7 @@ class MismatchSettings:
 
     Attributes:
         model: "smollm2_135m", or "random": a tiny model of bytes.
-        engines: precisions in which llama.cpp gets the weights: F32, F16, BF16, Q8_0; Q4_1 is SmolLM2's file as shipped.
+        engines: precisions in which llama.cpp gets the weights: F32, F16, BF16, Q8_0; Q4_1 is SmolLM2's shipped file.
         perturbations: names of rollouts.perturb, each at its usual strength.
         sequences: responses that each engine samples, one per question; at most 24.
         full_sequences: how many of them are compared over the whole vocabulary.
@@ -97,8 +97,8 @@ class MismatchSettings:
     engines: tuple[str, ...] = (*SYNCED, SHIPPED)
     perturbations: tuple[str, ...] = tuple(name for name in PERTURBATIONS if name != "none")
     sequences: int = 24
-    full_sequences: int = 12
-    response_length: int = 20
+    full_sequences: int = 8
+    response_length: int = 16
     delta: float = 0.05
     seed: int = 0
 
@@ -146,7 +146,7 @@ def _measured(
     log_pi = _trainer(settings).distributions(tokens[:full], mask[:full], response_width=width)
     pick = np.take_along_axis
     made = {
-        "full_log_mu": pick(jax.nn.log_softmax(log_mu), drawn[:full, :, None], axis=-1)[..., 0],
+        "full_log_mu": pick(np.asarray(jax.nn.log_softmax(log_mu)), drawn[:full, :, None], axis=-1)[..., 0],
         "full_log_pi": pick(log_pi, drawn[:full, :, None], axis=-1)[..., 0],
         "full_mask": mask[:full, -width:],
     }
@@ -213,8 +213,8 @@ def parts(settings: MismatchSettings) -> Parts:
         raise ValueError("Field --engines is empty; the claim needs at least one.")
     if not 2 <= settings.full_sequences <= settings.sequences <= len(QUESTIONS):
         raise ValueError(
-            f"Fields --full-sequences and --sequences are {settings.full_sequences} and {settings.sequences}; they must "
-            f"satisfy 2 <= full <= all <= {len(QUESTIONS)}."
+            f"Fields --full-sequences and --sequences are {settings.full_sequences} and {settings.sequences}; they "
+            f"must satisfy 2 <= full <= all <= {len(QUESTIONS)}."
         )
     if settings.response_length < 2:
         raise ValueError(f"Field --response-length is {settings.response_length}; it must be at least 2.")

@@ -12,9 +12,11 @@ from matplotlib.figure import Figure
 
 from experiments import style
 from experiments import words
+from experiments.bands import HALF
 from experiments.figures import legend
 from experiments.mismatch_statistics import EDGES
 from experiments.mismatch_statistics import LOG_MIN_P
+from experiments.mismatch_statistics import bucket_errors
 from experiments.mismatch_statistics import bucket_means
 from experiments.mismatch_statistics import noise_scale
 from experiments.study import Page
@@ -41,7 +43,8 @@ CENTRES = np.sqrt(np.append(EDGES[0] / 10, EDGES) * np.append(EDGES, 1.0))
 def flat_means(part: Mapping[str, np.ndarray]) -> np.ndarray:
     """Mean of |d| / (1 - p) over the tokens that the engine samples, in the four wide buckets."""
     total, mass = (part[f"bucket_{name}"][part["full_mask"]].sum(axis=0) for name in ("ratio", "mass"))
-    return np.add.reduceat(total, FLAT_STARTS) / np.add.reduceat(mass, FLAT_STARTS)
+    total, mass = (np.add.reduceat(array, FLAT_STARTS) for array in (total, mass))
+    return np.where(mass > 1e-3, total / np.maximum(mass, 1e-30), np.nan)
 
 
 def flatness(part: Mapping[str, np.ndarray]) -> float:
@@ -133,39 +136,50 @@ def flat(parts: Mapping[str, Mapping[str, np.ndarray]], name: str, title: str) -
     return Picture(name, title, caption, figure)
 
 
+def _resolved(part: Mapping[str, np.ndarray]) -> bool:
+    """Whether the contexts are many enough to see a bias of order s^2 under noise of order s."""
+    real = part["full_mask"]
+    mass = part["bucket_mass"][real].sum(axis=0)
+    errors = bucket_errors(dict(part), "bias")
+    return bool(np.sqrt((errors**2 * mass**2).sum()) / mass.sum() < noise_scale(dict(part)) ** 2)
+
+
 def bias(parts: Mapping[str, Mapping[str, np.ndarray]]) -> Picture:
-    """Signed bias of sampled tokens, measured and predicted, in units of s^2."""
-    figure, axes = new_axes("p of the token", "E[log p' - log p | sampled] / s²")
-    _size(axes, 3.9)
-    axes.set_xscale("log")
-    lines = []
+    """Signed bias of sampled tokens and the part of it that selection makes, measured and predicted, over s^2."""
+    figure = Figure(figsize=(9.2, 3.9))
+    left, right = figure.subplots(1, 2)
+    ratios, hidden = [], [name for name, part in parts.items() if not _resolved(part)]
     for number, (label, part) in enumerate(parts.items()):
-        measured, predicted = (bucket_means(dict(part), name) for name in ("bias", "law"))
         scale = noise_scale(dict(part)) ** 2
-        colour = COLOURS[number % 7]
-        axes.plot(
-            CENTRES, measured / scale, MARKS[number % 7], color=colour, markersize=4.5, label=label.replace("_", " ")
-        )
-        axes.plot(CENTRES, predicted, color=colour, linestyle="--", linewidth=1.1)
-        tail = slice(0, 6)
-        mass = part["bucket_mass"][part["full_mask"]].sum(axis=0)[tail]
-        ratio = np.nansum((measured * mass_or_zero(measured[tail], mass, 11))[tail]) / scale
-        expected = np.nansum((predicted * mass_or_zero(predicted[tail], mass, 11))[tail])
-        lines.append(f"{label.replace('_', ' ')} {ratio / expected:.2f}")
-    axes.axhline(0, color=style.MUTED, linewidth=0.8)
-    legend(axes, 3)
+        look = {"color": COLOURS[number % 7], "markersize": 4.5}
+        panels = [(right, "selection", "variance")] + ([(left, "bias", "law")] if label not in hidden else [])
+        for axes, measured, predicted in panels:
+            means, errors = bucket_means(dict(part), measured) / scale, bucket_errors(dict(part), measured) / scale
+            shown = (label.replace("_", " ") if axes is right else None, COLOURS[number % 7])
+            axes.errorbar(
+                CENTRES, means, yerr=HALF * errors, fmt=MARKS[number % 7], label=shown[0], elinewidth=0.7, **look
+            )
+            axes.plot(CENTRES, bucket_means(dict(part), predicted), color=shown[1], linestyle="--", linewidth=1.1)
+        real = part["full_mask"]
+        totals = [part[f"bucket_{name}"][real].sum(axis=0)[:6].sum() for name in ("selection", "variance")]
+        ratios.append(f"{label.replace('_', ' ')} {totals[0] / totals[1] / scale:.2f}")
+    for axes, title in ((left, "bias E[d | sampled] / s²"), (right, "selection E[(1 - p/p') d | sampled] / s²")):
+        axes.set_xscale("log")
+        axes.axhline(0, color=style.MUTED, linewidth=0.8)
+        axes.set_xlabel("p of the token")
+        axes.set_title(title, fontsize=9.5, color=style.INK, loc="left")
+        middle = np.concatenate([line.get_ydata() for line in axes.lines if line.get_linestyle() == "--"] or [[0, 1]])
+        axes.set_ylim(min(-1.5, np.nanmin(middle) - 1.5), max(3.0, np.nanmax(middle) + 2))
+    figure.legend(*right.get_legend_handles_labels(), loc="outside upper left", ncols=6)
     caption = (
-        "Marks: exact expectation over the tokens that the engine samples. Dashed: s² (1/2 - 2 p + 3/2 C) of "
-        "independent Gaussian logit noise, with s of each engine from its mean KL. Measured over predicted for p < 0.1: "
-        f"{', '.join(lines)}."
+        "Marks: expectation over tokens that the engine samples, 95 % over contexts. Dashed, with s of each engine "
+        "from its mean KL: s² (1/2 - 2 p + 3/2 C) of independent Gaussian noise of the logits on the left, and on "
+        "the right the part of it that comes from being sampled by the engine and not by the trainer, "
+        "s² (1 - 2 p + C), in which noise of order s cancels. "
+        + (f"Left out on the left, where too few contexts resolve it: {', '.join(hidden)}. " if hidden else "")
+        + f"Selection, measured over predicted, for p < 0.1: {', '.join(ratios)}."
     )
     return Picture("bias", "Signed bias of sampled tokens", caption, figure)
-
-
-def mass_or_zero(values: np.ndarray, mass: np.ndarray, size: int) -> np.ndarray:
-    """Weights of the first buckets, 0 where there is no value, filled up to `size`."""
-    weights = np.where(np.isfinite(values), mass, 0.0)
-    return np.pad(weights / max(weights.sum(), 1e-30), (0, size - len(weights)))
 
 
 def acceptance(parts: Mapping[str, Mapping[str, np.ndarray]], settings: Any) -> Picture:
@@ -190,9 +204,9 @@ def acceptance(parts: Mapping[str, Mapping[str, np.ndarray]], settings: Any) -> 
     axes.set_ylim(-3, 103)
     legend(axes, 5)
     caption = (
-        f"Solid: largest exact KL(mu‖pi) of a token is at most delta. Dashed: the same test with k2 of the sampled "
-        f"tokens. Dotted: {settings.delta:g}, the threshold of the paper's runs. At the worst delta the two tests disagree "
-        f"about {', '.join(wrong)} of {settings.full_sequences} sequences."
+        "Solid: largest exact KL(mu‖pi) of a token is at most delta. Dashed: the same test with k2 of the sampled "
+        f"tokens. Dotted: {settings.delta:g}, the threshold of the paper's runs. At the worst delta the two tests "
+        f"disagree about {', '.join(wrong)} of {settings.full_sequences} sequences."
     )
     return Picture("acceptance", "Trust region masking: acceptance against delta", caption, figure)
 
@@ -223,8 +237,8 @@ def pruning(parts: Mapping[str, Mapping[str, np.ndarray]]) -> Picture:
     at = float(pruned[np.searchsorted(LOG_MIN_P, -13.0)])
     caption = (
         "Wasted: probability that the engine, pruned by its own set, samples a token outside the trainer's set. At "
-        f"log rho = -13 the trainer prunes {at:.2g} per token, and so many entries of the vocabulary lie in one set only: "
-        f"{', '.join(flips)}."
+        f"log rho = -13 the trainer prunes {at:.2g} per token, and so many entries of the vocabulary lie in one set "
+        f"only: {', '.join(flips)}."
     )
     return Picture("pruning", "Safe sets of both sides", caption, figure)
 
@@ -254,8 +268,8 @@ def certificate(parts: Mapping[str, Mapping[str, np.ndarray]], settings: Any, su
         f"{name} {number['tokens_until_vacuous']:,.0f}" for name, number in zip(parts, numbers, strict=True)
     )
     caption = (
-        f"For responses of {settings.response_length} tokens, on visited contexts: estimates, never certificates. At the mean "
-        f"KL per token measured here the best bound, D_KL, reaches the span at a length of {ends} tokens."
+        f"For responses of {settings.response_length} tokens, on visited contexts: estimates, never certificates. At "
+        f"the mean KL per token measured here the best bound, D_KL, reaches the span at a length of {ends} tokens."
     )
     return Picture("certificate", "Bounds on the surrogate's error", caption, figure)
 
@@ -299,10 +313,10 @@ def _reading(settings: Any, results: Results, summary: Mapping[str, Any]) -> Seq
     printed = max(float(part["largest_printed"][part["full_mask"]].max()) for part in engines.values())
     scales = ", ".join(f"{name} {summary[f'engine_{name}']['noise_scale']:.2g}" for name in engines)
     return [
-        f"The largest |d| over 2 e (1 - p) of any entry of the vocabulary is {printed:.3f}, and over the two-sided bound "
-        f"2 e (1 - min(p, p')) it is {two_sided:.3f}, which a theorem keeps at 1.",
-        f"The logit noise that the mean KL speaks of, as a standard deviation s [nats]: {scales}. A hard e is many times "
-        "as large, so the law holds as an average far inside its bound.",
+        f"The largest |d| over 2 e (1 - p) of any entry of the vocabulary is {printed:.3f}, and over the two-sided "
+        f"bound 2 e (1 - min(p, p')) it is {two_sided:.3f}, which a theorem keeps at 1.",
+        f"The logit noise that the mean KL speaks of, as a standard deviation s [nats]: {scales}. A hard e is several "
+        "times as large, so the law holds as an average well inside its bound.",
     ]
 
 
@@ -330,8 +344,8 @@ def mismatch_page(settings: Any, results: Results, summary: Mapping[str, Any]) -
         value_range="smallest over largest bucket mean of |d| / (1 - p), worst precision",
         sentence="1 would be the (1 - p) law exactly; the buckets are " + ", ".join(FLAT_BUCKETS) + ".",
         facts=(
-            f"{settings.model}, {settings.sequences} responses of at most {settings.response_length} tokens per engine, "
-            f"{settings.full_sequences} of them compared over the whole vocabulary"
+            f"{settings.model}, {settings.sequences} responses of at most {settings.response_length} tokens per "
+            f"engine, {settings.full_sequences} of them compared over the whole vocabulary"
         ),
         sections=[
             Section("Is the (1 - p) law obeyed?", _reading(settings, results, summary), [*first, *second]),
@@ -339,8 +353,8 @@ def mismatch_page(settings: Any, results: Results, summary: Mapping[str, Any]) -
             Section(
                 "Which estimators and masks misjudge?",
                 [
-                    "Exact moments under the engine's distribution, in the contexts that were visited. k3 is unbiased for "
-                    "KL(mu‖pi), as k1 is; k2 is not."
+                    "Exact moments under the engine's distribution, in the contexts that were visited. k3 is unbiased "
+                    "for KL(mu‖pi), as k1 is; k2 is not."
                 ],
                 [later[1]],
                 estimators(engines | perturbed),

@@ -49,12 +49,21 @@ def _statistics(log_mu, log_pi, *, buckets: tuple[float, ...]):
         "k3_square": expected(mu * k3 * k3),
         "k1_negative": expected(jnp.where(x < 0, mu, 0.0)),
     }
-    bias = mismatch.gaussian_sampled_bias(pi, jnp.broadcast_to(collision[..., None], pi.shape), scale=1.0)
-    bucket = jnp.searchsorted(jnp.asarray(buckets), pi)
-    weighted = {"mass": mu, "size": mu * jnp.abs(x), "ratio": mu * jnp.abs(x) / rest, "bias": mu * x, "law": mu * bias}
-    for name, values in weighted.items():
-        per_bucket = [expected(jnp.where(bucket == index, values, 0.0)) for index in range(len(buckets) + 1)]
-        statistics[f"bucket_{name}"] = jnp.stack(per_bucket, axis=-1)
+    spread = jnp.broadcast_to(collision[..., None], pi.shape)
+    bias = mismatch.gaussian_sampled_bias(pi, spread, scale=1.0)
+    variance = mismatch.gaussian_log_prob_variance(pi, spread, scale=1.0)
+    weighted = {
+        "mass": mu,
+        "size": mu * jnp.abs(x),
+        "ratio": mu * jnp.abs(x) / rest,
+        "bias": mu * x,
+        "law": mu * bias,
+        "selection": (mu - pi) * x,
+        "variance": pi * variance,
+    }
+    bucket = jax.nn.one_hot(jnp.searchsorted(jnp.asarray(buckets), pi), len(buckets) + 1)
+    totals = jnp.einsum("rvk,rvb->krb", jnp.stack(list(weighted.values()), axis=-1), bucket, precision="highest")
+    statistics |= {f"bucket_{name}": total for name, total in zip(weighted, totals, strict=True)}
     return statistics
 
 
@@ -81,8 +90,9 @@ def exact_statistics(log_mu: np.ndarray, log_pi: np.ndarray) -> dict[str, np.nda
         kl KL(mu || pi), tv, collision of pi; noise: the smallest e for which the logits of both differ by at most e
         (half the range of x), infinite where mu is truncated; above_printed: probability under mu that |x| exceeds
         2 e (1 - p), and largest ratios to it and to the two-sided bound; moments of the estimators k1, k2, k3 under
-        mu; bucket_*: sums under mu of 1, |x|, |x| / (1 - p), x and the predicted bias / s^2; masses and flips of the
-        safe sets at `LOG_MIN_P`.
+        mu; bucket_*: sums under mu of 1, |x|, |x| / (1 - p), x and its predicted bias / s^2; sums of (mu - pi) x, which
+        is what being sampled by mu and not by pi adds to x, and of its prediction pi Var(x) / s^2; masses and flips of
+        the safe sets at `LOG_MIN_P`.
     """
     made: list[dict[str, np.ndarray]] = []
     for mu, pi in zip(log_mu, log_pi, strict=True):  # a row at a time: [R, V] is what fits a cache
@@ -98,6 +108,14 @@ def bucket_means(part: dict[str, np.ndarray], name: str) -> np.ndarray:
     real = part["full_mask"]
     total, mass = part[f"bucket_{name}"][real].sum(axis=0), part["bucket_mass"][real].sum(axis=0)
     return np.where(mass > 1e-3, total / np.maximum(mass, 1e-30), np.nan)
+
+
+def bucket_errors(part: dict[str, np.ndarray], name: str) -> np.ndarray:
+    """Standard errors of `bucket_means` over contexts."""
+    real = part["full_mask"]
+    mass, values = part["bucket_mass"][real], part[f"bucket_{name}"][real]
+    spread = np.sqrt(((values - np.nan_to_num(bucket_means(part, name)) * mass) ** 2).sum(axis=0))
+    return spread / np.maximum(mass.sum(axis=0), 1e-30)
 
 
 def noise_scale(part: dict[str, np.ndarray]) -> float:

@@ -1,0 +1,135 @@
+"""The mismatch laboratory: its exact statistics against sums written out, and its tiny twin from end to end."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.cli import main
+from experiments.mismatch_page import flatness
+from experiments.mismatch_statistics import EDGES
+from experiments.mismatch_statistics import LOG_MIN_P
+from experiments.mismatch_statistics import bucket_means
+from experiments.mismatch_statistics import exact_statistics
+from experiments.mismatch_statistics import noise_scale
+from experiments.run_folder import RunFolder
+from experiments.study import read_results
+
+
+def distributions(scale: float, *, rows: int = 2, peak: float = 3.0):
+    """Two sides of 100 contexts a row, Gaussian logit noise between them; float32 and float64 log-probs."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    z = peak * jax.random.normal(keys[0], (rows, 100, 60))
+    noisy = z + scale * jax.random.normal(keys[1], z.shape)
+    log_mu, log_pi = (np.asarray(jax.nn.log_softmax(side)) for side in (noisy, z))
+    wide = [side.astype(np.float64) for side in (log_mu, log_pi)]
+    return (log_mu, log_pi), [side - np.log(np.exp(side).sum(axis=-1, keepdims=True)) for side in wide]
+
+
+def test_statistics_are_their_sums() -> None:
+    narrow, (log_mu, log_pi) = distributions(0.3)
+    found = exact_statistics(*narrow)
+    mu, pi, x = np.exp(log_mu), np.exp(log_pi), log_mu - log_pi
+    expected = {
+        "kl": (mu * x).sum(-1),
+        "tv": np.abs(mu - pi).sum(-1) / 2,
+        "collision": (pi * pi).sum(-1),
+        "noise": np.ptp(x, axis=-1) / 2,
+        "k2": (mu * x * x).sum(-1) / 2,
+        "k3_square": (mu * (np.exp(-x) - 1 + x) ** 2).sum(-1),
+        "k1_negative": (mu * (x < 0)).sum(-1),
+        "largest_two_sided": (np.abs(x) / (np.ptp(x, axis=-1)[..., None] * (1 - np.minimum(mu, pi)))).max(-1),
+        "largest_printed": (np.abs(x) / (np.ptp(x, axis=-1)[..., None] * (1 - pi))).max(-1),
+    }
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=2e-4, atol=1e-6, err_msg=name)
+    bucket = np.searchsorted(EDGES, pi)
+    for index in range(len(EDGES) + 1):
+        np.testing.assert_allclose(
+            found["bucket_bias"][..., index], np.where(bucket == index, mu * x, 0).sum(-1), atol=1e-5
+        )
+        ratio = np.where(bucket == index, mu * np.abs(x) / (1 - pi), 0).sum(-1)
+        np.testing.assert_allclose(found["bucket_ratio"][..., index], ratio, atol=1e-5)
+    for place, threshold in enumerate(LOG_MIN_P):
+        keep_mu, keep_pi = (side >= side.max(-1, keepdims=True) + threshold for side in narrow)
+        np.testing.assert_array_equal(found["flips"][..., place], (keep_mu != keep_pi).sum(-1))
+        np.testing.assert_allclose(found["wasted_mass"][..., place], (mu * (keep_mu & ~keep_pi)).sum(-1), atol=1e-6)
+        np.testing.assert_allclose(found["pruned_mass"][..., place], (pi * ~keep_pi).sum(-1), atol=1e-6)
+
+
+def test_a_small_divergence_is_not_lost_in_rounding() -> None:
+    """At noise of 1e-3 the plain float32 sum of mu log(mu / pi) is wrong by five per cent and more."""
+    narrow, (log_mu, log_pi) = distributions(1e-3)
+    kl = (np.exp(log_mu) * (log_mu - log_pi)).sum(-1)
+    np.testing.assert_allclose(exact_statistics(*narrow)["kl"], kl, rtol=0.02)
+    plain = np.asarray(jnp.sum(jnp.exp(narrow[0]) * (narrow[0] - narrow[1]), axis=-1))
+    assert np.abs(plain / kl - 1).max() > 0.05
+
+
+def test_gaussian_noise_obeys_its_laws_and_a_wrong_one_is_seen() -> None:
+    scale = 0.05
+    narrow, _ = distributions(scale, rows=20)
+    part = exact_statistics(*narrow) | {"full_mask": np.ones((20, 100), bool)}
+    assert noise_scale(part) == pytest.approx(scale, rel=0.05)
+    measured, law = (bucket_means(part, name) for name in ("selection", "variance"))
+    known = np.isfinite(measured) & (part["bucket_mass"].sum((0, 1)) > 5)
+    np.testing.assert_allclose(measured[known] / scale**2, law[known], rtol=0.25)
+    # With one sign turned, 1 - 2 p - C, the tokens above one half would have a negative variance.
+    assert (bucket_means(part, "variance")[known] > 0).all()
+    assert np.abs(bucket_means(part, "bias")[known] / scale**2 - bucket_means(part, "law")[known]).max() < 3
+    assert (part["largest_two_sided"] <= 1 + 1e-3).all()
+    assert flatness(part) > 0.6
+
+
+def test_noise_that_is_not_of_the_logits_is_not_flat() -> None:
+    """A change of the log-prob that does not shrink with 1 - p: the law is seen to fail."""
+    narrow, _ = distributions(0.05, rows=4, peak=6.0)
+    part = exact_statistics(*narrow) | {"full_mask": np.ones((4, 100), bool)}
+    constant = part | {"bucket_ratio": part["bucket_mass"] * np.append(np.ones(10), 30.0)}
+    assert flatness(constant) < 0.2
+
+
+def test_truncation_has_no_finite_noise() -> None:
+    (log_mu, log_pi), _ = distributions(0.1)
+    cut = np.where(log_mu < -6, -np.inf, log_mu)
+    found = exact_statistics(cut, log_pi)
+    assert np.isinf(found["noise"]).any()
+    for name in ("kl", "tv", "k2", "bucket_ratio", "wasted_mass"):
+        assert np.isfinite(found[name]).all(), name
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("runs")
+    assert main(["run", "mismatch_anatomy", "--tiny", "--id", "first", "--runs-folder", str(folder)]) == 0
+    return folder
+
+
+def test_the_tiny_twin_measures_both_sides(runs) -> None:
+    run = RunFolder(runs / "mismatch_anatomy" / "first")
+    summary, results = json.loads(run.summary.read_text()), read_results(run)
+    exact, rounded = summary["engine_F32"], summary["engine_Q8_0"]
+    assert exact["mean_change"] < 0.01 < rounded["mean_change"]
+    assert exact["mean_kl"] < rounded["mean_kl"]
+    assert summary["perturbation_top_p"]["largest_noise"] is None
+    # What the engine said while it sampled is what its whole distributions say of the same tokens.
+    part = results["engine_F32"]
+    said, whole = part["log_mu"][:2][part["full_mask"]], part["full_log_mu"][part["full_mask"]]
+    np.testing.assert_allclose(said, whole, atol=1e-4)
+    page = run.report.read_text()
+    for text in ("Is the (1 - p) law obeyed?", "Signed bias", "acceptance against delta", "not vacuous?", "no claim"):
+        assert text in page
+
+
+def test_settings_that_cannot_be_are_refused(capsys, tmp_path) -> None:
+    run = ["run", "mismatch_anatomy", "--tiny", "--runs-folder", str(tmp_path)]
+    for changes, sentence in (
+        (["--engines", "Q4_1"], "--engines has 'Q4_1'; with this model it may have F32, F16, BF16, Q8_0"),
+        (["--perturbations", "magic"], "--perturbations has 'magic'"),
+        (["--full-sequences", "9"], "must satisfy 2 <= full <= all <= 24"),
+        (["--model", "gpt"], "--model is 'gpt'"),
+    ):
+        assert main([*run, *changes]) == 2
+        assert sentence in capsys.readouterr().err
