@@ -163,6 +163,8 @@ def bias(parts: Mapping[str, Mapping[str, np.ndarray]]) -> Picture:
         real = part["full_mask"]
         totals = [part[f"bucket_{name}"][real].sum(axis=0)[:6].sum() for name in ("selection", "variance")]
         ratios.append(f"{label.replace('_', ' ')} {totals[0] / totals[1] / scale:.2f}")
+    if len(hidden) == len(parts):
+        left.text(0.5, 0.5, "not resolved", transform=left.transAxes, ha="center", color=style.MUTED)
     for axes, title in ((left, "bias E[d | sampled] / s²"), (right, "selection E[(1 - p/p') d | sampled] / s²")):
         axes.set_xscale("log")
         axes.axhline(0, color=style.MUTED, linewidth=0.8)
