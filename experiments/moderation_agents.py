@@ -14,6 +14,7 @@ from jaxrl_llm.exploration import ensemble
 from jaxrl_llm.exploration import ensemble_plus
 from jaxrl_llm.exploration import ensemble_plus_plus
 from jaxrl_llm.exploration import hypermodel
+from jaxrl_llm.exploration import independent_hyperagent
 from jaxrl_llm.exploration import independent_linear
 from jaxrl_llm.exploration import neural_greedy
 from jaxrl_llm.exploration import point
@@ -99,8 +100,25 @@ def _linear(rows: Array, settings: Any, *, inflation: float) -> Player:
     return Player(agent, mean_values)
 
 
+def _incremental(features: Features, rows: Array, settings: Any) -> Player:
+    """HyperAgent by its rank-one update instead of gradient steps."""
+    agent = independent_hyperagent(
+        rows_of(rows),
+        outputs=OUTPUTS,
+        index_dimension=settings.index_dimension,
+        prior_scale=settings.prior_scale,
+        noise_scale=settings.noise_scale,
+    )
+
+    def mean_values(state: Any, numbers: Array) -> Array:
+        return rows[numbers] @ state.posterior.mean.T
+
+    return Player(agent, mean_values)
+
+
 AGENTS: dict[str, Callable[[Features, Array, Any], Player]] = {
     "hypermodel": _hypermodel,
+    "incremental": _incremental,
     "ensemble": _ensemble,
     "thompson": lambda features, rows, settings: _linear(rows, settings, inflation=1.0),
     "greedy": lambda features, rows, settings: _greedy(features, settings, start=settings.every),
@@ -112,11 +130,12 @@ AGENTS: dict[str, Callable[[Features, Array, Any], Player]] = {
 }
 """By name: (features of numbered texts, the same before any learning, settings) -> player.
 
-`ensemble`, `thompson` and `posterior_mean` see the untuned features always.
+`incremental`, `ensemble`, `thompson` and `posterior_mean` see the untuned features always.
 """
 
 LABELS = {
     "hypermodel": "hypermodel",
+    "incremental": "hypermodel, incremental",
     "ensemble": "ensemble",
     "thompson": "Thompson, linear",
     "greedy": "greedy",

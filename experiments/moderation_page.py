@@ -24,6 +24,7 @@ from jaxrl_llm.environments.moderation import THRESHOLD
 
 LOOKS = {
     "hypermodel": (style.VERMILION, "-"),
+    "incremental": (style.VERMILION, "--"),
     "ensemble": (style.GREEN, "-"),
     "thompson": (style.BLUE, "-"),
     "greedy": (style.MUTED, "-"),

@@ -7,6 +7,7 @@ from jaxrl_llm.exploration.agent import Play as Play
 from jaxrl_llm.exploration.agent import play as play
 from jaxrl_llm.exploration.contextual import ContextualBandit as ContextualBandit
 from jaxrl_llm.exploration.contextual import ContextualPlay as ContextualPlay
+from jaxrl_llm.exploration.contextual import independent_hyperagent as independent_hyperagent
 from jaxrl_llm.exploration.contextual import independent_linear as independent_linear
 from jaxrl_llm.exploration.contextual import play_contexts as play_contexts
 from jaxrl_llm.exploration.contextual import rows_of as rows_of

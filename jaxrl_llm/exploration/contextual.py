@@ -15,14 +15,18 @@ from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Int
 
+from jaxrl_llm.exploration import indices
 from jaxrl_llm.exploration.agent import first_maximum
 from jaxrl_llm.exploration.features import Features
 from jaxrl_llm.exploration.gaussian import Gaussian
+from jaxrl_llm.exploration.gaussian import Hypermodel
 from jaxrl_llm.exploration.gaussian import isotropic_prior
 from jaxrl_llm.exploration.gaussian import posterior_update
+from jaxrl_llm.exploration.indices import IndexLaw
 from jaxrl_llm.exploration.inputs import require_at_least
 from jaxrl_llm.exploration.inputs import require_not_negative
 from jaxrl_llm.exploration.inputs import require_positive
+from jaxrl_llm.exploration.linear import hyperagent
 from jaxrl_llm.exploration.neural import NeuralAgent
 from jaxrl_llm.typing import PRNGKey
 
@@ -152,6 +156,60 @@ def independent_linear(
     def update(state: Gaussian, key: PRNGKey, chosen: Array, output: Any, reward: Any) -> Gaussian:
         one = jax.tree.map(lambda leaf: leaf[output], state)
         after = posterior_update(one, features.apply((), chosen[None])[0], reward, noise_scale=noise_scale)
+        return jax.tree.map(lambda all_actions, leaf: all_actions.at[output].set(leaf), state, after)
+
+    return NeuralAgent(init, act, update, outputs)
+
+
+def independent_hyperagent(
+    features: Features,
+    *,
+    outputs: int,
+    index_dimension: int,
+    law: IndexLaw = indices.SPHERE,
+    prior_scale: float = 1.0,
+    noise_scale: float = 1.0,
+) -> NeuralAgent:
+    """HyperAgent with the incremental update, one hypermodel per action: acts on <mu_a + A_a xi, phi>, xi fresh.
+
+    As `hyperagent`, whose state it keeps per action; one index a round serves all actions.
+
+    Args:
+        features: phi, without parameters.
+        outputs: how many actions.
+        index_dimension: M.
+        law: of the index, of what is stored with a datum, and of the rows of the prior factor.
+        prior_scale: s.
+        noise_scale: sigma.
+
+    Returns:
+        the agent; its state is a `Hypermodel` with a leading axis of actions.
+
+    Raises:
+        ValueError: if a scale is not positive, or outputs or index_dimension is below 1.
+    """
+    require_at_least("outputs", outputs, 1)
+    one = hyperagent(
+        features.width,
+        index_dimension=index_dimension,
+        reference=law,
+        perturbation=law,
+        prior_factor=law,
+        prior_scale=prior_scale,
+        noise_scale=noise_scale,
+    )
+
+    def init(key: PRNGKey) -> Hypermodel:
+        return jax.vmap(one.init)(jax.random.split(key, outputs))
+
+    def act(state: Hypermodel, key: PRNGKey, inputs: Array) -> Int[Array, ""]:
+        index = law.reference(key, (index_dimension,))
+        return first_maximum((features.apply((), inputs) @ (state.posterior.mean + state.factor @ index).T).reshape(-1))
+
+    def update(state: Hypermodel, key: PRNGKey, chosen: Array, output: Any, reward: Any) -> Hypermodel:
+        stored = law.perturbation(key, (index_dimension,))
+        before = jax.tree.map(lambda leaf: leaf[output], state)
+        after = one.update(before, stored, features.apply((), chosen[None])[0], reward)
         return jax.tree.map(lambda all_actions, leaf: all_actions.at[output].set(leaf), state, after)
 
     return NeuralAgent(init, act, update, outputs)

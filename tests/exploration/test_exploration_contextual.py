@@ -12,6 +12,7 @@ from jaxtyping import Array
 from jaxrl_llm.exploration import ContextualBandit
 from jaxrl_llm.exploration import Learning
 from jaxrl_llm.exploration import hypermodel
+from jaxrl_llm.exploration import independent_hyperagent
 from jaxrl_llm.exploration import independent_linear
 from jaxrl_llm.exploration import neural_hyperagent
 from jaxrl_llm.exploration import play_contexts
@@ -100,12 +101,37 @@ def test_neural_agents_play_numbered_contexts(posts: Posts, table: Array, key: A
     assert late < 0.5 * early
 
 
+def test_the_incremental_hypermodel_has_the_posterior_and_its_spread(table: Array, key: Array) -> None:
+    """Same data: the mean is the exact posterior's, and A A^T averages to its covariance (over the stored indices)."""
+    exact = independent_linear(rows_of(table), outputs=ACTIONS, prior_scale=2.0, noise_scale=NOISE)
+    agent = independent_hyperagent(
+        rows_of(table), outputs=ACTIONS, index_dimension=4, prior_scale=2.0, noise_scale=NOISE
+    )
+
+    def after(one: Array):
+        first, second = exact.init(one), agent.init(one)
+        for number, step in enumerate(jax.random.split(one, 9)):
+            datum = (jnp.asarray(number), jnp.asarray(number % 3 % ACTIONS), jnp.asarray(0.1 * number))
+            first, second = exact.update(first, step, *datum), agent.update(second, step, *datum)
+        return first, second
+
+    first, second = jax.jit(jax.vmap(after))(jax.random.split(key, 3000))
+    np.testing.assert_allclose(second.posterior.mean, first.mean, atol=1e-5)
+    np.testing.assert_allclose(second.posterior.covariance, first.covariance, atol=1e-5)
+    spread = jnp.mean(second.factor @ second.factor.swapaxes(-1, -2), axis=0)
+    scale = float(jnp.abs(first.covariance[0]).max())
+    np.testing.assert_allclose(spread, first.covariance[0], atol=0.06 * scale)
+    assert np.abs(spread - 2 * first.covariance[0]).max() > 0.5 * scale
+
+
 def test_agents_for_another_number_of_actions_are_refused(posts: Posts, table: Array, key: Array) -> None:
     agent = independent_linear(rows_of(table), outputs=3)
     with pytest.raises(ValueError, match="agent has 3 outputs; the bandit has 2 actions"):
         play_contexts(agent, posts, key, rounds=3)
     with pytest.raises(ValueError, match="rounds is 0"):
         play_contexts(agent, posts, key, rounds=0)
+    with pytest.raises(ValueError, match="index_dimension is 0"):
+        independent_hyperagent(rows_of(table), outputs=2, index_dimension=0)
     with pytest.raises(ValueError, match="inflation is -1"):
         independent_linear(rows_of(table), outputs=2, inflation=-1.0)
     with pytest.raises(ValueError, match="prior_scale is 0"):
