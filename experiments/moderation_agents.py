@@ -1,6 +1,7 @@
 """Who plays `content_moderation`: heads on features of texts, one output for publishing and one for blocking."""
 
 from collections.abc import Callable
+from collections.abc import Hashable
 from typing import Any
 from typing import NamedTuple
 
@@ -39,7 +40,10 @@ class Player(NamedTuple):
 
 def _learning(settings: Any, *, start: int) -> Learning:
     """Adam; what is trained is a pair (parameters of the features, layer), each with its own rate."""
-    rates = {"features": optax.adam(settings.tuned_learning_rate), "layer": optax.adam(settings.learning_rate)}
+    rates: dict[Hashable, optax.GradientTransformation] = {
+        "features": optax.adam(settings.tuned_learning_rate),
+        "layer": optax.adam(settings.learning_rate),
+    }
     return Learning(
         optax.partition(rates, ("features", "layer")),
         noise_scale=settings.noise_scale,
