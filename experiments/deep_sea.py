@@ -1,7 +1,7 @@
 """HyperAgent with four index dimensions crosses DeepSea of size N within N^2 / 2 episodes; epsilon-greedy does not.
 
 Claim      Tabular HyperAgent (M = 4) solves every size tried within N^2 / 2 episodes on average, while epsilon-greedy
-           Q-learning leaves size 16 unsolved after 10,000.
+           Q-learning leaves size 10 unsolved after 10,000.
 Command    python -m experiments run deep_sea
 Cost       minutes on two cores; a tiny run takes half a minute of CPU time on a 2-core Intel Xeon
 Expected   margin_below_half_square >= 0.0 in summary.json: the smallest 1 - episodes / (N^2 / 2)
@@ -41,7 +41,8 @@ BLOCK = 10
 EVALUATIONS = 100
 ROUNDING = 1e-4
 NOISE_SCALE, PRIOR_SCALE = 0.01, 0.1
-EPSILON = 0.1
+EPSILON = 0.5
+"""Generous: at 0.1, right moves that were tried once and cost something are hardly ever tried again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ class DeepSeaSettings:
     """
 
     sizes: tuple[int, ...] = (10, 15, 20, 30, 40, 50)
-    baseline_sizes: tuple[int, ...] = (4, 6, 8, 10, 12, 14, 16)
+    baseline_sizes: tuple[int, ...] = (2, 4, 6, 8, 10)
     index_dimension: int = 4
     seeds: int = 10
     episodes_per_half_square: float = 4.0
