@@ -24,6 +24,8 @@ NAMES = (
     "content_moderation",
     "psrl",
     "deep_sea",
+    "trm_training",
+    "pruning_training",
 )
 
 

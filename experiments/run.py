@@ -188,7 +188,10 @@ def _prepare(experiment: Experiment, arguments: RunArguments, run: RunFolder) ->
         task, recipe, trainable = settings.get_task(), settings.get_recipe(), settings.get_trainable()
         model, tokenizer = experiment.build(settings)
         model = trainable.prepare(model, rngs=nnx.Rngs(settings.train.seed))
-        parts = Parts(model=model, trainable=trainable, tokenizer=tokenizer, task=task, recipe=recipe)
+        engine = settings.get_perturbation()
+        parts = Parts(
+            model=model, trainable=trainable, tokenizer=tokenizer, task=task, recipe=recipe, perturbation=engine
+        )
         return task, parts, HeldOutAnswerer(parts, task, settings.train)
     except (ValueError, OSError, ModuleNotFoundError, UserError) as error:
         _remove_if_new(run)

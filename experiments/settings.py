@@ -12,6 +12,8 @@ from jaxrl_llm.models import trainable as choices
 from jaxrl_llm.models.trainable import Trainable
 from jaxrl_llm.objectives import Recipe
 from jaxrl_llm.objectives import get_recipe
+from jaxrl_llm.rollouts.perturb import Perturbation
+from jaxrl_llm.rollouts.perturb import perturbation
 from jaxrl_llm.training import TrainSettings
 
 
@@ -29,6 +31,8 @@ class RunSettings:
         learns: which parameters learn: those of the top layers, low-rank adapters on the top layers, or all.
         top_layers: how many layers from the top take part, for "top_layers" and "lora".
         lora_rank: rank of the adapters, for "lora".
+        mismatch: what the sampler does differently: a name of jaxrl_llm.rollouts.perturb.PERTURBATIONS.
+        mismatch_strength: scale of the noise, temperature, top_p or top_k; the usual one where None.
         train: sizes, sampling, optimiser and update.
     """
 
@@ -40,6 +44,8 @@ class RunSettings:
     learns: Literal["top_layers", "lora", "full"] = "top_layers"
     top_layers: int = 8
     lora_rank: int = 8
+    mismatch: str = "none"
+    mismatch_strength: float | None = None
     train: TrainSettings = dataclasses.field(default_factory=TrainSettings)
 
     def get_task(self) -> Task:
@@ -66,6 +72,17 @@ class RunSettings:
             )
         except ValueError as error:
             raise UserError(f"Field --recipe: {error}") from error
+
+    def get_perturbation(self) -> Perturbation:
+        """What the sampler does differently from the model.
+
+        Raises:
+            UserError: there is none of that name, or it has no strength.
+        """
+        try:
+            return perturbation(self.mismatch, self.mismatch_strength)
+        except ValueError as error:
+            raise UserError(f"Field --mismatch: {error}") from error
 
     def get_trainable(self) -> Trainable:
         """Which parameters learn."""

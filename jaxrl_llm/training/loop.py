@@ -1,6 +1,7 @@
 """The training loop: sample, score, update, compare, write down, save; it stops after a number of steps."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -237,12 +238,14 @@ class _Run:
             scores, texts = self.score(task, problems, rollout)
             rewards = np.array([score.reward for score in scores], np.float32)
             prepared = self.trainer.prepare(self.state, index, rollout, rewards)
+        self.warn_of_dropped(index, prepared)
         rate = float(np.asarray(self.rate(self.state.updates)))
         with self.clock.phase("update"):
             streak = int(self.state.skipped_in_a_row)
             self.state, updates = self.trainer.improve(self.state, prepared)
         metrics = self.measure(index, rollout, scores, prepared, updates) | {"actor/lr": rate}
-        level = self.curriculum.update(level, answers=len(scores), passed=sum(score.lenient for score in scores))
+        sound = [score for score, finite in zip(scores, prepared.finite.rows, strict=True) if finite]
+        level = self.curriculum.update(level, answers=len(sound), passed=sum(score.lenient for score in sound))
         if len(self.curriculum.levels) > 1:
             metrics["curriculum/level"] = float(level.level)
         replaced = [{"step": index + 1, **entry} for entry in replaced_keys(problems)]
@@ -264,7 +267,8 @@ class _Run:
         scores = [task.score(problem, text) for problem, text in zip(groups, texts, strict=True)]
         low, high = self.settings.reward_low, self.settings.reward_high
         for problem, text, score in zip(groups, texts, scores, strict=True):
-            if not low <= score.reward <= high:
+            # What is not a number is dropped with its rollout.
+            if math.isfinite(score.reward) and not low <= score.reward <= high:
                 raise TrainingError(
                     f"Task {task.name!r} gave {text!r} for {problem.prompt!r} the reward {score.reward}; "
                     f"it must lie in [{low}, {high}] (reward_low, reward_high)."
@@ -280,22 +284,23 @@ class _Run:
         updates: Sequence[dict[str, SumCount]],
     ) -> dict[str, float]:
         """All numbers of the step."""
-        width, batch = self.settings.prompt_length, prepared.batch
-        mask = np.asarray(rollout.response_mask)[:, width:]
-        rewards = np.array([score.reward for score in scores], np.float32)
+        width, batch, sound = self.settings.prompt_length, prepared.batch, prepared.finite.rows
 
         def rows(array: Array) -> Array:
             return array.reshape(-1, array.shape[-1])
 
+        mask = np.asarray(rows(batch.response_mask))
+        rewards = np.where(sound, np.array([score.reward for score in scores], np.float32), 0)
         metrics = sequence_metrics(
-            scores,
-            np.asarray(batch.advantages).reshape(-1),
-            mask,
-            np.asarray(rollout.token_mask)[:, :width],
-            self.trainer.ended(rollout),
+            [score for score, finite in zip(scores, sound, strict=True) if finite],
+            np.asarray(batch.advantages).reshape(-1)[sound],
+            mask[sound],
+            np.asarray(rollout.token_mask)[sound, :width],
+            self.trainer.ended(rollout)[sound],
         )
-        metrics |= group_metrics(rewards, prepared.kept) | update_metrics(updates)
-        metrics["actor/entropy"] = float(prepared.entropy[mask].mean())
+        metrics |= group_metrics(rewards, prepared.kept, sound) | update_metrics(updates)
+        metrics |= {"actor/entropy": float(prepared.entropy[mask].mean())}
+        metrics |= {"rollout/dropped_nonfinite": float(prepared.finite.dropped)}
         device = mismatch_metrics(rows(batch.log_prob_old), rows(batch.log_prob_behaviour), jnp.asarray(mask))
         every = self.settings.update.bounds_every
         if every and index % every == 0:
@@ -305,6 +310,24 @@ class _Run:
                 arrays = (jnp.asarray(mask), jnp.asarray(rewards), jnp.asarray(rollout.group_ids))
                 device |= jax.device_get(shift_metrics(shift, *arrays, reward_range=reward_range))
         return metrics | {name: float(np.asarray(value)) for name, value in device.items()}
+
+    def warn_of_dropped(self, index: int, prepared: Prepared) -> None:
+        """Say which rollouts were dropped because they are not finite.
+
+        Raises:
+            NonFiniteError: all of them were, so that the step has nothing to learn from or to measure.
+        """
+        finite = prepared.finite
+        if not finite.dropped:
+            return
+        self.reporter.say(finite.sentence(index + 1))
+        if not finite.rows.any():
+            raise NonFiniteError(f"{finite.sentence(index + 1)} None is left; {self.last_good_checkpoint()}.")
+
+    def last_good_checkpoint(self) -> str:
+        """Where to go back to, in words."""
+        latest = self.checkpoints.latest()
+        return f"the last good checkpoint is {latest}" if latest else "no checkpoint was saved yet"
 
     def evaluation(self, step: int) -> dict[str, float]:
         """What `evaluate` measures of the policy after `step` steps; nothing where none is due."""
@@ -333,7 +356,7 @@ class _Run:
                 "prompt": problem.prompt,
                 "answer": problem.answer,
                 "text": texts[row],
-                "reward": scores[row].reward,
+                "reward": scores[row].reward if math.isfinite(scores[row].reward) else None,
             }
             self.files["samples.jsonl"].append({"step": self.progress.step, **sample})
 
@@ -343,9 +366,7 @@ class _Run:
         for values in updates:
             streak = streak + 1 if values["skipped"][0] else 0
             if streak >= limit:
-                latest = self.checkpoints.latest()
-                good = f"the last good checkpoint is {latest}" if latest else "no checkpoint was saved yet"
                 raise NonFiniteError(
                     f"The loss or its gradient was not finite in {limit} updates in a row, the last of them in step "
-                    f"{self.progress.step}; {good}. A smaller learning rate or max_grad_norm may help."
+                    f"{self.progress.step}; {self.last_good_checkpoint()}. A smaller learning rate or max_grad_norm may help."
                 )

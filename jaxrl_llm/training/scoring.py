@@ -6,11 +6,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
+from jaxrl_llm.models.lora import merge_lora
+from jaxrl_llm.rollouts.perturb import WeightPerturbation
 from jaxrl_llm.training.packing import PackedTokens
 from jaxrl_llm.training.policy import Policy
 from jaxrl_llm.training.step import Heads
 from jaxrl_llm.training.step import UpdateBatch
+from jaxrl_llm.training.step import sampling_policy
 from jaxrl_llm.training.step import statistics
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Float
@@ -30,8 +34,8 @@ class Scores:
 
 
 class Shift(NamedTuple):
-    """The policy after the update (pi) against the one before (mu), at every sampled context; `[B, R]`, padding
-    included.
+    """The policy after the update (pi) against the one that sampled (mu), at every sampled context; `[B, R]`, padding
+    included. Where the sampler has no weights of its own, mu is the policy before the update, as the trainer has it.
 
     log_ratio: log pi(y_t|c_t) - log mu(y_t|c_t) of the sampled token [nats].
     kl: KL(mu || pi) [nats]. kl_reverse: KL(pi || mu) [nats]. total_variation: [prob].
@@ -51,6 +55,7 @@ class Scorer:
         self._policy, self._temperature, self._rows = policy, temperature, rows
         self._score = jax.jit(self._score_batch)
         self._shift = jax.jit(self._shift_batch)
+        self._behaviour = jax.jit(self._behaviour_batch, static_argnums=0)
 
     def score(
         self,
@@ -63,8 +68,14 @@ class Scorer:
         """Score the sampled tokens, from a `trunk` that was computed before where one is given."""
         return self._score(params, frozen, packed, targets, trunk)
 
+    def behaviour(
+        self, weights: WeightPerturbation, params: PyTree, frozen: PyTree, packed: PackedTokens
+    ) -> tuple[Float[Array, "n slots R D"], Float[Array, "_ _"]]:
+        """States and head of a sampler whose weights are perturbed, on the sampled texts."""
+        return self._behaviour(weights, params, frozen, packed)
+
     def shift(self, params: PyTree, frozen: PyTree, batch: UpdateBatch, heads: Heads) -> Shift:
-        """Compare the policy with these parameters to the one whose states and head `batch` and `heads` hold as old."""
+        """Compare the policy with these parameters to the one that sampled, whose states `batch` and `heads` hold."""
         return self._shift(params, frozen, batch, heads)
 
     def _in_chunks(self, function: Any, arguments: Any) -> Any:
@@ -92,18 +103,31 @@ class Scorer:
 
         return self._in_chunks(score, (packed, targets, trunk))
 
+    def _behaviour_batch(
+        self, weights: WeightPerturbation, params: PyTree, frozen: PyTree, packed: PackedTokens
+    ) -> tuple[Array, Array]:
+        graphdef, state = nnx.split(merge_lora(self._policy.model(params, frozen)))
+        model = nnx.merge(graphdef, weights(state))
+
+        def hidden(some: PackedTokens) -> Array:
+            return self._policy.hidden(model, some, self._policy.trunk(model, some))
+
+        return self._in_chunks(hidden, packed), model.head()[0]
+
     def _shift_batch(self, params: PyTree, frozen: PyTree, batch: UpdateBatch, heads: Heads) -> Shift:
         model = self._policy.model(params, frozen)
 
         def shift(some: UpdateBatch) -> Shift:
             hidden = self._policy.hidden(model, some.packed, some.trunk)
+            hidden_mu, head_mu = sampling_policy(some, heads)
+            log_prob_mu = some.log_prob_old if some.hidden_behaviour is None else some.log_prob_behaviour
             stats = statistics(
                 model,
                 hidden,
                 some.targets,
                 temperature=self._temperature,
-                hidden_ref=some.hidden_old,
-                head_ref=heads.old,
+                hidden_ref=hidden_mu,
+                head_ref=head_mu,
                 names=("log_prob", "kl", "kl_reverse", "total_variation"),
             )
             shape = some.targets.shape
@@ -112,7 +136,7 @@ class Scorer:
                 for leaf in (stats.log_prob, stats.kl_reverse, stats.kl, stats.total_variation)
                 if leaf is not None
             ]
-            return Shift(rows[0] - some.log_prob_old, *rows[1:])
+            return Shift(rows[0] - log_prob_mu, *rows[1:])
 
         rows = self._in_chunks(shift, batch)
         return Shift(*(leaf.reshape(-1, leaf.shape[-1]) for leaf in rows))

@@ -12,6 +12,7 @@ from jaxrl_llm.models.trainable import Trainable
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.objectives import Recipe
 from jaxrl_llm.rollouts import SamplingSettings
+from jaxrl_llm.rollouts.perturb import Perturbation
 from jaxrl_llm.training.minibatches import UpdateSettings
 from jaxrl_llm.training.optimizer import OptimizerSettings
 
@@ -91,6 +92,7 @@ class Parts:
         end_ids: tokens that end an answer; empty takes the tokenizer's end token and the task's `stop`.
         mesh: devices to spread parameters and batches over; None for one device.
         decode_dtype: dtype of sampling; None for that of the model.
+        perturbation: what the sampler does differently from the model; nothing by default.
     """
 
     model: Transformer
@@ -101,6 +103,7 @@ class Parts:
     end_ids: tuple[int, ...] = ()
     mesh: Mesh | None = None
     decode_dtype: Any = None
+    perturbation: Perturbation = dataclasses.field(default_factory=Perturbation)
 
 
 def end_tokens(tokenizer: Tokenizer, stop: str) -> tuple[int, ...]:

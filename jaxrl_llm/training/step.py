@@ -45,6 +45,8 @@ class UpdateBatch:
         trunk: output of the frozen layers, where there are any.
         hidden_old: states of the policy at the start of the update; with its head they give its whole distribution.
         hidden_ref: states of the reference policy, where the recipe asks for an exact divergence.
+        hidden_behaviour: states of the policy that sampled, where it is another one than the old one (quantised
+            weights, say); None where it is the old one but for rounding.
     """
 
     packed: PackedTokens
@@ -57,15 +59,26 @@ class UpdateBatch:
     trunk: Float[Array, "n W D"] | None = None
     log_prob_ref: Float[Array, "n slots R"] | None = None
     hidden_ref: Float[Array, "n slots R D"] | None = None
+    hidden_behaviour: Float[Array, "n slots R D"] | None = None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Heads:
-    """Heads of the old and of the reference policy; None where the head is frozen and the model's own is the same."""
+    """Heads of the old and of the reference policy; None where the head is frozen and the model's own is the same. And
+    of the policy that sampled, where it has states of its own.
+    """
 
     old: Float[Array, "_ _"] | None = None
     ref: Float[Array, "_ _"] | None = None
+    behaviour: Float[Array, "_ _"] | None = None
+
+
+def sampling_policy(batch: UpdateBatch, heads: Heads) -> tuple[Array, Array | None]:
+    """States and head of the policy that sampled: its own, or those of the old policy, which it then is."""
+    if batch.hidden_behaviour is None:
+        return batch.hidden_old, heads.old
+    return batch.hidden_behaviour, heads.behaviour
 
 
 def needs_exact_kl(recipe: Recipe) -> bool:
@@ -126,7 +139,7 @@ def micro_batch_loss(
 
     needed = ("log_prob", "entropy")
     exact_ref = needs_reference(recipe) and recipe.kl_estimator == "exact"
-    stats = compare(batch.hidden_old, heads.old, "kl_reverse", *needed) if needs_exact_kl(recipe) else None
+    stats = compare(*sampling_policy(batch, heads), "kl_reverse", *needed) if needs_exact_kl(recipe) else None
     to_ref = compare(batch.hidden_ref, heads.ref, "kl", *(() if stats else needed)) if exact_ref else None
     first = stats or to_ref or compare(None, None, *needed)
 
@@ -142,7 +155,7 @@ def micro_batch_loss(
         log_prob_old=rows(batch.log_prob_old),
         log_prob_behaviour=rows(batch.log_prob_behaviour),
         log_prob_ref=None if batch.log_prob_ref is None else rows(batch.log_prob_ref),
-        # KL(old || current): `old` is the policy that sampled, in the arithmetic of the trainer.
+        # KL(behaviour || current), the policy that sampled being in the arithmetic of the trainer.
         kl_t=None if stats is None else jax.lax.stop_gradient(stats.kl_reverse),
         kl_ref_t=None if to_ref is None else to_ref.kl,
         entropy=first.entropy,

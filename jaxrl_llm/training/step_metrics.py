@@ -6,9 +6,11 @@ response_length/*, prompt_length/mean   [tokens]; clip_ratio is the share of ans
 groups/*                                prompts: all answers earned the same, and took part in the update
 actor/*                                 means over the response tokens of all optimiser steps of this batch; entropy is
                                         that of the policy before the update, at the sampled contexts
+rollout/dropped_nonfinite               rollouts left out of everything else, as a log-prob or the reward is not finite
 rollout_corr/*, training/*              the trainer's policy before the update against the sampler (`diagnostics`)
-shift/*                                 the policy after all optimiser steps (pi) against the one before (mu), exactly,
-                                        at every sampled context
+shift/*                                 the policy after all optimiser steps (pi) against the one that sampled (mu),
+                                        exactly, at every sampled context; mu is the policy before the update unless
+                                        the sampler has perturbed weights
 bounds/*                                bounds on |J(pi) - J(mu) - L'|, beside sampled estimates of that error
 """
 
@@ -84,11 +86,15 @@ def sequence_metrics(
     }
 
 
-def group_metrics(rewards: Float[np.ndarray, " B"], kept: Bool[np.ndarray, " prompts"]) -> dict[str, float]:
-    """How many prompts carried a signal."""
-    groups = rewards.reshape(len(kept), -1)
+def group_metrics(
+    rewards: Float[np.ndarray, " B"], kept: Bool[np.ndarray, " prompts"], sound: Bool[np.ndarray, " B"]
+) -> dict[str, float]:
+    """How many prompts carried a signal; only sound rollouts are compared."""
+    groups, sound = rewards.reshape(len(kept), -1), sound.reshape(len(kept), -1)
+    # A group of which nothing is left has no two rewards that differ.
+    high, low = groups.max(axis=1, where=sound, initial=-np.inf), groups.min(axis=1, where=sound, initial=np.inf)
     return {
-        "groups/equal_rewards": float((groups.max(axis=1) == groups.min(axis=1)).sum()),
+        "groups/equal_rewards": float((high <= low).sum()),
         "groups/used": float(kept.sum()),
         "groups/total": float(len(kept)),
     }
@@ -120,7 +126,7 @@ def shift_metrics(
     """What the update did to the policy on the sampled contexts, and every bound on the error of its surrogate.
 
     Args:
-        shift: the policy after the update (pi) against the one before (mu).
+        shift: the policy after the update (pi) against the one that sampled (mu).
         response_mask: true at sampled tokens; R is the horizon of the bounds.
         rewards: one per sequence.
         group_ids: clusters of the standard errors.
@@ -129,8 +135,10 @@ def shift_metrics(
     inputs = bound_inputs_from_tokens(shift.kl, shift.total_variation, response_mask, horizon=response_mask.shape[1])
     sampled = {"group_ids": group_ids, "baseline": sum(reward_range) / 2}
     gain = sampled_surrogate_gain(shift.log_ratio, response_mask, rewards, **sampled)
+    # A row without response tokens is no sequence: its rollout was dropped.
+    mean_reward = masked_mean(rewards, jnp.any(response_mask, axis=1))
     bounds = surrogate_error_bounds(
-        inputs, reward_range=reward_range, mean_reward=jnp.mean(rewards), surrogate_gain=gain.value
+        inputs, reward_range=reward_range, mean_reward=mean_reward, surrogate_gain=gain.value
     )
     estimates = {
         "bounds/surrogate_gain": gain,

@@ -13,11 +13,14 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
+from jaxrl_llm.models.lora import merge_lora
 from jaxrl_llm.models.sharding import shard
 from jaxrl_llm.models.trainable import combine
 from jaxrl_llm.objectives import sequence_advantages
 from jaxrl_llm.rollouts import Rollout
 from jaxrl_llm.rollouts import make_generate
+from jaxrl_llm.training.finite import Finite
+from jaxrl_llm.training.finite import find_finite
 from jaxrl_llm.training.minibatches import Minibatch
 from jaxrl_llm.training.minibatches import plan_minibatches
 from jaxrl_llm.training.optimizer import make_optimizer
@@ -27,6 +30,7 @@ from jaxrl_llm.training.packing import pack
 from jaxrl_llm.training.policy import head_copy
 from jaxrl_llm.training.policy import split_policy
 from jaxrl_llm.training.scoring import Scorer
+from jaxrl_llm.training.scoring import Scores
 from jaxrl_llm.training.scoring import Shift
 from jaxrl_llm.training.settings import Parts
 from jaxrl_llm.training.settings import TrainSettings
@@ -34,20 +38,23 @@ from jaxrl_llm.training.state import TrainState
 from jaxrl_llm.training.step import Heads
 from jaxrl_llm.training.step import Update
 from jaxrl_llm.training.step import UpdateBatch
+from jaxrl_llm.training.step import needs_exact_kl
 from jaxrl_llm.training.step import needs_reference
 from jaxrl_llm.typing import Bool
 from jaxrl_llm.typing import Float
+from jaxrl_llm.typing import PyTree
 from jaxrl_llm.typing import SumCount
 
-SAMPLING, ORDER = 0, 1
-"""What the run's key is folded with for the two uses of random numbers on the device."""
+SAMPLING, ORDER, NOISE = 0, 1, 2
+"""What the run's key is folded with for the uses of random numbers on the device."""
 
 
 class Prepared(NamedTuple):
     """A rollout batch ready for its optimiser steps.
 
-    batch, heads: for `Update`. plan: its minibatches. kept: which prompts take part. entropy: of the policy before the
-    update at each sampled context [nats].
+    batch, heads: for `Update`; the response mask is false throughout rollouts that are not finite. plan: its
+    minibatches. kept: which prompts take part. entropy: of the policy before the update at each sampled context [nats].
+    finite: which rollouts are sound.
     """
 
     batch: UpdateBatch
@@ -55,6 +62,21 @@ class Prepared(NamedTuple):
     plan: list[Minibatch]
     kept: np.ndarray
     entropy: Float[np.ndarray, "B R"]
+    finite: Finite
+
+
+def _refuse_unknown_law(parts: Parts) -> None:
+    """The exact masks need the whole law of the sampler; the trainer can compute it where the weights make it.
+
+    Raises:
+        ValueError: a mask by exact KL, and a sampler whose cache or logits are perturbed.
+    """
+    engine = parts.perturbation
+    if needs_exact_kl(parts.recipe) and not (engine.cache is None and engine.logits is None):
+        raise ValueError(
+            f"recipe {parts.recipe.name!r} masks by the exact KL(behaviour || current), which the trainer computes for "
+            "perturbations of the weights only; perturb the weights, or use a recipe with one of the sampled masks."
+        )
 
 
 class Trainer:
@@ -64,6 +86,7 @@ class Trainer:
         """Split the model, place it on its devices, and prepare what is compiled at first use."""
         if parts.recipe.advantage == "given":
             raise ValueError(f"recipe {parts.recipe.name!r} needs a value function, which this loop does not train.")
+        _refuse_unknown_law(parts)
         self.parts, self.settings, self.end_ids = parts, settings, tuple(end_ids)
         config, update = parts.model.config, settings.update
         self.policy, initial, frozen = split_policy(parts.model, parts.trainable)
@@ -76,15 +99,20 @@ class Trainer:
         self.layout = Layout(settings.prompt_length, slots, settings.response_length)
         self.optimizer = make_optimizer(settings.optimizer, settings.optimizer_steps)
         temperature = settings.sampling.temperature
+        engine = parts.perturbation
+        merged = self.policy.graphdef if engine.weights is None else nnx.graphdef(merge_lora(parts.model))
         self.generate = make_generate(
-            self.policy.graphdef,
+            merged,
             max_new_tokens=settings.response_length,
             group_size=settings.group_size,
             sampling=settings.sampling,
             eos_id=self.end_ids,
             pad_id=parts.tokenizer.pad_id,
             decode_dtype=parts.decode_dtype,
+            perturb_logits=engine.logits,
+            cache_rounding=engine.cache,
         )
+        self._engine_state = jax.jit(self._perturb_weights)
         self.update = Update(self.policy, parts.recipe, self.optimizer, temperature=temperature, remat=update.remat)
         self.scorer = Scorer(self.policy, temperature=temperature, rows=update.score_rows)
         self._advantages = jax.jit(lambda rewards, ids: sequence_advantages(parts.recipe, rewards, ids))
@@ -120,8 +148,17 @@ class Trainer:
             raise ValueError(f"prompt_length is {self.settings.prompt_length}, which does not do: {error}") from error
         key = jax.random.fold_in(state.key, SAMPLING)
         arguments = (self._place(jnp.asarray(tokens)), self._place(jnp.asarray(mask)), key, index)
-        rollout = self.generate(self.model_state(state), *arguments, jnp.arange(len(prompts)))
+        perturbed = self.parts.perturbation.weights is not None
+        weights = self._engine_state(state.params, self.frozen) if perturbed else self.model_state(state)
+        # Noise of its own for every step: the weights that a real engine rounds are others after each update.
+        noise_key = jax.random.fold_in(jax.random.fold_in(state.key, NOISE), index)
+        rollout = self.generate(weights, *arguments, jnp.arange(len(prompts)), noise_key=noise_key)
         return jax.device_get(rollout)
+
+    def _perturb_weights(self, params: PyTree, frozen: PyTree) -> PyTree:
+        perturb = self.parts.perturbation.weights
+        assert perturb is not None
+        return perturb(nnx.state(merge_lora(self.policy.model(params, frozen))))
 
     def ended(self, rollout: Rollout) -> Bool[np.ndarray, " B"]:
         """Which answers came to their end before the width did."""
@@ -140,18 +177,23 @@ class Trainer:
         packed = self._place(pack(rollout.tokens, rollout.token_mask, rollout.group_ids, layout))
         targets = rows(rollout.tokens)
         scores = self.scorer.score(state.params, self.frozen, packed, targets)
-        advantages = self._advantages(jnp.asarray(rewards), jnp.asarray(rollout.group_ids))
+        finite = self._find_finite(rollout, scores, rewards)
+        advantages = self._finite_advantages(rewards, np.asarray(rollout.group_ids), finite)
         batch = UpdateBatch(
             packed=packed,
             targets=targets,
-            response_mask=rows(rollout.response_mask),
-            advantages=self._place(advantages.reshape(shape[:2])),
+            response_mask=rows(np.asarray(rollout.response_mask) & finite.rows[:, None]),
+            advantages=self._place(jnp.asarray(advantages.reshape(shape[:2]))),
             log_prob_behaviour=rows(rollout.log_prob_behaviour),
             log_prob_old=scores.log_prob,
             hidden_old=scores.hidden,
             trunk=scores.trunk,
         )
         heads = Heads(old=head_copy(self.policy, self.policy.model(state.params, self.frozen)))
+        if self.parts.perturbation.weights is not None:
+            hidden, head = self.scorer.behaviour(self.parts.perturbation.weights, state.params, self.frozen, packed)
+            batch = dataclasses.replace(batch, hidden_behaviour=hidden)
+            heads = dataclasses.replace(heads, behaviour=head)
         if self._reference is not None:
             reference = self.scorer.score(self._reference, self.frozen, packed, targets, scores.trunk)
             exact = self.parts.recipe.kl_estimator == "exact"
@@ -160,13 +202,27 @@ class Trainer:
             # Never donated, so the reference's own head can be used as it lies.
             model = self.policy.model(self._reference, self.frozen)
             heads = dataclasses.replace(heads, ref=model.head()[0] if exact and self.policy.trains_head else None)
-        per_prompt = np.abs(np.asarray(advantages)).reshape(self.settings.prompts, -1)
+        per_prompt = np.abs(advantages).reshape(self.settings.prompts, -1)
         kept = (per_prompt > 0).any(axis=1) | (not update.skip_equal_groups)
         key = jax.random.fold_in(jax.random.fold_in(state.key, ORDER), index)
         rows_per_prompt = self.settings.group_size // layout.slots
         plan = plan_minibatches(key, kept, rows_per_prompt=rows_per_prompt, settings=update)
         entropy = np.asarray(scores.entropy).reshape(-1, layout.response_length)
-        return Prepared(batch, heads, plan, kept, entropy)
+        return Prepared(batch, heads, plan, kept, entropy, finite)
+
+    def _find_finite(self, rollout: Rollout, scores: Scores, rewards: np.ndarray) -> Finite:
+        width = self.layout.prompt_length
+        old = np.asarray(scores.log_prob).reshape(-1, self.layout.response_length)
+        behaviour, mask = (np.asarray(x)[:, width:] for x in (rollout.log_prob_behaviour, rollout.response_mask))
+        return find_finite(behaviour, old, mask, rewards)
+
+    def _finite_advantages(self, rewards: np.ndarray, group_ids: np.ndarray, finite: Finite) -> np.ndarray:
+        """Advantages among the sound rollouts; 0 for the others, which are compared with nothing."""
+        advantages = np.zeros(len(rewards), np.float32)
+        sound = finite.rows
+        if sound.any():
+            advantages[sound] = self._advantages(jnp.asarray(rewards[sound]), jnp.asarray(group_ids[sound]))
+        return advantages
 
     def improve(self, state: TrainState, prepared: Prepared) -> tuple[TrainState, list[dict[str, SumCount]]]:
         """Take the optimiser steps of one batch; the given state is donated. Returns the metrics of each step."""

@@ -157,5 +157,6 @@ def test_rewards_lengths_and_groups():
     assert (values["task/lenient"], values["task/strict"]) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
     assert (values["response_length/mean"], values["response_length/max"], values["response_length/min"]) == (2, 3, 1)
     assert values["response_length/clip_ratio"] == pytest.approx(1 / 3)
-    groups = group_metrics(np.array([1.0, 1.0, 0.0, 1.0, 0.0, 0.0]), np.array([False, True, False]))
+    rewards, kept = np.array([1.0, 1.0, 0.0, 1.0, 0.0, 0.0]), np.array([False, True, False])
+    groups = group_metrics(rewards, kept, np.ones(6, bool))
     assert groups == {"groups/equal_rewards": 2.0, "groups/used": 1.0, "groups/total": 3.0}

@@ -1,0 +1,178 @@
+"""Settings of training under a controlled mismatch, and the two worlds that they describe."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
+from typing import Literal
+
+import jax
+
+from experiments.lab.arms import LABELS
+from experiments.lab.arms import PRUNING
+from experiments.lab.arms import arm
+from experiments.lab.ladder import ladder
+from experiments.lab.sums import sums
+from experiments.lab.train import Mismatch
+from experiments.lab.train import Trainer
+from experiments.lab.world import World
+from jaxrl_llm.rollouts.perturb import perturbation
+
+WORLDS = ("ladder", "sums")
+
+
+@dataclasses.dataclass(frozen=True)
+class WorldSettings:
+    """One world, how its sampler is wrong, and how it is trained.
+
+    Attributes:
+        steps: updates.
+        noise: standard deviation of the noise of each logit of the sampler, new at every step. [nats]
+        lag: steps that the sampler's weights are old.
+        learning_rate: of Adam.
+        mask_maximum: largest KL of one token that TRM accepts. [nats]
+        mask_average: largest mean KL per token that TRM accepts. [nats]
+    """
+
+    steps: int
+    noise: float
+    lag: int
+    learning_rate: float
+    mask_maximum: float
+    mask_average: float
+
+
+@dataclasses.dataclass(frozen=True)
+class LabSettings:
+    """What is trained, under which mismatch, how often. The fields of a world start with its name.
+
+    Attributes:
+        arms: which corrections are compared: the four of the claim, or all.
+        seeds: policies trained at once, each with noise of its own.
+        seed: seed of all random numbers.
+        log_min_p: threshold of pruning, relative to the most likely token. [nats]
+        ladder_horizon: T of the ladder. [tokens]
+        ladder_rungs: states of the ladder.
+        ladder_vocabulary: tokens of the ladder.
+        ladder_traps: tokens of each rung that fall to the ground.
+        ladder_answers: responses per batch on the ladder.
+        ladder_steps: updates.
+        ladder_noise: standard deviation of the sampler's noise in each logit. [nats]
+        ladder_lag: steps that the sampler's weights are old.
+        ladder_learning_rate: of Adam.
+        ladder_mask_maximum: largest KL of one token that TRM accepts. [nats]
+        ladder_mask_average: largest mean KL per token that TRM accepts. [nats]
+        sums_prompts: problems per batch of sums.
+        sums_group_size: responses per problem.
+        sums_width: of the transformer.
+        sums_layers: of the transformer.
+        sums_imitation_steps: updates on right answers before reinforcement learning.
+        sums_steps, sums_noise, sums_lag, sums_learning_rate, sums_mask_maximum, sums_mask_average: as of the ladder.
+    """
+
+    arms: Literal["default", "all"] = "default"
+    seeds: int = 5
+    seed: int = 0
+    log_min_p: float = -6.0
+    ladder_horizon: int = 512
+    ladder_rungs: int = 17
+    ladder_vocabulary: int = 16
+    ladder_traps: int = 3
+    ladder_answers: int = 64
+    ladder_steps: int = 200
+    ladder_noise: float = 0.5
+    ladder_lag: int = 8
+    ladder_learning_rate: float = 0.15
+    ladder_mask_maximum: float = 0.6
+    ladder_mask_average: float = 0.15
+    sums_prompts: int = 16
+    sums_group_size: int = 8
+    sums_width: int = 32
+    sums_layers: int = 1
+    sums_imitation_steps: int = 150
+    sums_steps: int = 200
+    sums_noise: float = 0.5
+    sums_lag: int = 8
+    sums_learning_rate: float = 1e-3
+    sums_mask_maximum: float = 0.6
+    sums_mask_average: float = 0.15
+
+    def of(self, world: str) -> WorldSettings:
+        """The settings of one world."""
+        names = [field.name for field in dataclasses.fields(WorldSettings)]
+        return WorldSettings(**{name: getattr(self, f"{world}_{name}") for name in names})
+
+
+def check(settings: LabSettings) -> None:
+    """Refuse impossible numbers before anything is computed.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    least = {"seeds": 2, "ladder_steps": 1, "sums_steps": 1, "ladder_lag": 0, "sums_lag": 0, "sums_imitation_steps": 0}
+    for name, bound in least.items():
+        if getattr(settings, name) < bound:
+            field = name.replace("_", "-")
+            raise ValueError(f"Field --{field} is {getattr(settings, name)}; it must be at least {bound}.")
+    if settings.log_min_p > 0:
+        raise ValueError(f"Field --log-min-p is {settings.log_min_p}; it must be at most 0, or nothing is kept.")
+
+
+def make_world(name: str, settings: LabSettings) -> World:
+    """The world of that name.
+
+    Raises:
+        ValueError: its sizes do not fit each other.
+    """
+    if name == "ladder":
+        return ladder(
+            jax.random.key(settings.seed),
+            horizon=settings.ladder_horizon,
+            rungs=settings.ladder_rungs,
+            vocabulary=settings.ladder_vocabulary,
+            traps=settings.ladder_traps,
+            answers=settings.ladder_answers,
+        )
+    return sums(
+        prompts=settings.sums_prompts,
+        group_size=settings.sums_group_size,
+        width=settings.sums_width,
+        layers=settings.sums_layers,
+        imitation_steps=settings.sums_imitation_steps,
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def trainer(world: str, settings: LabSettings) -> Trainer:
+    """What trains every arm in that world; kept, because it is compiled once for all of them.
+
+    Raises:
+        ValueError: the world cannot be.
+    """
+    own = settings.of(world)
+    recipes = [arm(name, mask_maximum=own.mask_maximum, mask_average=own.mask_average) for name in LABELS]
+    noise = perturbation("gaussian_noise", own.noise).logits
+    assert noise is not None
+    return Trainer(
+        make_world(world, settings),
+        Mismatch(noise, own.lag),
+        recipes,
+        steps=own.steps,
+        learning_rate=own.learning_rate,
+    )
+
+
+def train_part(world: str, name: str, settings: LabSettings) -> Callable[[], Mapping[str, Any]]:
+    """A part of a study: one arm in one world. `name` may carry a threshold of pruning of its own, as in "dvp:-9".
+
+    Raises:
+        ValueError: the world cannot be.
+    """
+    kind, _, threshold = name.partition(":")
+    prunes = kind in PRUNING
+    log_min_p = (float(threshold) if threshold else settings.log_min_p) if prunes else None
+    # The same key for every arm: all start from the same policies.
+    key = jax.random.fold_in(jax.random.key(settings.seed), WORLDS.index(world))
+    own = trainer(world, settings)
+    return lambda: jax.device_get(own.train(kind, log_min_p=log_min_p, seeds=settings.seeds, key=key))

@@ -1,0 +1,214 @@
+"""Train an arm under a controlled mismatch: all seeds at once, all steps in one compiled loop, one program for all arms.
+
+What differs between arms is data to that program: the number of its loss, and the threshold of its pruning.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from experiments.lab.world import Exact
+from experiments.lab.world import Sampled
+from experiments.lab.world import World
+from jaxrl_llm import categorical
+from jaxrl_llm.bounds import bound_inputs_from_tokens
+from jaxrl_llm.bounds import sampled_surrogate_error
+from jaxrl_llm.bounds import surrogate_error_bounds
+from jaxrl_llm.masked import masked_mean
+from jaxrl_llm.masked import masked_sum
+from jaxrl_llm.masked import safe_divide
+from jaxrl_llm.objectives import Recipe
+from jaxrl_llm.objectives import policy_loss
+from jaxrl_llm.objectives import sequence_advantages
+from jaxrl_llm.rollouts.perturb import LogitPerturbation
+from jaxrl_llm.rollouts.perturb import push
+from jaxrl_llm.rollouts.perturb import stale_weights
+from jaxrl_llm.rollouts.perturb import start_history
+from jaxrl_llm.typing import Array
+from jaxrl_llm.typing import Bool
+from jaxrl_llm.typing import Float
+from jaxrl_llm.typing import PRNGKey
+from jaxrl_llm.typing import PyTree
+
+NO_PRUNING = -jnp.inf
+"""The threshold at which the safe set is the whole vocabulary."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Mismatch:
+    """How the sampler differs from the trained policy.
+
+    Attributes:
+        logits: what it does to the logits, with noise of its own at every step.
+        lag: steps that its weights are old.
+    """
+
+    logits: LogitPerturbation
+    lag: int
+
+
+class OnTokens(NamedTuple):
+    """The trained policy (pi) and the one that sampled (mu) at the sampled tokens, both pruned where the arm prunes.
+
+    The divergences are KL(mu || pi) and TV of the whole distributions: pruned ones differ in their support, and their
+    KL would be infinite.
+    """
+
+    log_prob: Float[Array, "B T"]
+    log_prob_mu: Float[Array, "B T"]
+    kept: Bool[Array, "B T"]
+    kept_mass: Float[Array, "B T"]
+    kl: Float[Array, "B T"]
+    tv: Float[Array, "B T"]
+    entropy: Float[Array, "B T"]
+
+
+def pruned(logits: Float[Array, "N V"], log_min_p: Array) -> Float[Array, "N V"]:
+    """The logits on their own safe set."""
+    return categorical.restrict(logits, categorical.safe_set(logits, log_min_p=log_min_p))
+
+
+def on_tokens(
+    logits: Float[Array, "N V"], logits_mu: Float[Array, "N V"], sampled: Sampled, log_min_p: Array
+) -> OnTokens:
+    """Both policies at the sampled tokens; every quantity is computed once per row, then looked up."""
+    keep = categorical.safe_set(logits, log_min_p=log_min_p)
+    fixed, entries = jax.lax.stop_gradient(logits), (sampled.row, sampled.tokens)
+    kept = keep[entries]
+    log_prob = categorical.log_probs(categorical.restrict(logits, keep))[entries]
+    return OnTokens(
+        log_prob=jnp.where(kept, log_prob, 0.0),
+        log_prob_mu=categorical.log_probs(pruned(logits_mu, log_min_p))[entries],
+        kept=kept,
+        kept_mass=categorical.kept_mass(fixed, keep)[sampled.row],
+        kl=categorical.kl(logits_mu, fixed)[sampled.row],
+        tv=categorical.total_variation(logits_mu, fixed)[sampled.row],
+        entropy=categorical.entropy(fixed)[sampled.row],
+    )
+
+
+def _loss_of(recipe: Recipe) -> Callable[[OnTokens, Sampled], tuple[Array, dict[str, Array]]]:
+    """The recipe's loss, and which share of sequences and tokens it takes out of the update."""
+
+    def loss(both: OnTokens, sampled: Sampled) -> tuple[Array, dict[str, Array]]:
+        terms = policy_loss(
+            recipe,
+            log_prob=both.log_prob,
+            advantages=sequence_advantages(recipe, sampled.rewards, sampled.group_ids),
+            response_mask=sampled.mask,
+            log_prob_old=jax.lax.stop_gradient(both.log_prob),
+            log_prob_behaviour=both.log_prob_mu,
+            kl_t=both.kl,
+            target_kept=both.kept,
+        )
+
+        def share(name: str) -> Array:
+            pair = terms.metrics.get(name)
+            return jnp.zeros(()) if pair is None else safe_divide(*pair)
+
+        # Tokens that were sampled and scored, and then have no weight in the update.
+        wasted = jnp.maximum(share("rejected_tokens"), share("weight_zero"))
+        return safe_divide(*terms.loss), {"acceptance": 1 - share("rejected_sequences"), "wasted": wasted}
+
+    return loss
+
+
+def _metrics(world: World, sampled: Sampled, both: OnTokens, exact: Exact) -> dict[str, Array]:
+    """Numbers of one step, before its update."""
+    mask = sampled.mask & both.kept
+    gap = jnp.where(mask, both.log_prob - both.log_prob_mu, 0.0)
+    error = sampled_surrogate_error(gap, sampled.mask, sampled.rewards, group_ids=None, baseline=0.5)
+    visited = bound_inputs_from_tokens(both.kl, both.tv, sampled.mask, horizon=world.horizon)
+    bounds = surrogate_error_bounds(
+        visited if exact.inputs is None else exact.inputs,
+        mean_reward=exact.reward_mu,
+        surrogate_gain=exact.surrogate_gain,
+    )
+    return {
+        "reward": exact.reward_pi,
+        "reward_sampler": exact.reward_mu,
+        "surrogate_gain": exact.surrogate_gain,
+        "error": exact.reward_pi - exact.reward_mu - exact.surrogate_gain,
+        "error_sampled": error.value,
+        "error_sampled_se": error.standard_error,
+        "unified_printed": bounds.unified_printed,
+        "unified_sharp": bounds.unified_sharp,
+        "dominating": bounds.dominating,
+        "threshold": bounds.threshold,
+        "vacuous": bounds.vacuous,
+        "log_ppl_abs_diff": jnp.mean(jnp.abs(masked_mean(gap, mask, axis=1))),
+        "kl_mean": masked_mean(both.kl, sampled.mask),
+        "kl_max": visited.max_kl,
+        "tv_mean": masked_mean(both.tv, sampled.mask),
+        "entropy": masked_mean(both.entropy, sampled.mask),
+        # E sum_t (1 - Z_t): the bound on what pruning costs (bounds.pruning.sampled_bias_bound), on the sampled contexts.
+        "pruned_mass": jnp.mean(masked_sum(1 - both.kept_mass, sampled.mask, axis=1)),
+    }
+
+
+class Trainer:
+    """One world, one mismatch, several recipes: compiled once, whichever recipe is trained."""
+
+    def __init__(
+        self, world: World, mismatch: Mismatch, recipes: Sequence[Recipe], *, steps: int, learning_rate: float
+    ) -> None:
+        """Nothing is compiled yet."""
+        self._world, self._mismatch, self._steps = world, mismatch, steps
+        self._losses = [_loss_of(recipe) for recipe in recipes]
+        self._names = [recipe.name for recipe in recipes]
+        self._optimizer = optax.adam(learning_rate)
+        self._init = jax.jit(jax.vmap(world.init))
+        self._run = jax.jit(jax.vmap(self._train, in_axes=(0, 0, None, None)))
+
+    def train(self, arm: str, *, log_min_p: float | None, seeds: int, key: PRNGKey) -> Mapping[str, Array]:
+        """Every number of every step, [seeds, steps]; all arms of one key start from the same policies.
+
+        One step: sample with the perturbed policy of `lag` steps ago, score under the trained one, one Adam update of
+        the recipe's loss. An arm that prunes has its sampler prune too, on the safe set of its own logits.
+        """
+        init_key, key = jax.random.split(key)
+        params = self._init(jax.random.split(init_key, seeds))
+        threshold = jnp.asarray(NO_PRUNING if log_min_p is None else log_min_p)
+        return self._run(params, jax.random.split(key, seeds), jnp.asarray(self._names.index(arm)), threshold)
+
+    def _train(self, params: PyTree, key: PRNGKey, arm: Array, log_min_p: Array) -> dict[str, Array]:
+        def step(carry: Any, index: Array) -> tuple[Any, dict[str, Array]]:
+            return self._step(carry, jax.random.fold_in(key, index), arm, log_min_p)
+
+        start = (params, self._optimizer.init(params), start_history(params, lag=self._mismatch.lag))
+        return jax.lax.scan(step, start, jnp.arange(self._steps))[1]
+
+    def _step(self, carry: Any, key: PRNGKey, arm: Array, log_min_p: Array) -> tuple[Any, dict[str, Array]]:
+        params, opt_state, history = carry
+        world, sample_key, noise_key = self._world, *jax.random.split(key)
+        sampler = stale_weights(history)
+
+        def of_pi(logits: Array, keys: Array) -> Array:
+            del keys
+            return pruned(logits, log_min_p)
+
+        def of_mu(logits: Array, keys: Array) -> Array:
+            return pruned(self._mismatch.logits(logits, keys), log_min_p)
+
+        sampled = world.sample(sampler, of_mu, sample_key, noise_key)
+        logits_mu = self._mismatch.logits(world.logits(sampler, sampled), sampled.keys)
+
+        def loss(params: PyTree) -> tuple[Array, Any]:
+            both = on_tokens(world.logits(params, sampled), logits_mu, sampled, log_min_p)
+            value, shares = jax.lax.switch(arm, self._losses, both, sampled)
+            return value, (both, shares)
+
+        gradient, (both, shares) = jax.grad(loss, has_aux=True)(params)
+        exact = world.exact(params, of_pi, sampler, of_mu, noise_key)
+        metrics = _metrics(world, sampled, both, exact) | shares
+        changes, opt_state = self._optimizer.update(gradient, opt_state, params)
+        params = optax.apply_updates(params, changes)
+        metrics = jax.tree.map(lambda x: x.astype(jnp.float32), metrics)
+        return (params, opt_state, push(history, params)), metrics

@@ -1,0 +1,59 @@
+"""Rollouts with numbers that are none: found, counted and left out, so that no mean ever contains them."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxrl_llm.typing import Bool
+from jaxrl_llm.typing import Float
+
+
+class Finite(NamedTuple):
+    """Which rollouts are sound.
+
+    Attributes:
+        rows: true where every log-prob and the reward are finite.
+        sampler: rollouts with a log-prob of the sampler that is not finite.
+        trainer: rollouts with one of the trainer that is not finite.
+        reward: rollouts whose reward is not finite.
+    """
+
+    rows: Bool[np.ndarray, " B"]
+    sampler: int
+    trainer: int
+    reward: int
+
+    @property
+    def dropped(self) -> int:
+        """Rollouts that are left out."""
+        return int((~self.rows).sum())
+
+    def sentence(self, step: int) -> str:
+        """What happened, for a person."""
+        causes = {"the sampler's log-probs": self.sampler, "the trainer's": self.trainer, "the reward": self.reward}
+        found = ", ".join(f"{name}: {count}" for name, count in causes.items() if count)
+        return (
+            f"Step {step}: dropped {self.dropped} of {len(self.rows)} rollouts with numbers that are not finite "
+            f"({found}); they are in no loss, advantage or metric."
+        )
+
+
+def find_finite(
+    log_prob_behaviour: Float[np.ndarray, "B R"],
+    log_prob_old: Float[np.ndarray, "B R"],
+    response_mask: Bool[np.ndarray, "B R"],
+    rewards: Float[np.ndarray, " B"],
+) -> Finite:
+    """Look at the response tokens of every rollout; what is at padding does not matter.
+
+    Args:
+        log_prob_behaviour: as the sampler recorded them.
+        log_prob_old: under the trainer's policy before the update.
+        response_mask: true at response tokens.
+        rewards: one per rollout.
+    """
+    sampler, trainer = (
+        (np.isfinite(log_probs) | ~response_mask).all(axis=1) for log_probs in (log_prob_behaviour, log_prob_old)
+    )
+    reward = np.isfinite(rewards)
+    return Finite(sampler & trainer & reward, *(int((~sound).sum()) for sound in (sampler, trainer, reward)))

@@ -1,0 +1,146 @@
+"""Rollouts whose numbers are none: dropped with a count and a warning, and in no mean."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_llm import categorical
+from jaxrl_llm.environments import Score
+from jaxrl_llm.rollouts import perturb
+from jaxrl_llm.training import NonFiniteError
+from jaxrl_llm.training import train
+from jaxrl_llm.training.finite import find_finite
+from jaxrl_llm.training.reporting import Quiet
+from jaxrl_llm.training.trainer import Trainer
+
+
+class Told(Quiet):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+
+def test_what_is_at_padding_does_not_matter():
+    mask = np.array([[True, True, False]] * 4)
+    behaviour, old, rewards = np.zeros((4, 3)), np.zeros((4, 3)), np.zeros(4)
+    behaviour[0, 2], behaviour[1, 0], old[1, 1], rewards[3] = np.nan, -np.inf, np.inf, np.nan
+    found = find_finite(behaviour, old, mask, rewards)
+    np.testing.assert_array_equal(found.rows, [True, False, True, False])
+    assert (found.dropped, found.sampler, found.trainer, found.reward) == (2, 1, 1, 1)
+    assert "Step 7: dropped 2 of 4 rollouts" in found.sentence(7)
+
+
+@pytest.fixture(scope="module")
+def trainer(tiny_run) -> Trainer:
+    return Trainer(tiny_run.make_parts(), tiny_run.SETTINGS, (256,))
+
+
+@pytest.fixture(scope="module")
+def sampled(trainer):
+    state = trainer.initial_state()
+    rollout = trainer.sample(state, 0, [f"{digit}>" for digit in range(8)])
+    return state, rollout, np.linspace(0, 1, 64, dtype=np.float32)
+
+
+@pytest.mark.parametrize("cause", ["sampler", "reward"])
+def test_a_broken_rollout_changes_nothing_but_its_own_absence(cause, trainer, sampled):
+    """Its group is compared without it, and the gradient is that of the batch in which it has no token."""
+    state, rollout, rewards = sampled
+    broken, rewards = np.array(rollout.log_prob_behaviour), rewards.copy()
+    if cause == "sampler":
+        broken[5, -1] = np.nan
+    else:
+        rewards[5] = np.inf
+    prepared = trainer.prepare(state, 0, dataclasses.replace(rollout, log_prob_behaviour=broken), rewards)
+    assert prepared.finite.dropped == 1
+    advantages = np.asarray(prepared.batch.advantages).reshape(8, 8)
+    group = np.delete(rewards[:8], 5)
+    expected = (group - group.mean()) / group.std(ddof=1)
+    np.testing.assert_allclose(np.delete(advantages[0], 5), expected, rtol=1e-4)
+    assert advantages[0, 5] == 0
+    mask = np.asarray(prepared.batch.response_mask).reshape(64, 1)
+    assert not mask[5].any()
+    assert mask[4].all()
+
+    gradient_of = jax.jit(trainer.update.gradient, static_argnums=5)
+
+    def gradient(batch) -> list[np.ndarray]:
+        rows = jnp.arange(batch.packed.tokens.shape[0])[None]
+        found, terms = gradient_of(state.params, trainer.frozen, batch, prepared.heads, rows, 1)
+        assert float(terms.loss[1]) == 63  # tokens, which this recipe divides by
+        return [np.asarray(leaf) for leaf in jax.tree.leaves((found, terms))]
+
+    clean = dataclasses.replace(
+        prepared.batch, log_prob_behaviour=jnp.nan_to_num(prepared.batch.log_prob_behaviour, posinf=0.0)
+    )
+    for got, without in zip(gradient(prepared.batch), gradient(clean), strict=True):
+        assert np.isfinite(got).all()
+        np.testing.assert_array_equal(got, without)
+
+
+class SometimesNone:
+    """Gives no number for one answer in every group."""
+
+    def __init__(self, task, every: int) -> None:
+        self.name, self.stop, self._task, self._every, self._count = task.name, task.stop, task, every, 0
+
+    def __getattr__(self, name):
+        return getattr(self._task, name)
+
+    def score(self, problem, text) -> Score:
+        self._count += 1
+        right = self._task.score(problem, text)
+        return dataclasses.replace(right, reward=float("nan")) if self._count % self._every == 0 else right
+
+
+def test_a_run_counts_warns_and_averages_the_others(tiny_run, tmp_path):
+    settings = dataclasses.replace(tiny_run.SETTINGS, steps=2)
+    told = Told()
+    parts = tiny_run.make_parts(task=SometimesNone(tiny_run.SayTheDigit(), 8))
+    train(parts, settings, tmp_path, reporter=told)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["rollout/dropped_nonfinite"] for row in rows] == [8.0, 8.0]
+    assert all(np.isfinite(list(row.values())).all() for row in rows)
+    assert all(0 < row["critic/rewards/mean"] <= 1 and row["actor/skipped"] == 0 for row in rows)
+    assert sum("dropped 8 of 64 rollouts" in sentence for sentence in told.said) == 2
+
+
+def test_a_step_without_a_sound_rollout_stops_the_run(tiny_run, tmp_path):
+    parts = tiny_run.make_parts(task=SometimesNone(tiny_run.SayTheDigit(), 1))
+    with pytest.raises(NonFiniteError, match=r"dropped 64 of 64 .*the reward: 64.*no checkpoint was saved yet"):
+        train(parts, tiny_run.SETTINGS, tmp_path)
+
+
+def test_a_quantised_sampler_is_seen_exactly(tiny_run):
+    """The trainer's law of the sampler gives the log-probs that the sampler recorded, and divergences from it."""
+    parts = tiny_run.make_parts("trm", perturbation=perturb.perturbation("fp8_weights"))
+    trainer = Trainer(parts, tiny_run.SETTINGS, (256,))
+    state = trainer.initial_state()
+    rollout = trainer.sample(state, 0, [f"{digit}>" for digit in range(8)])
+    prepared = trainer.prepare(state, 0, rollout, np.zeros(64, np.float32))
+    shift = trainer.compare(state, prepared)  # nothing was updated: what is left is the quantisation
+    recorded = np.asarray(rollout.log_prob_behaviour)[:, -1]
+    old = np.asarray(prepared.batch.log_prob_old).reshape(-1)
+    np.testing.assert_allclose(np.asarray(shift.log_ratio)[:, 0], old - recorded, atol=1e-5)
+    model = trainer.policy.model(state.params, trainer.frozen)
+    engine = perturb.perturbed_logits(model, rollout.tokens, rollout.token_mask, parts.perturbation, response_width=1)
+    plain = perturb.perturbed_logits(
+        model, rollout.tokens, rollout.token_mask, perturb.Perturbation(), response_width=1
+    )
+    np.testing.assert_allclose(shift.kl, categorical.kl(engine, plain), atol=1e-6)
+    np.testing.assert_allclose(shift.total_variation, categorical.total_variation(engine, plain), atol=1e-5)
+    assert np.asarray(shift.total_variation).max() > 1e-4
+
+
+def test_exact_masks_refuse_a_sampler_whose_law_the_trainer_cannot_compute(tiny_run):
+    parts = tiny_run.make_parts("trm", perturbation=perturb.perturbation("gaussian_noise"))
+    with pytest.raises(ValueError, match="masks by the exact KL"):
+        Trainer(parts, tiny_run.SETTINGS, (256,))
