@@ -92,7 +92,7 @@ def summarise(settings: PruningSettings, results: Results) -> dict[str, Any]:
     for world in WORLDS:
         trained = of_world(world, settings, results)
         summary[world] = {
-            name: summary_of_arm(part) | {"pruned_mass": float(part["pruned_mass"].mean())}
+            name: {**summary_of_arm(part), "pruned_mass": float(part["pruned_mass"].mean())}
             for name, part in trained.items()
         }
         for other in ("none", "tis"):
@@ -140,8 +140,8 @@ def page(settings: PruningSettings, results: Results, summary: Mapping[str, Any]
                 world,
                 trained,
                 [
-                    f"Sampler: weights {own.lag} steps old, N(0, {own.noise:g}²) noise in every logit. Highest reward at "
-                    f"the end: {label(best)}. Gap between trainer and sampler, mean over all steps: "
+                    f"Sampler: weights {own.lag} steps old, N(0, {own.noise:g}²) noise in every logit. Highest reward "
+                    f"at the end: {label(best)}. Gap between trainer and sampler, mean over all steps: "
                     + ", ".join(f"{name} {gap:.3g}" for name, gap in gaps)
                     + " nats."
                 ],
@@ -160,10 +160,13 @@ def page(settings: PruningSettings, results: Results, summary: Mapping[str, Any]
         value=f"{gain:+.3f}",
         value_range=f"{low:+.3f} to {2 * gain - low:+.3f} of the reward",
         sentence=(
-            f"Reward at the end with pruning at log rho = {max(settings.log_min_ps):g} minus that without a correction, "
-            f"on sums, 95 % interval over {settings.seeds} seeds, paired."
+            f"Reward at the end with pruning at log rho = {max(settings.log_min_ps):g} minus that without a "
+            f"correction, on sums, 95 % interval over {settings.seeds} seeds, paired."
         ),
-        facts=f"{settings.seeds} seeds, {settings.ladder_steps} and {settings.sums_steps} steps, {len(arms(settings))} arms",
+        facts=(
+            f"{settings.seeds} seeds, {settings.ladder_steps} and {settings.sums_steps} steps, "
+            f"{len(arms(settings))} arms"
+        ),
         sections=sections,
     )
 

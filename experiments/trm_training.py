@@ -1,4 +1,4 @@
-"""Trust Region Masking under a controlled mismatch: what it buys, what it costs, and when its certificate says anything.
+"""Trust Region Masking under a controlled mismatch: what it buys, what it costs, when its certificate says anything.
 
 Claim      CLAIM
 Command    python -m experiments run trm_training          (all nine arms: --arms all)
@@ -7,12 +7,14 @@ Expected   EXPECTED
 
 The sampler is wrong in a known way: its weights are some steps old and its logits carry noise that belongs to the
 context (`rollouts.perturb`), so that it is a policy of its own and every divergence is exact. Two worlds: a ladder of
-512 tokens per response, a Markov chain in which J, the surrogate, its error and the inputs of every bound are exact; and
-sums of two digits for a byte-level transformer, where J and the error are exact and the bounds read the sampled contexts.
-All arms share advantages, aggregation, optimiser, start and mismatch. Seeds are vmapped, steps are scanned.
+512 tokens per response, a Markov chain in which J, the surrogate, its error and the inputs of every bound are exact;
+and sums of two digits for a byte-level transformer, where J and the error are exact and the bounds read the sampled
+contexts. All arms share advantages, aggregation, optimiser, start and mismatch. Seeds are vmapped, steps are scanned.
 
-On SmolLM2, checkpointed, with the mismatch as a setting of the default experiment:
-python -m experiments run smollm2_arithmetic --mismatch gaussian_noise --mismatch-strength 0.2 --train.steps 200
+SCAN
+
+On SmolLM2, checkpointed, with the mismatch as a setting of the default experiment (TRM's exact masks then see it):
+python -m experiments run smollm2_arithmetic --mismatch int8_weights --steps 200
 """
 
 import dataclasses
@@ -106,7 +108,10 @@ def page(settings: LabSettings, results: Results, summary: Mapping[str, Any]) ->
             "Reward at the end with Trust Region Masking minus that without a correction, on the ladder, 95 % interval "
             f"over {settings.seeds} seeds, paired."
         ),
-        facts=f"{settings.seeds} seeds, {settings.ladder_steps} and {settings.sums_steps} steps, {len(arms(settings))} arms",
+        facts=(
+            f"{settings.seeds} seeds, {settings.ladder_steps} and {settings.sums_steps} steps, "
+            f"{len(arms(settings))} arms"
+        ),
         sections=sections,
     )
 
@@ -122,11 +127,11 @@ def _said(world: str, summary: Mapping[str, Any]) -> list[str]:
         gains.append(f"{gain:+.3f} ± {half:.3f} against {LABELS[other]} ({verdict})")
     return [
         f"What TRM buys: reward at the end {' and '.join(gains)}. What it costs: it rejects "
-        f"{100 * (1 - trm['acceptance']):.0f} % of the responses, {100 * trm['wasted_tokens']:.0f} % of the tokens that "
-        "were sampled and scored.",
-        f"The certificate: the smallest sharp bound is vacuous in {100 * trm['vacuous_share']:.0f} % of the steps with TRM "
-        f"(median bound {trm['bound_sharp_median']:.3g}, as printed {trm['bound_printed_median']:.3g}; mean |error| "
-        f"{trm['error_abs']:.3g}).",
+        f"{100 * (1 - trm['acceptance']):.0f} % of the responses, {100 * trm['wasted_tokens']:.0f} % of the tokens "
+        "that were sampled and scored.",
+        f"The certificate: the smallest sharp bound is vacuous in {100 * trm['vacuous_share']:.0f} % of the steps with "
+        f"TRM (median bound {trm['bound_sharp_median']:.3g}, as printed {trm['bound_printed_median']:.3g}; mean "
+        f"|error| {trm['error_abs']:.3g}).",
     ]
 
 

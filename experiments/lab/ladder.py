@@ -1,9 +1,9 @@
 """A ladder of states: a long task whose reward depends on every token, and in which everything is exact.
 
 In each state one token climbs a rung, some fall to the ground, the others stay; the reward is the height after T tokens
-as a share of the ladder. Whoever falls once in a while never gets far, so that rare tokens decide. The policy is a table
-of logits, one row per state. State and token give the next state, so policies are Markov chains: J, the surrogate and
-the divergences are forward recursions over T steps, where responses themselves could not be enumerated.
+as a share of the ladder. Whoever falls once in a while never gets far, so that rare tokens decide. The policy is a
+table of logits, one row per state. State and token give the next state, so policies are Markov chains: J, the surrogate
+and the divergences are forward recursions over T steps, where responses themselves could not be enumerated.
 """
 
 import jax

@@ -1,4 +1,4 @@
-"""From the metrics of an arm, [seeds, steps], to the numbers that are reported: means over seeds with 95 % intervals."""
+"""From the metrics of an arm, [seeds, steps], to what is reported: means over seeds with 95 % intervals."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -63,8 +63,9 @@ def collapsed(rewards: np.ndarray) -> np.ndarray:
     """
     width = window(rewards.shape[1])
     smooth = np.apply_along_axis(lambda row: np.convolve(row, np.ones(width) / width, "valid"), 1, rewards)
+    best = np.where(np.isnan(smooth), -np.inf, smooth).max(axis=1)
     # Negated, so that what is not a number counts as collapsed.
-    return ~(at_the_end(rewards) >= COLLAPSE * np.nanmax(smooth, axis=1))
+    return ~(at_the_end(rewards) >= COLLAPSE * best)
 
 
 def resolved_share(part: Arrays) -> float:

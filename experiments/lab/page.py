@@ -128,8 +128,8 @@ def bounds_picture(world: str, arm: str, part: Arrays, *, inputs: str) -> Pictur
     share, resolved = part["vacuous"].mean(), resolved_share(part)
     caption = (
         f"{label(arm)}. Error = J(pi) - J(mu) - L', pi trained and mu sampling; {inputs}. The smallest sharp bound is "
-        f"vacuous (at or above the trivial one) in {100 * share:.0f} % of the steps. The estimate of the error from the "
-        f"samples of one step leaves out zero in {100 * resolved:.0f} % of them"
+        f"vacuous (at or above the trivial one) in {100 * share:.0f} % of the steps. The estimate of the error from "
+        f"the samples of one step leaves out zero in {100 * resolved:.0f} % of them"
         + ("." if resolved > 0.5 else ": not resolved.")
     )
     return Picture(f"{world}_bounds_{arm}", f"Bounds against the error: {label(arm)}", caption, figure)

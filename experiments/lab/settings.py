@@ -80,23 +80,23 @@ class LabSettings:
     ladder_vocabulary: int = 16
     ladder_traps: int = 3
     ladder_answers: int = 64
-    ladder_steps: int = 200
+    ladder_steps: int = 150
     ladder_noise: float = 0.5
     ladder_lag: int = 8
-    ladder_learning_rate: float = 0.15
-    ladder_mask_maximum: float = 0.6
-    ladder_mask_average: float = 0.15
+    ladder_learning_rate: float = 0.3
+    ladder_mask_maximum: float = 0.8
+    ladder_mask_average: float = 0.3
     sums_prompts: int = 16
     sums_group_size: int = 8
     sums_width: int = 32
     sums_layers: int = 1
     sums_imitation_steps: int = 150
-    sums_steps: int = 200
+    sums_steps: int = 150
     sums_noise: float = 0.5
     sums_lag: int = 8
     sums_learning_rate: float = 1e-3
-    sums_mask_maximum: float = 0.6
-    sums_mask_average: float = 0.15
+    sums_mask_maximum: float = 2.0
+    sums_mask_average: float = 0.5
 
     def of(self, world: str) -> WorldSettings:
         """The settings of one world."""

@@ -1,4 +1,4 @@
-"""Train an arm under a controlled mismatch: all seeds at once, all steps in one compiled loop, one program for all arms.
+"""Train an arm under a controlled mismatch: all seeds at once, all steps in one loop, one program for all arms.
 
 What differs between arms is data to that program: the number of its loss, and the threshold of its pruning.
 """
@@ -148,7 +148,7 @@ def _metrics(world: World, sampled: Sampled, both: OnTokens, exact: Exact) -> di
         "kl_max": visited.max_kl,
         "tv_mean": masked_mean(both.tv, sampled.mask),
         "entropy": masked_mean(both.entropy, sampled.mask),
-        # E sum_t (1 - Z_t): the bound on what pruning costs (bounds.pruning.sampled_bias_bound), on the sampled contexts.
+        # E sum_t (1 - Z_t), the bound on what pruning costs (bounds.pruning.sampled_bias_bound), on sampled contexts.
         "pruned_mass": jnp.mean(masked_sum(1 - both.kept_mass, sampled.mask, axis=1)),
     }
 

@@ -368,5 +368,6 @@ class _Run:
             if streak >= limit:
                 raise NonFiniteError(
                     f"The loss or its gradient was not finite in {limit} updates in a row, the last of them in step "
-                    f"{self.progress.step}; {self.last_good_checkpoint()}. A smaller learning rate or max_grad_norm may help."
+                    f"{self.progress.step}; {self.last_good_checkpoint()}. A smaller learning rate or max_grad_norm "
+                    "may help."
                 )

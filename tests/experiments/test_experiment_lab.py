@@ -1,0 +1,139 @@
+"""Training under a controlled mismatch: exact numbers against enumeration, and what an arm's weights do."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.lab import numbers
+from experiments.lab.arms import LABELS
+from experiments.lab.arms import arm
+from experiments.lab.ladder import ladder
+from experiments.lab.ladder import measured
+from experiments.lab.ladder import moves
+from experiments.lab.settings import LabSettings
+from experiments.lab.settings import check
+from experiments.lab.sums import sums
+from experiments.lab.train import Mismatch
+from experiments.lab.train import Trainer
+from jaxrl_llm.rollouts.perturb import chain_logits
+from jaxrl_llm.rollouts.perturb import perturbation
+
+RUNGS, VOCABULARY, HORIZON = 3, 4, 4
+
+
+@pytest.fixture(scope="module")
+def policies() -> tuple[jax.Array, jax.Array]:
+    pi = jax.random.normal(jax.random.key(1), (RUNGS, VOCABULARY))
+    return pi, pi + 0.4 * jax.random.normal(jax.random.key(2), pi.shape)
+
+
+def test_the_ladder_is_what_enumeration_says(policies):
+    follows = moves(jax.random.key(0), rungs=RUNGS, vocabulary=VOCABULARY, traps=1)
+    pi, mu = (np.asarray(jax.nn.softmax(table), np.float64) for table in policies)
+    reward_pi = reward_mu = gain = kl = 0.0
+    for tokens in itertools.product(range(VOCABULARY), repeat=HORIZON):
+        state, law_pi, law_mu, ratios = 0, 1.0, 1.0, 0.0
+        for token in tokens:
+            law_pi, law_mu = law_pi * pi[state, token], law_mu * mu[state, token]
+            ratios += pi[state, token] / mu[state, token] - 1
+            state = int(follows[state, token])
+        reward = state / (RUNGS - 1)
+        reward_pi, reward_mu = reward_pi + law_pi * reward, reward_mu + law_mu * reward
+        gain += law_mu * reward * ratios
+        kl += law_mu * np.log(law_mu / law_pi)
+    exact = measured(*policies, follows, horizon=HORIZON)
+    np.testing.assert_allclose(
+        [exact.reward_pi, exact.reward_mu, exact.surrogate_gain, exact.inputs.sequence_kl],
+        [reward_pi, reward_mu, gain, kl],
+        rtol=2e-5,
+    )
+    swapped = measured(policies[1], policies[0], follows, horizon=HORIZON)
+    assert abs(float(swapped.surrogate_gain) - gain) > 1e-2  # pi and mu are not interchangeable
+    assert abs(reward_pi - reward_mu - gain) > 1e-3  # there is an error to be bounded
+
+
+@pytest.fixture(scope="module")
+def trained():
+    world = ladder(jax.random.key(0), horizon=12, rungs=RUNGS, vocabulary=VOCABULARY, traps=1, answers=32)
+    noise = perturbation("gaussian_noise", 1.0).logits
+    recipes = [arm(name, mask_maximum=0.3, mask_average=0.2) for name in LABELS]
+    trainer = Trainer(world, Mismatch(noise, 2), recipes, steps=25, learning_rate=0.1)
+
+    @functools.cache
+    def run(name: str, log_min_p: float | None = None):
+        return jax.device_get(trainer.train(name, log_min_p=log_min_p, seeds=2, key=jax.random.key(4)))
+
+    return run
+
+
+def test_arms_start_alike_learn_and_differ(trained):
+    none, tis, trm = trained("none"), trained("tis"), trained("trm")
+    for other in (tis, trm):  # same start, same noise, same sampled batch
+        for name in ("reward", "reward_sampler", "error_sampled", "kl_mean"):
+            np.testing.assert_array_equal(none[name][:, 0], other[name][:, 0])
+    assert np.all(numbers.at_the_end(tis["reward"]) > tis["reward"][:, 0] + 0.05)
+    assert np.any(none["reward"][:, -1] != tis["reward"][:, -1])
+    assert 0 < trm["wasted"].mean() < 1
+    assert np.all(none["wasted"] == 0)
+    assert np.all(none["acceptance"] == 1)
+    np.testing.assert_allclose(trm["acceptance"], 1 - trm["wasted"], atol=1e-6)  # all responses are equally long
+
+
+def test_bounds_hold_where_everything_is_exact(trained):
+    part = trained("none")
+    assert np.all(np.abs(part["error"]) <= part["unified_sharp"] + 1e-5)
+    assert np.all(part["unified_sharp"] <= part["unified_printed"] + 1e-6)
+    # There is an error to be bounded.
+    assert np.abs(part["error"]).max() > 0.02
+
+
+def test_pruning_prunes_both_sides(trained):
+    weak, strong = trained("dvp", -13.0), trained("dvp", -1.0)
+    assert weak["pruned_mass"].max() < 1e-3 < strong["pruned_mass"].mean()
+    assert strong["wasted"].mean() > 0  # safe sets differ
+    assert np.isfinite(strong["log_ppl_abs_diff"]).all()
+    np.testing.assert_allclose(trained("tis")["reward"], weak["reward"], atol=1e-4)  # there is nothing to prune
+
+
+def test_exact_rewards_of_sums_are_those_of_samples():
+    world = sums(prompts=50, group_size=40, width=16, layers=1, imitation_steps=200)
+    state = jax.jit(world.init)(jax.random.key(0))
+    noise = perturbation("gaussian_noise", 0.7).logits
+    key, noise_key = jax.random.key(1), jax.random.key(2)
+    exact = jax.jit(lambda state: world.exact(state, chain_logits(), state, noise, noise_key))(state)
+    rewards = jax.jit(lambda state: world.sample(state, noise, key, noise_key).rewards)(state)
+    error = np.std(np.asarray(rewards).reshape(50, 40).mean(1)) / 50**0.5 + 1e-3
+    assert abs(float(jnp.mean(rewards)) - float(exact.reward_mu)) < 4 * error
+    assert 0.01 < float(exact.reward_mu) != float(exact.reward_pi)
+
+
+def test_collapse_is_a_fall_from_the_best_window():
+    rises, falls = np.linspace(0, 1, 50), np.concatenate([np.linspace(0, 1, 25), np.linspace(1, 0.3, 25)])
+    broken = np.full(50, np.nan)
+    np.testing.assert_array_equal(numbers.collapsed(np.stack([rises, falls])), [False, True])
+    assert numbers.collapsed(np.stack([broken, rises]))[0]
+
+
+def test_intervals_are_those_of_student():
+    interval = numbers.over_seeds(np.array([1.0, 2.0, 3.0, 4.0, 5.0]))
+    assert interval.mean == 3
+    np.testing.assert_allclose(interval.half, 2.776445 * 2.5**0.5 / 5**0.5, rtol=1e-5)
+    assert interval.resolved
+    assert not numbers.over_seeds(np.array([-1.0, 1.0, 0.5])).resolved
+
+
+def test_settings_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="Field --seeds is 1; it must be at least 2"):
+        check(LabSettings(seeds=1))
+    with pytest.raises(ValueError, match="Field --log-min-p is 1"):
+        check(LabSettings(log_min_p=1.0))
+    with pytest.raises(ValueError, match="vocabulary is 2; it must be at least 3"):
+        ladder(jax.random.key(0), horizon=4, rungs=3, vocabulary=2, traps=2, answers=4)
+    with pytest.raises(ValueError, match="group_size is 1"):
+        sums(prompts=4, group_size=1, width=8, layers=1, imitation_steps=0)
+    with pytest.raises(ValueError, match="Did you mean 'tis'"):
+        arm("tiss", mask_maximum=1.0, mask_average=1.0)
