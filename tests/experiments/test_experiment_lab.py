@@ -1,5 +1,6 @@
 """Training under a controlled mismatch: exact numbers against enumeration, and what an arm's weights do."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import pruning_training
+from experiments import trm_training
 from experiments.lab import numbers
 from experiments.lab.arms import LABELS
 from experiments.lab.arms import arm
@@ -19,6 +22,8 @@ from experiments.lab.settings import check
 from experiments.lab.sums import sums
 from experiments.lab.train import Mismatch
 from experiments.lab.train import Trainer
+from experiments.run_folder import UserError
+from experiments.settings import RunSettings
 from jaxrl_llm.rollouts.perturb import chain_logits
 from jaxrl_llm.rollouts.perturb import perturbation
 
@@ -137,3 +142,54 @@ def test_settings_that_cannot_be_are_refused():
         sums(prompts=4, group_size=1, width=8, layers=1, imitation_steps=0)
     with pytest.raises(ValueError, match="Did you mean 'tis'"):
         arm("tiss", mask_maximum=1.0, mask_average=1.0)
+
+
+def synthetic(names, settings, generator) -> dict[str, dict[str, np.ndarray]]:
+    """Metrics of a run that was not made: enough to draw every page."""
+    shape = (settings.seeds, 30)
+    quantities = [
+        "reward",
+        "reward_sampler",
+        "error",
+        "error_sampled",
+        "error_sampled_se",
+        "unified_printed",
+        "unified_sharp",
+        "threshold",
+        "vacuous",
+        "log_ppl_abs_diff",
+        "kl_mean",
+        "kl_max",
+        "acceptance",
+        "wasted",
+        "pruned_mass",
+    ]
+    return {
+        name: {quantity: generator.uniform(0.1, 0.9, shape).astype(np.float32) for quantity in quantities}
+        | {"seconds": np.array(1.0)}
+        for name in names
+    }
+
+
+@pytest.mark.parametrize("experiment", [trm_training, pruning_training])
+def test_pages_say_what_is_resolved(experiment):
+    settings = dataclasses.replace(experiment.SETTINGS, arms="all")
+    names = list(experiment.parts(settings))
+    assert len(names) == len(set(names)) >= 9
+    results = synthetic(names, settings, np.random.default_rng(0))
+    zero = "sums_trm" if experiment is trm_training else "dvp_3"
+    results[zero]["error_sampled"] = np.tile([[-0.1, 0.1]], (settings.seeds, 15)).astype(np.float32)
+    summary = experiment.summarise(settings, results)
+    assert summary[experiment.EXPERIMENT.expectation.quantity] < 1
+    page = experiment.page(settings, results, summary)
+    rows = {row[0]: row for section in page.sections if section.table for row in section.table.rows}
+    assert rows["TRM, both tests" if experiment is trm_training else "DVP, log rho = -3"][8] == "not resolved"
+    for section in page.sections:
+        for picture in section.pictures:
+            assert picture.svg.startswith("<?xml")
+
+
+def test_an_unknown_mismatch_is_refused():
+    with pytest.raises(UserError, match=r"Field --mismatch: .*Did you mean 'int8_weights'"):
+        RunSettings(mismatch="int8_weight").get_perturbation()
+    assert RunSettings(mismatch="temperature", mismatch_strength=1.3).get_perturbation().logits is not None
