@@ -1,9 +1,10 @@
 """Dynamic vocabulary pruning under a controlled mismatch: does it stabilise, what does it cost, which threshold.
 
-Claim      CLAIM
+Claim      With a stale and noisy sampler, a transformer that learns sums with a pruned vocabulary ends with more
+           reward than without a correction.
 Command    python -m experiments run pruning_training          (all nine arms: --arms all)
-Cost       COST
-Expected   EXPECTED
+Cost       about 4 minutes of computing on a 2-core Intel Xeon (AMX, AVX-512), a minute of it compilation
+Expected   pruning_minus_none_low >= 0.0 in summary.json: the lower end of the 95 % interval of that difference
 
 The mismatch, the training and the sums of `trm_training` (its ladder has 16 tokens and no tail to prune), at several
 thresholds rho of the safe set { a : p_a >= rho max p }. An arm that prunes has its sampler prune as well, each on the
@@ -171,8 +172,11 @@ TINY = PruningSettings(**{**dataclasses.asdict(TRM_TINY), "log_min_ps": (-6.0,)}
 
 EXPERIMENT = Study(
     name="pruning_training",
-    claim="CLAIM",
-    cost="COST",
+    claim=(
+        "With a stale and noisy sampler, a transformer that learns sums with a pruned vocabulary ends with more reward "
+        "than without a correction."
+    ),
+    cost="about 4 minutes of computing on a 2-core Intel Xeon (AMX, AVX-512)",
     settings=SETTINGS,
     tiny=TINY,
     expectation=Expectation("pruning_minus_none_low", at_least=0.0),
