@@ -161,8 +161,8 @@ TINY = dataclasses.replace(
 EXPERIMENT = Study(
     name="trm_training",
     claim=(
-        "With a stale and noisy sampler, a transformer that learns sums with Trust Region Masking ends with more reward "
-        "than without a correction."
+        "With a stale and noisy sampler, a transformer that learns sums with Trust Region Masking ends with more "
+        "reward than without a correction."
     ),
     cost="about 7 minutes of computing on a 2-core Intel Xeon (AMX, AVX-512)",
     settings=SETTINGS,
