@@ -92,7 +92,9 @@ def arrays(size, axis, dtype, *, reference):
 def test_forward_in_bfloat16(compiled, size, axis, names, kernels):
     function = statistics_of(axis, names, "pallas_mosaic_gpu")
     held = compiled(function, *arrays(size, axis, jnp.bfloat16, reference="kl" in names), kernels=kernels)
-    assert held < 0.02 * size[0] * size[2] * 4
+    # Rows that do not come in eights are copied with their hidden states.
+    copies = 2 * size[0] * size[1] * 2 if size[0] % 8 else 0
+    assert held < 0.02 * size[0] * size[2] * 4 + copies
 
 
 def test_backward_in_bfloat16(compiled):
@@ -103,7 +105,7 @@ def test_backward_in_bfloat16(compiled):
 
 
 def test_forward_in_float32(compiled):
-    """Heads of any size, copied block by block in three parts."""
+    """Heads of any size, copied block by block in three parts: 7 % of the logits here, where the rows are few."""
     size = (2048, 576, 49155)
     function = statistics_of(1, FOUR, "pallas_mosaic_gpu")
     held = compiled(function, *arrays(size, 1, jnp.float32, reference=True), kernels=2)
