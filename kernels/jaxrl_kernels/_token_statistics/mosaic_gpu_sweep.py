@@ -45,7 +45,10 @@ TILES = {1: (256, 4), 2: (128, 6)}
 memory either way."""
 
 SLICE = 64
-"""Columns whose sums are taken together. The compiler spills registers at 128 with a reference, not at 64."""
+"""Columns whose sums are taken together. With a reference the compiler spills registers at 128, not at 64."""
+
+FEW = 10
+"""Sums a row may carry for that; with more (14 for all statistics) registers spill unless slices are half as wide."""
 
 PROCESSORS = 132
 """Multiprocessors that the vocabulary is cut into segments for (H100 SXM)."""
@@ -242,6 +245,7 @@ def _product(case: Case, steps: int, count: Array, ring, full, empty) -> Array:
 def _carry(case: Case, part: Callable, join: Callable, like: Any, given: dict, ring, full, empty, first, last) -> list:
     """Leaves of what the tiles from `first` to `last` contribute together."""
     structure, inverse = jax.tree.structure(like), given.get("inverse")
+    wide = SLICE if structure.num_leaves <= FEW else SLICE // 2
 
     def one_tile(j: Array, carried: tuple[Array, list[Array]]) -> tuple[Array, list[Array]]:
         count, state = carried
@@ -249,10 +253,10 @@ def _carry(case: Case, part: Callable, join: Callable, like: Any, given: dict, r
         for steps in case.steps:
             blocks.append(_product(case, steps, count, ring, full, empty))
             count = count + steps
-        for at in range(0, case.columns, SLICE):
+        for at in range(0, case.columns, wide):
             start, pair = j * case.columns + at, []
             for block in blocks:
-                z = lax.slice(block, (0, at), (ROWS, at + SLICE))
+                z = lax.slice(block, (0, at), (ROWS, at + wide))
                 z = z if inverse is None else z * across(inverse, z)
                 if case.vocabulary % case.columns:
                     beyond = lax.broadcasted_iota(jnp.int32, z.shape, 1) >= case.vocabulary - start
