@@ -108,7 +108,7 @@ def reviews_picture(settings: Any, results: Results) -> Picture:
 
 def locked_picture(settings: Any, results: Results) -> Picture:
     """Share published among the last tenth, one dot per run."""
-    figure, axes = new_axes("published among the last tenth of the posts [%]", "")
+    figure, axes = new_axes("published in the last tenth [%]", "")
     figure.set_size_inches(4.7, 0.4 * len(settings.agents) + 0.9)
     names = list(settings.agents)[::-1]
     for place, name in enumerate(names):
