@@ -5,6 +5,7 @@ from theory_checks import aggregation
 from theory_checks import corrections
 from theory_checks import divergence
 from theory_checks import empg
+from theory_checks import exploration
 from theory_checks import hybrid
 from theory_checks import inverse
 from theory_checks import kl_estimators
@@ -41,6 +42,7 @@ FAMILIES: dict[str, list[Check]] = {
     "divergence": divergence.CHECKS,
     "regret": regret.CHECKS,
     "posterior_sampling": posterior_sampling.CHECKS,
+    "exploration": exploration.CHECKS,
 }
 """Family -> its checks, in the order of the table."""
 
