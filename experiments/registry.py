@@ -21,6 +21,7 @@ NAMES = (
     "from_scratch",
     "linear_bandit",
     "mismatch_anatomy",
+    "neural_bandits",
     "content_moderation",
     "psrl",
     "deep_sea",
