@@ -160,7 +160,7 @@ def start_value(mdp: TabularMdp, values: Float[Array, "_ S"]) -> Float[Array, ""
     return mdp.initial @ values[0]
 
 
-def require_probabilities(**arrays: Float[Array, "*batch X"]) -> None:
+def require_probabilities(**arrays: Float[Array, "..."]) -> None:
     """Every array must hold probabilities along its last axis; a tracer is skipped, its values are not known.
 
     Raises:

@@ -19,6 +19,7 @@ install_import_hook(
         "jaxrl_llm.bounds",
         "jaxrl_llm.exploration",
         "jaxrl_llm.masked",
+        "jaxrl_llm.tabular",
         "jaxrl_llm.categorical",
     ],
     "beartype.beartype",
