@@ -69,6 +69,11 @@ def _engines(settings: Any, results: Results) -> dict[str, dict[str, np.ndarray]
     return {name: found[name] for name in settings.engines}
 
 
+def _shown(name: str) -> str:
+    """A perturbation in words; a precision as it is."""
+    return name if name.isupper() else name.replace("_", " ")
+
+
 def _size(axes: Axes, height: float = 3.7) -> None:
     figure = axes.figure
     assert isinstance(figure, Figure)
@@ -124,11 +129,9 @@ def flat(parts: Mapping[str, Mapping[str, np.ndarray]], name: str, title: str) -
         means = bucket_means(dict(part), "ratio")
         largest = max(largest, float(np.nanmax(means)))
         style_ = {"color": COLOURS[number % 7], "marker": MARKS[number % 7], "markersize": 3.5}
-        axes.plot(
-            CENTRES, np.where(means > 1e-9, means, np.nan), label=label.replace("_", " "), linewidth=1.3, **style_
-        )
+        axes.plot(CENTRES, np.where(means > 1e-9, means, np.nan), label=_shown(label), linewidth=1.3, **style_)
     legend(axes, 3)
-    flats = ", ".join(f"{label.replace('_', ' ')} {flatness(part):.2f}" for label, part in parts.items())
+    flats = ", ".join(f"{_shown(label)} {flatness(part):.2f}" for label, part in parts.items())
     caption = (
         "A horizontal line is the (1 - p) law. Expectation over the tokens that the engine samples, summed over the "
         f"whole vocabulary. Smallest over largest of four wide buckets: {flats}."
@@ -155,14 +158,14 @@ def bias(parts: Mapping[str, Mapping[str, np.ndarray]]) -> Picture:
         panels = [(right, "selection", "variance")] + ([(left, "bias", "law")] if label not in hidden else [])
         for axes, measured, predicted in panels:
             means, errors = bucket_means(dict(part), measured) / scale, bucket_errors(dict(part), measured) / scale
-            shown = (label.replace("_", " ") if axes is right else None, COLOURS[number % 7])
+            shown = (_shown(label) if axes is right else None, COLOURS[number % 7])
             axes.errorbar(
                 CENTRES, means, yerr=HALF * errors, fmt=MARKS[number % 7], label=shown[0], elinewidth=0.7, **look
             )
             axes.plot(CENTRES, bucket_means(dict(part), predicted), color=shown[1], linestyle="--", linewidth=1.1)
         real = part["full_mask"]
         totals = [part[f"bucket_{name}"][real].sum(axis=0)[:6].sum() for name in ("selection", "variance")]
-        ratios.append(f"{label.replace('_', ' ')} {totals[0] / totals[1] / scale:.2f}")
+        ratios.append(f"{_shown(label)} {totals[0] / totals[1] / scale:.2f}")
     if len(hidden) == len(parts):
         left.text(0.5, 0.5, "not resolved", transform=left.transAxes, ha="center", color=style.MUTED)
     for axes, title in ((left, "bias E[d | sampled] / s²"), (right, "selection E[(1 - p/p') d | sampled] / s²")):
@@ -286,7 +289,7 @@ def estimators(parts: Mapping[str, Mapping[str, np.ndarray]]) -> Table:
         k2_noise = np.sqrt(part["k2_square"][real].mean() - part["k2"][real].mean() ** 2) / kl
         below = words.percent(float(part["k1_negative"][real].mean()))
         row = (f"{kl:.2g}", f"{part['kl'][real].max():.2g}", f"{noise[0]:.1f}", f"{k2_noise:.1f}", f"{noise[1]:.1f}")
-        rows.append((name.replace("_", " "), *row, f"{part['k2'][real].mean() / kl - 1:+.3f}", below))
+        rows.append((_shown(name), *row, f"{part['k2'][real].mean() / kl - 1:+.3f}", below))
     head = ("", "mean KL", "largest KL", "sd k1 / KL", "sd k2 / KL", "sd k3 / KL", "bias of k2 / KL", "k1 below 0")
     return Table(head=head, rows=rows)
 
