@@ -19,6 +19,7 @@ summaries re-centres them by
 KL(q || p) is the same with the roles of policy and reference exchanged.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -80,6 +81,24 @@ def _apart(apply: bool, *arrays: Array) -> tuple[Array, ...]:
     return lax.optimization_barrier(arrays) if apply else arrays
 
 
+SLICES = 8
+"""Parts into which a block is cut where arithmetic is summed that XLA's row sums on CPU do not take in themselves."""
+
+
+def _sum_in_slices(term: Callable[..., Block], apart: bool, *blocks: Block) -> Rows:
+    """Row sums of term(*blocks).
+
+    On CPU a row sum cannot hold a comparison, so the whole block of terms would be written out and read back. Adding up
+    the terms of eight slices first writes an eighth of it.
+    """
+    columns = blocks[0].shape[1]
+    if not apart or columns % SLICES:
+        return _row_sum(term(*blocks))
+    width = columns // SLICES
+    parts = [term(*(x[:, k * width : (k + 1) * width] for x in blocks)) for k in range(SLICES)]
+    return _row_sum(*_apart(apart, sum(parts[1:], parts[0])))
+
+
 def moments(
     weights: Block,
     maximum: Rows,
@@ -99,10 +118,10 @@ def moments(
     spread_sum = growth_sum = None
     if spread:
         w, z, r = _apart(apart, weights, own, other)
-        spread_sum = _row_sum(w * excess(across(centre, z) - (z - r)))
+        spread_sum = _sum_in_slices(lambda w, z, r: w * excess(across(centre, z) - (z - r)), apart, w, z, r)
     if growth:
         w, z, r = _apart(apart, weights, own, other)
-        growth_sum = _row_sum(w * excess((z - r) - across(centre, z)))
+        growth_sum = _sum_in_slices(lambda w, z, r: w * excess((z - r) - across(centre, z)), apart, w, z, r)
     return Moments(maximum, total, centre, spread_sum, growth_sum)
 
 
