@@ -93,19 +93,22 @@ def definitions(z, z_ref, targets, log_min_p=None) -> TokenStatistics:
     return TokenStatistics(**values)
 
 
-def expected(inputs: Inputs, temperature=1.0, log_min_p=None) -> TokenStatistics:
+def expected(inputs: Inputs, temperature=1.0, log_min_p=None, soft_cap=None) -> TokenStatistics:
     """The definitions in float64, as NumPy arrays."""
     with jax.enable_x64(True):
-        values = definitions(*_logits(inputs, temperature), jnp.asarray(inputs.targets), log_min_p)
+        values = definitions(*_logits(inputs, temperature, soft_cap), jnp.asarray(inputs.targets), log_min_p)
         return jax.tree.map(np.asarray, values)
 
 
-def _logits(inputs: Inputs, temperature):
+def _logits(inputs: Inputs, temperature, soft_cap=None):
     hidden, head, hidden_ref, head_ref = inputs.arrays(jnp.float64)
     if inputs.axis == 0:
         head, head_ref = head.T, head_ref.T
     divisor = jnp.broadcast_to(jnp.asarray(temperature, jnp.float64), hidden.shape[:1])[:, None]
-    return (hidden @ head) / divisor, (hidden_ref @ head_ref) / divisor
+    z, z_ref = hidden @ head, hidden_ref @ head_ref
+    if soft_cap is not None:
+        z, z_ref = (soft_cap * jnp.tanh(x / soft_cap) for x in (z, z_ref))
+    return z / divisor, z_ref / divisor
 
 
 def most_likely(inputs: Inputs) -> np.ndarray:
@@ -114,13 +117,15 @@ def most_likely(inputs: Inputs) -> np.ndarray:
         return np.asarray(jnp.argmax(_logits(inputs, 1.0)[0], axis=-1))
 
 
-def expected_gradient(inputs: Inputs, cotangents: dict[str, np.ndarray], temperature=1.0, log_min_p=None):
+def expected_gradient(
+    inputs: Inputs, cotangents: dict[str, np.ndarray], temperature=1.0, log_min_p=None, soft_cap=None
+):
     """(d hidden, d head) of sum_x <cotangent_x, statistic_x>, by float64 autodiff of the definitions."""
     with jax.enable_x64(True):
 
         def total(hidden, head):
             moved = inputs._replace(hidden=hidden, head=head)
-            values = definitions(*_logits(moved, temperature), jnp.asarray(inputs.targets), log_min_p)
+            values = definitions(*_logits(moved, temperature, soft_cap), jnp.asarray(inputs.targets), log_min_p)
             return weighted(values, {name: jnp.asarray(value, jnp.float64) for name, value in cotangents.items()})
 
         hidden, head = inputs.arrays(jnp.float64)[:2]

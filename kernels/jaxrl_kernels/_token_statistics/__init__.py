@@ -3,6 +3,7 @@
 from jaxrl_kernels._token_statistics.api import token_loss
 from jaxrl_kernels._token_statistics.api import token_statistics
 from jaxrl_kernels._token_statistics.types import Reference
+from jaxrl_kernels._token_statistics.types import ReferenceLogits
 from jaxrl_kernels._token_statistics.types import TokenStatistics
 
-__all__ = ["Reference", "TokenStatistics", "token_loss", "token_statistics"]
+__all__ = ["Reference", "ReferenceLogits", "TokenStatistics", "token_loss", "token_statistics"]

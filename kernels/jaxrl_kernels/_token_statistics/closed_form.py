@@ -93,6 +93,9 @@ def conclude(
         values["entropy"] = log_total - shift
     if summary.square is not None:
         values["collision"] = collision = summary.square / policy.total**2
+    if summary.top is not None:
+        weight = jnp.sum(jnp.exp(summary.top - policy.maximum[:, None]), axis=-1)
+        values["top_k_mass"] = lax.min(weight / policy.total, jnp.ones_like(weight))
     log_prob = (summary.target - policy.maximum) - log_total
     if summary.target_kept is not None and whole is not None:
         log_prob = jnp.where(summary.target_kept > 0, log_prob, -jnp.inf)

@@ -34,6 +34,7 @@ from jaxrl_kernels._token_statistics.streaming import Summary
 from jaxrl_kernels._token_statistics.streaming import combine
 from jaxrl_kernels._token_statistics.streaming import summarise
 from jaxrl_kernels._token_statistics.types import Reference
+from jaxrl_kernels._token_statistics.types import ReferenceLogits
 from jaxrl_kernels._token_statistics.vjp import Engine
 from jaxrl_kernels._token_statistics.vjp import Plan
 from jaxrl_kernels._token_statistics.vjp import live_rows
@@ -63,7 +64,7 @@ class Operands(NamedTuple):
 
     hidden: Any
     head: Any
-    reference: Reference | None
+    reference: Reference | ReferenceLogits | None
     targets: Any  # [N, 1]
     rows: Any  # [N, K] row constants, or None
 
@@ -77,6 +78,7 @@ class Case(NamedTuple):
     rows: int  # of a tile
     columns: int  # of a tile
     dtype: Any
+    soft_cap: float | None
 
     @property
     def row_tiles(self) -> int:
@@ -110,7 +112,9 @@ def columns(op: str, block: int | None, rows: int, vocabulary: int, dtypes: tupl
 def _case(plan: Plan, logits: Logits, accumulated: str) -> Case:
     """The largest tiles that fit; `accumulated` names what the kernel sums besides logits: nothing, hidden or head."""
     axis, vocabulary, fixed = plan.layout
-    heads = [(logits.hidden, logits.head)] + ([tuple(logits.reference)] if logits.reference is not None else [])
+    heads = [(logits.hidden, logits.head)]
+    if isinstance(logits.reference, Reference):
+        heads.append((logits.reference.hidden, logits.reference.head))
     itemsize = jnp.dtype(logits.dtype).itemsize
     count, width = logits.hidden.shape
     summed = width * (itemsize + 2 * logits.hidden.dtype.itemsize)
@@ -126,7 +130,7 @@ def _case(plan: Plan, logits: Logits, accumulated: str) -> Case:
     if fixed:
         choices = [(rows, fixed) for rows, _ in choices]
     rows, columns = next((choice for choice in choices if taken(*choice) <= TILE_BYTES), choices[-1])
-    return Case(axis, vocabulary, count, rows, columns, logits.dtype)
+    return Case(axis, vocabulary, count, rows, columns, logits.dtype, plan.soft_cap)
 
 
 def _call(case: Case, kernel: Callable, operands: Operands, *, by_rows: bool, out, products: int, name: str) -> Array:
@@ -147,18 +151,25 @@ def _call(case: Case, kernel: Callable, operands: Operands, *, by_rows: bool, ou
         return spec((case.columns, w.shape[1]), lambda i, j: (j, ZERO))
 
     reference = operands.reference
+    other: Any = None
+    if isinstance(reference, ReferenceLogits):
+        other = ReferenceLogits(spec((case.rows, case.columns), lambda i, j: (i, j)))  # pyright: ignore
+    elif reference is not None:
+        other = Reference(rows_of(reference.hidden), columns_of(reference.head))  # pyright: ignore
     specs = Operands(
         rows_of(operands.hidden),
         columns_of(operands.head),
-        None if reference is None else Reference(rows_of(reference.hidden), columns_of(reference.head)),  # pyright: ignore
+        other,
         rows_of(operands.targets),
         None if operands.rows is None else rows_of(operands.rows),
     )
     grid = (case.row_tiles, case.column_tiles) if by_rows else (case.column_tiles, case.row_tiles)
     size = case.count * case.vocabulary
-    depth = operands.hidden.shape[1] + (0 if reference is None else reference.hidden.shape[1])
+    with_head = isinstance(reference, Reference)
+    depth = operands.hidden.shape[1] + (reference.hidden.shape[1] if with_head else 0)
     again = case.row_tiles if by_rows else 1
-    head_bytes = sum(x.nbytes for x in (operands.head, *(() if reference is None else (reference.head,))))
+    head_bytes = operands.head.nbytes + (reference.head.nbytes if with_head else 0)
+    head_bytes += reference.logits.nbytes // again if isinstance(reference, ReferenceLogits) else 0
     return pl.pallas_call(
         kernel,
         grid=grid,
@@ -210,6 +221,11 @@ def _tile(case: Case, operands: Operands, inverse, j) -> tuple[Array, Array | No
 
     def logits(hidden, head) -> Array:
         z = matmul(hidden[...], head[...], (1, 1 - case.axis), case.dtype)
+        if case.soft_cap is not None:
+            z = case.soft_cap * jnp.tanh(z / case.soft_cap)
+        return finished(z)
+
+    def finished(z: Array) -> Array:
         if inverse is not None:
             z = z * across(inverse, z)
         if case.ragged:
@@ -218,6 +234,8 @@ def _tile(case: Case, operands: Operands, inverse, j) -> tuple[Array, Array | No
         return z
 
     z = logits(operands.hidden, operands.head)
+    if isinstance(operands.reference, ReferenceLogits):
+        return z, finished(operands.reference.logits[...].astype(case.dtype))
     return z, None if operands.reference is None else logits(*operands.reference)
 
 
@@ -289,8 +307,12 @@ def _gradient_tile(case: Case, operands: Operands, given: dict, i, j) -> Array:
     """Gradient of one tile of logits, in the dtype of the hidden states; zero for rows without a cotangent."""
     z, z_ref = _tile(case, operands, given.get("inverse"), j)
     g = logit_gradient(z, z_ref, operands.targets[:, 0], j * case.columns, given["constants"], given["cotangent"])
-    if given.get("inverse") is not None:
-        g = g * across(given["inverse"], g)
+    inverse = None if given.get("inverse") is None else across(given["inverse"], g)
+    if case.soft_cap is not None:
+        capped = z if inverse is None else z / inverse
+        g = g * (1 - jnp.square(capped / case.soft_cap))
+    if inverse is not None:
+        g = g * inverse
     keep = _live(case, given, g, i)
     if case.ragged:
         column = lax.broadcasted_iota(jnp.int32, g.shape, 1)

@@ -11,13 +11,21 @@ from jaxtyping import Array
 from jaxrl_kernels._token_statistics.blocks import accumulator
 from jaxrl_kernels._token_statistics.blocks import matmul
 from jaxrl_kernels._token_statistics.types import Reference
+from jaxrl_kernels._token_statistics.types import ReferenceLogits
 from jaxrl_kernels._token_statistics.types import TokenStatistics
 
 
 def _logits(
-    hidden: Array, head: Array, vocabulary_axis: int, inverse_temperature: Array | None, dtype: jnp.dtype
+    hidden: Array,
+    head: Array,
+    vocabulary_axis: int,
+    inverse_temperature: Array | None,
+    soft_cap: float | None,
+    dtype: jnp.dtype,
 ) -> Array:
     z = matmul(hidden, head, (1, 1 - vocabulary_axis), dtype)
+    if soft_cap is not None:
+        z = soft_cap * jnp.tanh(z / soft_cap)
     return z if inverse_temperature is None else z * inverse_temperature
 
 
@@ -48,16 +56,24 @@ def statistics(
     hidden: Array,
     head: Array,
     targets: Array,
-    reference: Reference | None,
+    reference: Reference | ReferenceLogits | None,
     inverse_temperature: Array | None,
     log_min_p: Array | None,
     *,
     vocabulary_axis: int,
     wanted: tuple[str, ...],
+    soft_cap: float | None,
+    top_k: int | None,
 ) -> TokenStatistics:
     """Statistics of every row; see `jaxrl_kernels.token_statistics`."""
     dtype = accumulator(*(x.dtype for x in jax.tree.leaves((hidden, head, reference))))
-    z = _logits(hidden, head, vocabulary_axis, inverse_temperature, dtype)
+    # A row with NaN or inf in it must not reach the head's gradient: it is computed as zeros, and NaN put back.
+    finite = jnp.all(jnp.isfinite(hidden), axis=-1)
+    if isinstance(reference, Reference):
+        finite &= jnp.all(jnp.isfinite(reference.hidden), axis=-1)
+        reference = reference._replace(hidden=jnp.where(finite[:, None], reference.hidden, 0.0))
+    hidden = jnp.where(finite[:, None], hidden, 0.0)
+    z = _logits(hidden, head, vocabulary_axis, inverse_temperature, soft_cap, dtype)
     top = lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True))
     whole = jnp.sum(jnp.exp(z - top), axis=-1)
     kept = jnp.ones(z.shape, bool) if log_min_p is None else lax.stop_gradient(z) >= top + log_min_p.astype(dtype)
@@ -73,6 +89,8 @@ def statistics(
         "collision": jnp.sum(p * p, axis=-1),
         "max_log_prob": lax.stop_gradient(-jnp.log(total)),
     }
+    if top_k is not None:
+        values["top_k_mass"] = lax.stop_gradient(jnp.minimum(jnp.sum(lax.top_k(p, top_k)[0], axis=-1), 1.0))
     if log_min_p is not None:
         target_kept = inside & jnp.take_along_axis(kept, index, axis=-1)[:, 0]
         log_prob = jnp.where(target_kept, log_prob, -jnp.inf)
@@ -80,33 +98,61 @@ def statistics(
         values["target_kept"] = target_kept
     values["log_prob"] = jnp.where(inside, log_prob, jnp.nan)
     if reference is not None:
-        fixed = lax.stop_gradient(reference)
-        log_q = jax.nn.log_softmax(_logits(*fixed, vocabulary_axis, inverse_temperature, dtype), axis=-1)
-        values |= _compare(log_p, kept, log_q)
-    return TokenStatistics(**{name: value for name, value in values.items() if name in wanted})
+        z_ref = _reference_logits(lax.stop_gradient(reference), vocabulary_axis, inverse_temperature, soft_cap, dtype)
+        values |= _compare(log_p, kept, jax.nn.log_softmax(z_ref, axis=-1))
+    return TokenStatistics(
+        **{
+            name: value if value.dtype == bool else jnp.where(finite, value, jnp.nan)
+            for name, value in values.items()
+            if name in wanted
+        }
+    )
+
+
+def _reference_logits(
+    reference: Reference | ReferenceLogits, axis: int, inverse_temperature: Array | None, soft_cap, dtype
+) -> Array:
+    if isinstance(reference, Reference):
+        return _logits(*reference, axis, inverse_temperature, soft_cap, dtype)
+    z = reference.logits.astype(dtype)
+    return z if inverse_temperature is None else z * inverse_temperature
 
 
 def loss(
     hidden: Array,
     head: Array,
     targets: Array,
-    reference: Reference | None,
+    reference: Reference | ReferenceLogits | None,
     inverse_temperature: Array | None,
+    log_min_p: Array | None,
     mask: Array,
     side_arrays: tuple[Array, ...],
     *,
     vocabulary_axis: int,
     wanted: tuple[str, ...],
+    soft_cap: float | None,
+    top_k: int | None,
     per_token_loss: Callable[..., Array],
 ) -> Array:
     """Sum of the losses of the rows in the mask; see `jaxrl_kernels.token_loss`."""
     row = mask[:, None]
     hidden = jnp.where(row, hidden, 0.0)
     if reference is not None:
-        reference = reference._replace(hidden=jnp.where(row, reference.hidden, 0.0))
+        # Both kinds start with an array that has a row axis.
+        name = reference._fields[0]
+        reference = reference._replace(**{name: jnp.where(row, getattr(reference, name), 0.0)})
     values = statistics(
-        hidden, head, targets, reference, inverse_temperature, None, vocabulary_axis=vocabulary_axis, wanted=wanted
+        hidden,
+        head,
+        targets,
+        reference,
+        inverse_temperature,
+        log_min_p,
+        vocabulary_axis=vocabulary_axis,
+        wanted=wanted,
+        soft_cap=soft_cap,
+        top_k=top_k,
     )
-    values = jax.tree.map(lambda x: jnp.where(mask, x, 0.0), values)
+    values = jax.tree.map(lambda x: jnp.where(mask, x, jnp.zeros((), x.dtype)), values)
     losses = per_token_loss(values, *lax.stop_gradient(side_arrays))
     return jnp.sum(jnp.where(mask, losses, 0.0))

@@ -58,6 +58,7 @@ class Summary(NamedTuple):
     ratio: Moments | None = None
     reference: Moments | None = None
     reference_outside: Rows | None = None
+    top: Float[Array, "N k"] | None = None  # the largest logits, in falling order
 
 
 def _row_sum(x: Block) -> Rows:
@@ -179,10 +180,12 @@ def summarise(
     floor: Rows | None,
     *,
     in_kernel: bool = False,
+    top_k: int | None = None,
 ) -> Summary:
     """Summary of one block. Columns with logits under `floor` (if given) are outside the safe set and weigh nothing.
 
     in_kernel: whether this is part of a Pallas kernel, which cannot gather columns and needs no barriers.
+    top_k: how many of the largest logits to keep.
     """
     apart = jax.default_backend() == "cpu" and not in_kernel
     zero = jnp.zeros((), z.dtype)
@@ -202,8 +205,9 @@ def summarise(
     target, inside = (pick_by_comparison if in_kernel else pick)(z, targets, start)
     if floor is not None:
         target_kept = (inside & (target >= floor)).astype(z.dtype)
+    top_logits = None if top_k is None else _largest(z if kept is None else jnp.where(kept, z, -jnp.inf), top_k)
     if z_ref is None:
-        return Summary(policy, shift, square, target, target_kept)
+        return Summary(policy, shift, square, target, target_kept, top=top_logits)
     ratio = outside = None
     if "chi_square" in wanted:
         exponent = z + (z - z_ref)
@@ -216,7 +220,13 @@ def summarise(
     reference = moments(weights_ref, top, z_ref, z, spread="kl_reverse" in wanted, apart=apart)
     if kept is not None:
         outside = _row_sum(jnp.where(kept, zero, weights_ref))
-    return Summary(policy, shift, square, target, target_kept, ratio, reference, outside)
+    return Summary(policy, shift, square, target, target_kept, ratio, reference, outside, top_logits)
+
+
+def _largest(z: Block, count: int) -> Block:
+    missing = max(0, count - z.shape[1])
+    found = lax.top_k(z, count - missing)[0]
+    return jnp.pad(found, ((0, 0), (0, missing)), constant_values=-jnp.inf) if missing else found
 
 
 def _sum(a: Rows | None, b: Rows | None) -> Rows | None:
@@ -240,7 +250,8 @@ def combine(a: Summary, b: Summary) -> Summary:
         if a.reference_outside is not None and b.reference_outside is not None:
             outside = ref_a * a.reference_outside + ref_b * b.reference_outside
     kept = None if a.target_kept is None or b.target_kept is None else a.target_kept + b.target_kept
-    return Summary(policy, shift, square, a.target + b.target, kept, ratio, reference, outside)
+    top = None if a.top is None or b.top is None else _largest(jnp.concatenate([a.top, b.top], 1), a.top.shape[1])
+    return Summary(policy, shift, square, a.target + b.target, kept, ratio, reference, outside, top)
 
 
 def log_normaliser(own: Moments) -> Rows:

@@ -9,6 +9,9 @@ from jaxtyping import Float
 ALWAYS = ("log_prob", "entropy", "collision", "max_log_prob")
 """Statistics that need the policy alone."""
 
+WITH_TOP_K = ("top_k_mass",)
+"""Statistics that need the number of tokens to look at."""
+
 WITH_REFERENCE = ("kl", "kl_reverse", "total_variation", "chi_square")
 """Statistics that compare the policy with a reference."""
 
@@ -28,6 +31,16 @@ class Reference(NamedTuple):
     head: Float[Array, "_ _"]
 
 
+class ReferenceLogits(NamedTuple):
+    """The distribution that the policy is compared with, from logits that exist already: softmax(logits / temperature).
+    No gradient flows into it.
+
+    logits: [N, V], soft-capped if that is meant: the cap of the call acts on logits that a head makes.
+    """
+
+    logits: Float[Array, "N V"]
+
+
 class TokenStatistics(NamedTuple):
     """Per-token statistics of p = softmax(logits), against q = softmax(reference logits); absent ones are None.
 
@@ -41,6 +54,7 @@ class TokenStatistics(NamedTuple):
     kl_reverse: KL(q || p) = -sum_k q_k l_k [nats].
     total_variation: (1/2) sum_k |p_k - q_k| [prob].
     chi_square: sum_k p_k^2 / q_k - 1 [1]; no gradient.
+    top_k_mass: mass of the top_k most likely tokens [prob]; no gradient.
     kept_mass: mass of the safe set under the policy before it was renormalised [prob]; no gradient.
     target_kept: whether the target is in the safe set [bool].
     """
@@ -53,5 +67,6 @@ class TokenStatistics(NamedTuple):
     kl_reverse: Float[Array, " N"] | None = None
     total_variation: Float[Array, " N"] | None = None
     chi_square: Float[Array, " N"] | None = None
+    top_k_mass: Float[Array, " N"] | None = None
     kept_mass: Float[Array, " N"] | None = None
     target_kept: Bool[Array, " N"] | None = None

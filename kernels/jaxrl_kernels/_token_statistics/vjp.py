@@ -26,6 +26,8 @@ class Plan(NamedTuple):
 
     layout: Layout
     wanted: tuple[str, ...]
+    soft_cap: float | None = None
+    top_k: int | None = None
 
 
 class Engine(NamedTuple):
@@ -42,6 +44,12 @@ class Engine(NamedTuple):
     summary: Callable[..., Summary]
     total_variation: Callable[..., Variation]
     backward: Callable[..., tuple[Array, Array | None]]
+
+
+def finite_rows(constants: Constants) -> Bool[Array, " N"]:
+    """Rows whose statistics are finite. The others have no gradient, so that none reaches the head's cotangent."""
+    sums = jax.tree.leaves(constants._replace(floor=None))
+    return jnp.all(jnp.stack([jnp.isfinite(value) for value in sums]), axis=0)
 
 
 def live_rows(cotangent: dict[str, Array]) -> Bool[Array, " N"]:
@@ -78,7 +86,8 @@ def statistics(
     engine: Engine, plan: Plan, hidden, head, targets, reference, inverse_temperature, log_min_p
 ) -> TokenStatistics:
     """Statistics of every row; see `jaxrl_kernels.token_statistics`."""
-    return forward(engine, plan, Logits(hidden, head, reference, inverse_temperature), targets, log_min_p)[0]
+    logits = Logits(hidden, head, reference, inverse_temperature, plan.soft_cap)
+    return forward(engine, plan, logits, targets, log_min_p)[0]
 
 
 def _forward_rule(engine: Engine, plan: Plan, *arguments):
@@ -86,11 +95,11 @@ def _forward_rule(engine: Engine, plan: Plan, *arguments):
     hidden, head, targets, reference, inverse_temperature, log_min_p = (
         jax.custom_derivatives.custom_vjp_primal_tree_values(arguments)
     )
-    logits = Logits(hidden, head, reference, inverse_temperature)
+    logits = Logits(hidden, head, reference, inverse_temperature, plan.soft_cap)
     values, constants = forward(engine, plan, logits, targets, log_min_p)
     # Whether the head was perturbed is a residual entry of its own, so that the backward rule knows it as structure.
     marker = () if perturbed["head"] else None
-    return values, (logits, targets, constants, marker)
+    return values, (logits._replace(soft_cap=None), targets, constants, marker)
 
 
 def _backward_rule(engine: Engine, plan: Plan, residuals, cotangents: TokenStatistics):
@@ -98,6 +107,9 @@ def _backward_rule(engine: Engine, plan: Plan, residuals, cotangents: TokenStati
     cotangent = usable(cotangents, DIFFERENTIABLE)
     if not cotangent:
         return (None,) * 6
+    logits = logits._replace(soft_cap=plan.soft_cap)
+    finite = finite_rows(constants)
+    cotangent = {name: jnp.where(finite, value, jnp.zeros_like(value)) for name, value in cotangent.items()}
     d_hidden, d_head = engine.backward(plan, logits, targets, constants, cotangent, head_gradient=marker is not None)
     return d_hidden, d_head, None, None, None, None
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from jaxrl_kernels import tuned
 from jaxrl_kernels._token_statistics.blocks import Logits
 from jaxrl_kernels._token_statistics.blocks import accumulator
 from jaxrl_kernels._token_statistics.blocks import block_size
@@ -33,7 +34,7 @@ from jaxrl_kernels._token_statistics.vjp import without_idle_reference
 def columns(op: str, block: int | None, rows: int, vocabulary: int, dtypes: tuple[jnp.dtype, ...]) -> int:
     """Columns of a block for a given `block` argument."""
     if block is None:
-        return block_size(rows, vocabulary, accumulator(*dtypes).itemsize)
+        return tuned.block(op, rows, vocabulary) or block_size(rows, vocabulary, accumulator(*dtypes).itemsize)
     if block < 1:
         raise ValueError(f"{op}: block must be at least 1 column, not {block}.")
     return min(block, vocabulary)
@@ -44,7 +45,8 @@ def summary(plan: Plan, logits: Logits, targets: Array, wanted: tuple[str, ...],
     layout = plan.layout
 
     def step(start: int | Array, size: int) -> Summary:
-        return summarise(*logits.block(layout, start, size), targets, start, wanted, floor)
+        top_k = plan.top_k if "top_k_mass" in wanted else None
+        return summarise(*logits.block(layout, start, size), targets, start, wanted, floor, top_k=top_k)
 
     return fold(layout, step, combine)
 
@@ -78,9 +80,7 @@ def backward(
 
     def step(start: int | Array, size: int) -> tuple[Array, Array | None]:
         z, z_ref = logits.block(layout, start, size)
-        g = logit_gradient(z, z_ref, targets, start, constants, cotangent)
-        if logits.inverse_temperature is not None:
-            g = g * logits.inverse_temperature
+        g = logits.pulled(logit_gradient(z, z_ref, targets, start, constants, cotangent), z)
         g = jnp.where(row, g, jnp.zeros((), g.dtype)).astype(hidden.dtype)
         block = lax.dynamic_slice_in_dim(head, start, size, axis=axis)
         d_hidden = matmul(g, block, (1, axis), logits.dtype)

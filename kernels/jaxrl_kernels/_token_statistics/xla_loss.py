@@ -18,6 +18,7 @@ from jaxtyping import Array
 
 from jaxrl_kernels._token_statistics.blocks import Layout
 from jaxrl_kernels._token_statistics.blocks import Logits
+from jaxrl_kernels._token_statistics.blocks import accumulator
 from jaxrl_kernels._token_statistics.blocks import head_cotangent
 from jaxrl_kernels._token_statistics.blocks import matmul
 from jaxrl_kernels._token_statistics.blocks import vary_together
@@ -25,13 +26,16 @@ from jaxrl_kernels._token_statistics.closed_form import Constants
 from jaxrl_kernels._token_statistics.closed_form import conclude
 from jaxrl_kernels._token_statistics.closed_form import logit_gradient
 from jaxrl_kernels._token_statistics.closed_form import variation
+from jaxrl_kernels._token_statistics.streaming import Summary
 from jaxrl_kernels._token_statistics.streaming import combine
 from jaxrl_kernels._token_statistics.streaming import summarise
 from jaxrl_kernels._token_statistics.types import DIFFERENTIABLE
 from jaxrl_kernels._token_statistics.types import Reference
+from jaxrl_kernels._token_statistics.types import ReferenceLogits
 from jaxrl_kernels._token_statistics.types import TokenStatistics
 from jaxrl_kernels._token_statistics.vjp import Engine
 from jaxrl_kernels._token_statistics.vjp import Plan
+from jaxrl_kernels._token_statistics.vjp import finite_rows
 from jaxrl_kernels._token_statistics.vjp import statistics
 
 TILE_ROWS = 512
@@ -46,13 +50,15 @@ class LossPlan(NamedTuple):
     wanted: tuple[str, ...]
     rows: int
     per_token_loss: Callable[..., Array]
+    soft_cap: float | None = None
+    top_k: int | None = None
 
 
 class Tile(NamedTuple):
     """The rows of one tile: everything that has a row axis."""
 
     hidden: Array
-    hidden_ref: Array | None
+    hidden_ref: Array | None  # or the numbers of the rows, where the reference is given as logits
     inverse_temperature: Array | None
     targets: Array
     mask: Array
@@ -90,58 +96,75 @@ def _evaluate(plan: LossPlan, statistics: TokenStatistics, tile: Tile) -> Array:
 
 
 def _sweep(
-    plan: LossPlan, logits: Logits, tile: Tile, *, keep: bool
+    plan: LossPlan, logits: Logits, tile: Tile, log_min_p: Array | None, *, keep: bool
 ) -> tuple[TokenStatistics, Constants, Kept | None, Kept]:
+    """Statistics, gradient constants and (if kept) the logits of a tile: those of the full blocks, and of the last."""
     layout = plan.layout
+    top_k = plan.top_k if "top_k_mass" in plan.wanted else None
+    keep = keep or log_min_p is not None or "total_variation" in plan.wanted
 
-    def step(start: int | Array, size: int):
+    def part(pair: Kept, start: int | Array, floor: Array | None) -> Summary:
+        return summarise(*pair, tile.targets, start, plan.wanted, floor, top_k=top_k)
+
+    def first(start: int | Array, size: int) -> tuple[Summary, Kept]:
         pair = logits.block(layout, start, size)
-        return summarise(*pair, tile.targets, start, plan.wanted, None), pair
+        # The safe set needs the largest logit and the whole mass of the policy before anything else.
+        return part(pair, start, None) if log_min_p is None else summarise(
+            pair[0], None, tile.targets, start, (), None
+        ), pair  # fmt: skip
 
-    summary, last = step(*layout.last)
+    summary, last = first(*layout.last)
 
-    def body(carry, index: Array):
-        part, pair = step(index * layout.size, layout.size)
-        return combine(carry, part), pair if keep else None
+    def body(carry: Summary, index: Array):
+        found, pair = first(index * layout.size, layout.size)
+        return combine(carry, found), pair if keep else None
 
-    kept = None
+    kept = floor = whole = None
     if layout.full:
         summary, kept = lax.scan(body, summary, jnp.arange(layout.full, dtype=jnp.int32))
-    statistics, constants = conclude(summary, plan.wanted, tile.targets, layout.vocabulary, None, None)
+    if log_min_p is not None:
+        floor, whole = summary.policy.maximum + log_min_p.astype(logits.dtype), summary.policy.total
+        summary = _fold_kept(layout, kept, last, lambda pair, start: part(pair, start, floor), combine)
+    statistics, constants = conclude(summary, plan.wanted, tile.targets, layout.vocabulary, floor, whole)
+    if "total_variation" in plan.wanted:
+        sums = _fold_kept(
+            layout, kept, last, lambda pair, _: variation(*pair, constants), lambda a, b: jax.tree.map(jnp.add, a, b)
+        )
+        statistics, constants = (
+            statistics._replace(total_variation=sums.distance), constants._replace(sign=sums.sign)
+        )  # fmt: skip
     return statistics, constants, kept, last
 
 
-def _add_variation(kept: Kept | None, last: Kept, statistics: TokenStatistics, constants: Constants):
-    assert last[1] is not None
-    sums = variation(last[0], last[1], constants)
-    if kept is not None:
+def _fold_kept(layout: Layout, kept: Kept | None, last: Kept, step: Callable, join: Callable):
+    """Fold step(pair of logits, start) over the logits of a tile."""
+    state = step(last, layout.last[0])
+    if kept is None:
+        return state
 
-        def body(carry, pair):
-            return jax.tree.map(jnp.add, carry, variation(*pair, constants)), None  # pyright: ignore[reportCallIssue]
+    def body(carry, inputs):
+        index, pair = inputs
+        return join(carry, step(pair, index * layout.size)), None
 
-        sums, _ = lax.scan(body, sums, kept)
-    return statistics._replace(total_variation=sums.distance), constants._replace(sign=sums.sign)
+    return lax.scan(body, state, (jnp.arange(layout.full, dtype=jnp.int32), kept))[0]
 
 
-def _tile_gradient(plan: LossPlan, logits: Logits, tile: Tile, d_head: Array | None):
+def _tile_gradient(plan: LossPlan, logits: Logits, tile: Tile, log_min_p: Array | None, d_head: Array | None):
     """(loss, cotangent of the tile's hidden states, d_head with the tile's part added)."""
     layout, axis = plan.layout, plan.layout.vocabulary_axis
-    values, constants, kept, last = _sweep(plan, logits, tile, keep=True)
-    if "total_variation" in plan.wanted:
-        values, constants = _add_variation(kept, last, values, constants)
+    values, constants, kept, last = _sweep(plan, logits, tile, log_min_p, keep=True)
     loss, pull = jax.vjp(lambda s: _evaluate(plan, s, tile), values)
     (cotangents,) = pull(jnp.ones_like(loss))
     named = cotangents._asdict()
     cotangent = {name: named[name] for name in DIFFERENTIABLE if named[name] is not None}
+    finite = finite_rows(constants)
     hidden = logits.hidden
-    hidden_t = hidden.T
+    hidden_t = jnp.where(finite, hidden.T, jnp.zeros((), hidden.dtype))
 
     def step(pair: Kept, start: int | Array, d_head: Array | None):
         size = pair[0].shape[1]
-        g = logit_gradient(*pair, tile.targets, start, constants, cotangent)
-        if logits.inverse_temperature is not None:
-            g = g * logits.inverse_temperature
-        g = g.astype(hidden.dtype)
+        g = logits.pulled(logit_gradient(*pair, tile.targets, start, constants, cotangent), pair[0])
+        g = jnp.where(finite[:, None], g, jnp.zeros((), g.dtype)).astype(hidden.dtype)
         block = lax.dynamic_slice_in_dim(logits.head, start, size, axis=axis)
         if d_head is not None:
             old = lax.dynamic_slice_in_dim(d_head, start, size, axis=axis)
@@ -162,12 +185,14 @@ def _tile_gradient(plan: LossPlan, logits: Logits, tile: Tile, d_head: Array | N
     return loss, d_hidden, d_head
 
 
-def _prepare(hidden, targets, reference: Reference | None, inverse_temperature, mask, side_arrays):
+def _prepare(hidden, targets, reference: Reference | ReferenceLogits | None, inverse_temperature, mask, side_arrays):
     """Rows outside the mask carry zeros from here on, so that nothing they held can reach a sum."""
     row = mask[:, None]
     hidden = jnp.where(row, hidden, jnp.zeros((), hidden.dtype))
     hidden_ref = head_ref = None
-    if reference is not None:
+    if isinstance(reference, ReferenceLogits):
+        hidden_ref, head_ref = jnp.arange(hidden.shape[0], dtype=jnp.int32), reference
+    elif reference is not None:
         hidden_ref = jnp.where(row, reference.hidden, jnp.zeros((), reference.hidden.dtype))
         head_ref = reference.head
     if inverse_temperature is not None:
@@ -175,18 +200,29 @@ def _prepare(hidden, targets, reference: Reference | None, inverse_temperature, 
     return Tile(hidden, hidden_ref, inverse_temperature, targets, mask, side_arrays), head_ref
 
 
-def _tile_logits(tile: Tile, head: Array, head_ref: Array | None) -> Logits:
-    reference = None if tile.hidden_ref is None or head_ref is None else Reference(tile.hidden_ref, head_ref)
-    return Logits(tile.hidden, head, reference, tile.inverse_temperature)
+def _tile_logits(plan: LossPlan, tile: Tile, head: Array, head_ref: Array | ReferenceLogits | None) -> Logits:
+    reference = None
+    if isinstance(head_ref, ReferenceLogits):
+        # Logits are gathered for the rows of a tile; cut beforehand they would be copied as a whole.
+        assert tile.hidden_ref is not None
+        rows = head_ref.logits[tile.hidden_ref]
+        reference = ReferenceLogits(jnp.where(tile.mask[:, None], rows, jnp.zeros((), rows.dtype)))
+    elif tile.hidden_ref is not None and head_ref is not None:
+        reference = Reference(tile.hidden_ref, head_ref)
+    return Logits(tile.hidden, head, reference, tile.inverse_temperature, plan.soft_cap)
 
 
-def with_gradient(plan: LossPlan, head, whole: Tile, head_ref, *, head_gradient: bool):
+def _dtype(*arrays) -> jnp.dtype:
+    return accumulator(*(x.dtype for x in jax.tree.leaves(arrays)))
+
+
+def with_gradient(plan: LossPlan, head, whole: Tile, head_ref, log_min_p, dtype, *, head_gradient: bool):
     """(sum of losses, cotangent of hidden, cotangent of head or None)."""
     rows = whole.mask.shape[0]
-    dtype = _tile_logits(whole, head, head_ref).dtype
 
     def body(d_head, tile: Tile):
-        loss, d_hidden, d_head = _tile_gradient(plan, _tile_logits(tile, head, head_ref), tile, d_head)
+        logits = _tile_logits(plan, tile, head, head_ref)
+        loss, d_hidden, d_head = _tile_gradient(plan, logits, tile, log_min_p, d_head)
         return d_head, (loss, d_hidden)
 
     start = vary_together((jnp.zeros(head.shape, dtype), head))[0] if head_gradient else None
@@ -196,37 +232,41 @@ def with_gradient(plan: LossPlan, head, whole: Tile, head_ref, *, head_gradient:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def loss(plan: LossPlan, hidden, head, targets, reference, inverse_temperature, mask, side_arrays) -> Array:
+def loss(plan: LossPlan, hidden, head, targets, reference, inverse_temperature, log_min_p, mask, side_arrays) -> Array:
     """Sum of the losses of the rows in the mask; see `jaxrl_kernels.token_loss`."""
     whole, head_ref = _prepare(hidden, targets, reference, inverse_temperature, mask, side_arrays)
 
     def one(tile: Tile) -> Array:
-        logits = _tile_logits(tile, head, head_ref)
-        values, constants, kept, last = _sweep(plan, logits, tile, keep="total_variation" in plan.wanted)
-        if "total_variation" in plan.wanted:
-            values, _ = _add_variation(kept, last, values, constants)
+        values = _sweep(plan, _tile_logits(plan, tile, head, head_ref), tile, log_min_p, keep=False)[0]
         return _evaluate(plan, values, tile)
 
     return jnp.sum(lax.map(one, _tiles(plan, whole)))
 
 
 def loss_of_statistics(
-    engine: Engine, plan: LossPlan, hidden, head, targets, reference, inverse_temperature, mask, side_arrays
+    engine: Engine, plan: LossPlan, hidden, head, targets, reference, inverse_temperature, log_min_p, mask, side_arrays
 ) -> Array:
     """The same sum through the statistics of another implementation and their VJP."""
     whole, head_ref = _prepare(hidden, targets, reference, inverse_temperature, mask, lax.stop_gradient(side_arrays))
-    logits = _tile_logits(whole, head, head_ref)
-    values = statistics(engine, Plan(plan.layout, plan.wanted), *logits[:2], targets, *logits[2:], None)
+    if isinstance(reference, Reference):
+        reference = Reference(whole.hidden_ref, head_ref)
+    narrow = Plan(plan.layout, plan.wanted, plan.soft_cap, plan.top_k)
+    values = statistics(
+        engine, narrow, whole.hidden, head, targets, reference, whole.inverse_temperature, log_min_p
+    )  # fmt: skip
     return _evaluate(plan, values, whole)  # pyright: ignore[reportArgumentType]
 
 
 def _forward_rule(plan: LossPlan, *arguments):
     head_gradient = arguments[1].perturbed
-    hidden, head, targets, reference, inverse_temperature, mask, side_arrays = (
+    hidden, head, targets, reference, inverse_temperature, log_min_p, mask, side_arrays = (
         jax.custom_derivatives.custom_vjp_primal_tree_values(arguments)
     )
     whole, head_ref = _prepare(hidden, targets, reference, inverse_temperature, mask, side_arrays)
-    total, d_hidden, d_head = with_gradient(plan, head, whole, head_ref, head_gradient=head_gradient)
+    dtype = _dtype(hidden, head, reference)
+    total, d_hidden, d_head = with_gradient(
+        plan, head, whole, head_ref, log_min_p, dtype, head_gradient=head_gradient
+    )  # fmt: skip
     like = (jnp.zeros((0,), hidden.dtype), jnp.zeros((0,), head.dtype))
     return total, (d_hidden, d_head, like)
 
@@ -234,12 +274,12 @@ def _forward_rule(plan: LossPlan, *arguments):
 def _backward_rule(plan: LossPlan, residuals, cotangent):
     d_hidden, d_head, like = residuals
     if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
-        return (None,) * 7
+        return (None,) * 8
     scaled = [
         None if x is None else (x * cotangent.astype(x.dtype)).astype(y.dtype)
         for x, y in zip((d_hidden, d_head), like, strict=True)
     ]
-    return (*scaled, None, None, None, None, None)
+    return (*scaled, None, None, None, None, None, None)
 
 
 loss.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)

@@ -2,6 +2,8 @@
 
     python -m jaxrl_kernels.bench --quick      one shape, 5 rounds, about two minutes on two CPU cores
     python -m jaxrl_kernels.bench              all shapes, 20 rounds
+    python -m jaxrl_kernels.bench --torch PYTHON   also the same work by PyTorch, in that interpreter
+    python -m jaxrl_kernels.bench --tune       block sizes for this device
 
 Prints a table, writes results/<device>.json beside this file (or --output), and on a CPU exits 1 if a promise of
 targets.py is not kept.
@@ -9,54 +11,67 @@ targets.py is not kept.
 
 import argparse
 import json
-import os
 import platform
-import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 
+from jaxrl_kernels import tuned
+from jaxrl_kernels.bench import accuracy
+from jaxrl_kernels.bench import dense
+from jaxrl_kernels.bench import peers
+from jaxrl_kernels.bench import tune
 from jaxrl_kernels.bench.cases import PROGRAMS
 from jaxrl_kernels.bench.cases import Shape
 from jaxrl_kernels.bench.cases import make_inputs
 from jaxrl_kernels.bench.measure import compile_all
 from jaxrl_kernels.bench.measure import errors
+from jaxrl_kernels.bench.measure import summary
 from jaxrl_kernels.bench.measure import temporaries
 from jaxrl_kernels.bench.measure import time_all
+from jaxrl_kernels.bench.table import HEADER
+from jaxrl_kernels.bench.table import table_rows
 from jaxrl_kernels.bench.targets import misses
+from jaxrl_kernels.tuned import device_name
 
-QUICK = (Shape(2048, 576, 49152, "float32"),)
+QUICK = (Shape(2048, 576, 49152, "float32"), Shape(2048, 0, 49152, "float32"))
 SHAPES = (
     *QUICK,
     Shape(2048, 576, 49152, "bfloat16"),
     Shape(1024, 1024, 151552, "float32"),
+    Shape(2048, 0, 49152, "bfloat16"),
 )
+"""Width 0 means logits that exist already."""
+
+FLOPS = {
+    "product": 1,
+    "forward/naive": 2,
+    "forward/token_statistics": 2,
+    "gradient/naive": 4,
+    "gradient/token_statistics": 6,
+    "gradient/token_loss": 4,
+}
+"""Matrix products of one head that each program executes."""
 
 
-def device_name() -> str:
-    """Name of the first device, for people and for the file."""
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        return device.device_kind
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        found = re.search(r"model name\s*:\s*(.+)", info.read_text())
-        model = found.group(1) if found else model
-    return f"CPU {model}, {os.cpu_count()} cores"
-
-
-def run_shape(shape: Shape, rounds: int) -> dict:
-    """Everything measured for one shape."""
+def run_shape(shape: Shape, rounds: int, torch: str | None) -> dict:
+    """Everything measured for one shape of hidden states and head."""
     inputs = make_inputs(shape)
     compiled = compile_all(PROGRAMS, inputs)
-    table = time_all(compiled, inputs, rounds)
+    table: dict[str, Any] = time_all(compiled, inputs, rounds)
+    gigaflop = 2 * shape.rows * shape.width * shape.vocabulary / 1e9
     for name, program in compiled.items():
         table[name]["temporaries_mib"] = temporaries(program)
-    gigaflop = 2 * shape.rows * shape.width * shape.vocabulary / 1e9
-    product, forward = (float(str(table[name]["cpu_seconds"])) for name in ("product", "forward/token_statistics"))
+        table[name]["gflop_per_cpu_second"] = round(FLOPS[name] * gigaflop / table[name]["cpu_seconds"], 1)
+    product, forward = (table[name]["cpu_seconds"] for name in ("product", "forward/token_statistics"))
     (_, values), (d_hidden, _) = compiled["gradient/token_statistics"](inputs)
+    if torch is not None and shape.dtype == "float32":
+        found = peers.measure(torch, shape.rows, shape.width, shape.vocabulary, min(rounds, 5), rounds > 5)
+        for name, seconds in found.get("cpu_seconds", {}).items():
+            table[name] = summary([(value, value) for value in seconds])
+            del table[name]["wall_seconds"]
     return {
         "programs": table,
         "product_gflop_per_cpu_second": round(gigaflop / product, 1),
@@ -65,21 +80,21 @@ def run_shape(shape: Shape, rounds: int) -> dict:
     }
 
 
-def table_rows(name: str, result: dict) -> list[str]:
-    """Markdown rows of one shape: time and temporaries, alone and as ratios to the naive program of the same group."""
-    rows = []
-    for program, measured in result["programs"].items():
-        base = result["programs"].get(program.split("/")[0] + "/naive")
-        ratios = "| |"
-        if base:
-            time_ratio = measured["cpu_seconds"] / base["cpu_seconds"]
-            memory_ratio = measured["temporaries_mib"] / base["temporaries_mib"]
-            ratios = f"| {time_ratio:.2f} | {memory_ratio:.4f} |"
-        rows.append(
-            f"| {name} | {program} | {measured['cpu_seconds']:.2f} | {measured['wall_seconds']:.2f} "
-            f"| {measured['temporaries_mib']:.1f} {ratios}"
-        )
-    return rows
+def run_dense(shape: Shape, rounds: int) -> dict:
+    """Everything measured for one shape of logits."""
+    inputs = dense.make_inputs(shape)
+    compiled = compile_all(dense.PROGRAMS, inputs)
+    table: dict[str, Any] = time_all(compiled, inputs, rounds)
+    for name, program in compiled.items():
+        table[name]["temporaries_mib"] = temporaries(program)
+        table[name]["gb_per_cpu_second"] = round(dense.minimal_bytes(shape) / 1e9 / table[name]["cpu_seconds"], 2)
+    kl, gradient = compiled["dense/dense_gradient"](inputs)
+    seconds = {name: measured["cpu_seconds"] for name, measured in table.items()}
+    return {
+        "programs": table,
+        "dense_gradient_share_of_copy_rate": round(seconds["copy"] / seconds["dense/dense_gradient"], 3),
+        "errors": dense.errors(inputs, kl, gradient),
+    }
 
 
 def main() -> int:
@@ -89,32 +104,40 @@ def main() -> int:
     )
     parser.add_argument("--quick", action="store_true", help="one shape and five rounds")
     parser.add_argument("--rounds", type=int, help="interleaved rounds (default 20, or 5 with --quick)")
+    parser.add_argument("--shapes", nargs="*", help="run only shapes whose name holds one of these words")
+    parser.add_argument("--torch", metavar="PYTHON", help="an interpreter with PyTorch, to measure the same work there")
+    parser.add_argument("--tune", action="store_true", help="time block sizes instead, and write tuned/<device>.json")
     parser.add_argument("--output", type=Path, help="JSON file to write (default: results/<device>.json)")
     options = parser.parse_args()
     rounds = options.rounds or (5 if options.quick else 20)
+    device, slug = device_name(), tuned.slug(device_name())
+    if options.tune:
+        output = options.output or tuned.FOLDER / f"{slug}.json"
+        output.write_text(json.dumps(tune.tune(device, rounds), indent=1) + "\n")
+        print(f"wrote {output}")
+        return 0
     results = {
-        "device": device_name(),
+        "device": device,
         "jax": jax.__version__,
         "python": platform.python_version(),
         "rounds": rounds,
         "shapes": {},
+        "bfloat16_log_prob_errors": accuracy.bfloat16_log_prob_errors(),
     }
-    print(f"{results['device']}, jax {jax.__version__}, median of {rounds} interleaved rounds")
-    print("| shape | program | CPU s | wall s | temporaries MiB | time / naive | temporaries / naive |")
-    print("|---|---|---|---|---|---|---|")
+    print(f"{device}, jax {jax.__version__}, median of {rounds} interleaved rounds")
+    print(HEADER)
     for shape in QUICK if options.quick else SHAPES:
-        result = run_shape(shape, rounds)
+        if options.shapes and not any(word in shape.name for word in options.shapes):
+            continue
+        result = run_shape(shape, rounds, options.torch) if shape.width else run_dense(shape, rounds)
         results["shapes"][shape.name] = result
         print("\n".join(table_rows(shape.name, result)), flush=True)
-        print(
-            f"{shape.name}: product {result['product_gflop_per_cpu_second']} GFLOP per CPU second, forward at "
-            f"{result['forward_share_of_product_rate']} of that rate, errors {result['errors']}"
-        )
-    slug = re.sub(r"[^a-z0-9]+", "-", results["device"].lower()).strip("-")
     output = options.output or Path(__file__).parent / "results" / f"{slug}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(results, indent=1) + "\n")
     print(f"wrote {output}")
+    for name, result in results["shapes"].items():
+        print(name, {key: value for key, value in result.items() if key != "programs"})
     if jax.default_backend() != "cpu":
         return 0
     missed = misses(results)

@@ -31,6 +31,8 @@ class Shape:
     @property
     def name(self) -> str:
         """Key of this shape in the results."""
+        if not self.width:
+            return f"N{self.rows}_V{self.vocabulary}_{self.dtype}"
         return f"N{self.rows}_D{self.width}_V{self.vocabulary}_{self.dtype}"
 
 

@@ -5,6 +5,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ CHECKED_ROWS = 32
 """Rows whose statistics and hidden-state gradients are also computed in float64."""
 
 
-def compile_all(programs: dict[str, Callable[[Inputs], object]], inputs: Inputs) -> dict[str, jax.stages.Compiled]:
+def compile_all(programs: dict[str, Callable[[Any], object]], inputs: Any) -> dict[str, jax.stages.Compiled]:
     """Each program compiled for these inputs."""
     return {name: jax.jit(program).lower(inputs).compile() for name, program in programs.items()}
 
@@ -30,7 +31,7 @@ def _cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def time_all(compiled: dict[str, jax.stages.Compiled], inputs: Inputs, rounds: int) -> dict[str, dict[str, object]]:
+def time_all(compiled: dict[str, jax.stages.Compiled], inputs: Any, rounds: int) -> dict[str, dict[str, object]]:
     """Seconds of each program: every round runs each once, in turn, after one round of warm-up.
 
     Interleaving lets whatever else the machine does fall on all of them alike. CPU seconds are those of the process,
@@ -43,10 +44,11 @@ def time_all(compiled: dict[str, jax.stages.Compiled], inputs: Inputs, rounds: i
             jax.block_until_ready(program(inputs))
             if index:
                 times[name].append((_cpu_seconds() - cpu, time.perf_counter() - wall))
-    return {name: _summary(pairs) for name, pairs in times.items()}
+    return {name: summary(pairs) for name, pairs in times.items()}
 
 
-def _summary(pairs: list[tuple[float, float]]) -> dict[str, object]:
+def summary(pairs: list[tuple[float, float]]) -> dict[str, object]:
+    """Median and spread of (CPU, wall) seconds."""
     cpu, wall = zip(*pairs, strict=True)
     return {
         "cpu_seconds": round(statistics.median(cpu), 4),
