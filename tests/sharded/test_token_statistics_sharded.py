@@ -1,4 +1,4 @@
-"""With tokens sharded over eight devices, values and gradients are those of one device."""
+"""With tokens, vocabulary or both sharded over eight devices, values and gradients are those of one device."""
 
 import jax
 import jax.numpy as jnp
@@ -86,3 +86,67 @@ def test_shard_map(op):
     actual = jax.jit(jax.value_and_grad(spread, (0, 1), has_aux=True))(*arguments)
     for value, right in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
         assert oracle.error(value, right) < 1e-5
+
+
+CASES = [
+    pytest.param((1, 8), {"log_min_p": -2.0}, id="vocabulary-pruned"),
+    pytest.param((2, 4), {"soft_cap": 4.0}, id="both-soft-cap"),
+]
+NAMES = ("log_prob", "entropy", "collision", "max_log_prob", "kl", "total_variation", "chi_square", "top_k_mass")
+
+
+def split_vocabulary(op, mesh_axis, options):
+    """Sum of a loss of all statistics, in which only the vocabulary's axis is special; and the statistics or count."""
+    names = NAMES if "log_min_p" in options else (*NAMES, "kl_reverse")
+
+    def score(values, weight):
+        # A pruned target has log_prob -inf.
+        log_prob = jnp.maximum(values.log_prob, -50.0)
+        smooth = values.entropy**2 + values.kl**2 + values.collision + values.total_variation + values.top_k_mass
+        return weight * (log_prob + smooth + (0.0 if values.kl_reverse is None else values.kl_reverse))
+
+    def run(hidden, head, hidden_ref, head_ref, targets, weight):
+        common = {
+            "reference": Reference(hidden_ref, head_ref), "statistics": names, "top_k": 5, "block": 16,
+            "implementation": "xla", "vocabulary_mesh_axis": mesh_axis, **options,
+        }  # fmt: skip
+        if op == "token_loss":
+            return token_loss(hidden, head, targets, score, weight, **common)
+        values = token_statistics(hidden, head, targets, **common)
+        return jnp.sum(score(values, weight)), values
+
+    return run
+
+
+@pytest.mark.parametrize(("shape", "options"), CASES)
+@pytest.mark.parametrize("op", ["token_statistics", "token_loss"])
+def test_split_vocabulary(op, options, shape):
+    inputs = oracle.make_inputs(rows=16, vocabulary=304, near=0.5, scale=2.0)
+    weight = jnp.asarray(np.random.default_rng(2).standard_normal(16), jnp.float32)
+    arguments = (*inputs.arrays(), inputs.tokens, weight)
+    alone = split_vocabulary(op, None, options)
+    (wanted, wanted_extra), slopes = jax.jit(jax.value_and_grad(alone, (0, 1), has_aux=True))(*arguments)
+
+    def local(*arrays):
+        total, extra = split_vocabulary(op, "vocabulary", options)(*arrays)
+        return jax.lax.psum(total, "data"), extra if op == "token_statistics" else jax.lax.psum(extra, "data")
+
+    devices = Mesh(np.array(jax.devices()).reshape(shape), ("data", "vocabulary"))
+    head, row = P(None, "vocabulary"), P("data")
+    spread = jax.shard_map(
+        local, mesh=devices, in_specs=(row, head, row, head, row, row),
+        out_specs=(P(), row if op == "token_statistics" else P()),
+    )  # fmt: skip
+    (total, extra), gradients = jax.jit(jax.value_and_grad(spread, (0, 1), has_aux=True))(*arguments)
+    assert jnp.abs(slopes[1]).max() > 0.01
+    found, right = (jax.tree.leaves(tree) for tree in ((total, extra, gradients), (wanted, wanted_extra, slopes)))
+    for value, expected in zip(found, right, strict=True):
+        assert oracle.error(value, expected) < 2e-5
+    for value, expected in zip(gradients, slopes, strict=True):
+        assert oracle.error(-np.asarray(value), expected) > 0.5
+
+
+def test_the_axis_must_be_one_of_a_shard_map():
+    inputs = oracle.make_inputs(rows=2, vocabulary=24)
+    with pytest.raises(ValueError, match="vocabulary_mesh_axis is 'vocabulary', which is no axis of a surrounding"):
+        token_statistics(*inputs.arrays()[:2], inputs.tokens, vocabulary_mesh_axis="vocabulary")

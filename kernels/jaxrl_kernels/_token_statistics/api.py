@@ -12,6 +12,7 @@ from jaxtyping import Int
 from jaxtyping import ScalarLike
 
 from jaxrl_kernels import _dispatch
+from jaxrl_kernels._token_statistics import across_devices
 from jaxrl_kernels._token_statistics import checks
 from jaxrl_kernels._token_statistics import pallas_mosaic_gpu
 from jaxrl_kernels._token_statistics import pallas_tpu
@@ -44,6 +45,7 @@ def token_statistics(
     top_k: int | None = None,
     mask: Bool[Array, " N"] | None = None,
     statistics: Sequence[str] | None = None,
+    vocabulary_mesh_axis: str | None = None,
     implementation: str | None = None,
     block: int | None = None,
 ) -> TokenStatistics:
@@ -85,6 +87,10 @@ def token_statistics(
             would be infinite and is left out. The set carries no gradient.
         statistics: names to compute; None means all that apply. total_variation costs a second sweep over the
             vocabulary, log_min_p another.
+        vocabulary_mesh_axis: inside a shard_map, the mesh axis over which the vocabulary is split: `head` (and the
+            reference's head or logits) are this device's equal part of it, in the order of the devices, and targets
+            count from the first token of all. Statistics are those of the whole vocabulary, the same on every device
+            of the axis; hidden states that are the same there get the sum of the devices' cotangents. "xla" only.
         implementation: "reference" (plain jax.numpy and autodiff, [N, V] in memory), "xla" (blocks), "pallas_tpu" or
             "pallas_mosaic_gpu" (Mosaic kernels for TPU and for Hopper GPUs; bfloat16 or float32), or None: the
             platform's default. A named one is never replaced by another: where it cannot run, that is an error.
@@ -104,10 +110,10 @@ def token_statistics(
     vocabulary = checks.shapes(op, hidden, head, targets, vocabulary_axis, reference)
     checks.rows(op, mask, hidden.shape[0])
     targets = targets if mask is None else jnp.where(mask, targets, jnp.zeros((), targets.dtype))
-    checks.target_range(op, targets, vocabulary)
     wanted = checks.wanted(op, statistics, reference is not None, log_min_p is not None, top_k, vocabulary)
     chosen = _dispatch.resolve(op, implementation, IMPLEMENTATIONS, jax.default_backend())
-    checks.supported(op, chosen, soft_cap, top_k)
+    checks.supported(op, chosen, soft_cap, top_k, vocabulary_mesh_axis)
+    checks.target_range(op, targets, across_devices.whole_vocabulary(vocabulary, vocabulary_mesh_axis))
     dtypes = _dtypes(hidden, head, reference)
     dtype = accumulator(*dtypes)
     inverse = checks.inverse_temperature(op, temperature, hidden.shape[0], dtype)
@@ -128,11 +134,13 @@ def token_statistics(
         else:
             engine = ENGINES[chosen]
             size = engine.columns(op, block, hidden.shape[0], vocabulary, dtypes)
-            plan = vjp.Plan(Layout(vocabulary_axis, vocabulary, size), wanted, soft_cap, top_k)
-            arguments = vary_together((hidden, head, targets, reference, inverse, pruning))
-            values = vjp.statistics(engine, plan, *arguments)
+            plan = vjp.Plan(Layout(vocabulary_axis, vocabulary, size), wanted, soft_cap, top_k, vocabulary_mesh_axis)
+            by_row = (targets, inverse, pruning)
+            heads, _ = vary_together(((hidden, head, reference), by_row))
+            (targets, inverse, pruning), _ = vary_together((by_row, heads), besides=vocabulary_mesh_axis)
+            values = vjp.statistics(engine, plan, *heads[:2], targets, heads[2], inverse, pruning)
         if mask is None:
-            return values
+            return values  # pyright: ignore[reportReturnType]
         return jax.tree.map(lambda x: jnp.where(mask, x, jnp.zeros((), x.dtype)), values)
 
 
@@ -164,6 +172,7 @@ def token_loss(
     top_k: int | None = None,
     mask: Bool[Array, " N"] | None = None,
     statistics: Sequence[str] | None = None,
+    vocabulary_mesh_axis: str | None = None,
     implementation: str | None = None,
     block: int | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -179,8 +188,8 @@ def token_loss(
     over.
 
     Args:
-        hidden, head, targets, vocabulary_axis, reference, temperature, soft_cap, log_min_p, top_k, block: as for
-            `token_statistics`.
+        hidden, head, targets, vocabulary_axis, reference, temperature, soft_cap, log_min_p, top_k,
+            vocabulary_mesh_axis, block: as for `token_statistics`.
         per_token_loss: (TokenStatistics of [rows] arrays, side arrays of the same rows) -> [rows] losses. It is called
             on tiles of rows in any order, so it must treat each row alone.
         side_arrays: arrays with a leading axis N: advantages, old log-probs, weights.
@@ -202,10 +211,10 @@ def token_loss(
     checks.rows(op, mask, rows)
     mask = jnp.ones((rows,), bool) if mask is None else mask
     targets = jnp.where(mask, targets, jnp.zeros((), targets.dtype))
-    checks.target_range(op, targets, vocabulary)
     wanted = checks.wanted(op, statistics, reference is not None, log_min_p is not None, top_k, vocabulary)
     chosen = _dispatch.resolve(op, implementation, IMPLEMENTATIONS, jax.default_backend())
-    checks.supported(op, chosen, soft_cap, top_k)
+    checks.supported(op, chosen, soft_cap, top_k, vocabulary_mesh_axis)
+    checks.target_range(op, targets, across_devices.whole_vocabulary(vocabulary, vocabulary_mesh_axis))
     dtypes = _dtypes(hidden, head, reference)
     dtype = accumulator(*dtypes)
     inverse = checks.inverse_temperature(op, temperature, rows, dtype)
@@ -242,8 +251,12 @@ def token_loss(
         engine = ENGINES[chosen]
         tile = xla_loss.tile_rows(rows) if chosen == "xla" else rows
         size = engine.columns(op, block, tile, vocabulary, dtypes)
-        plan = xla_loss.LossPlan(Layout(vocabulary_axis, vocabulary, size), wanted, tile, checked, soft_cap, top_k)
-        arguments = vary_together((hidden, head, targets, reference, inverse, pruning, mask, side_arrays))
+        layout = Layout(vocabulary_axis, vocabulary, size)
+        plan = xla_loss.LossPlan(layout, wanted, tile, checked, soft_cap, top_k, vocabulary_mesh_axis)
+        by_row = (targets, inverse, pruning, mask, side_arrays)
+        (hidden, head, reference), _ = vary_together(((hidden, head, reference), by_row))
+        (targets, *rest), _ = vary_together((by_row, (hidden, head, reference)), besides=vocabulary_mesh_axis)
+        arguments = (hidden, head, targets, reference, *rest)
         if chosen == "xla":
             total = xla_loss.loss(plan, *arguments)
         else:

@@ -95,13 +95,15 @@ def varying_axes(x: Array) -> frozenset[str]:
     return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
 
 
-def vary_together(tree: Tree) -> Tree:
+def vary_together(tree: Tree, besides: str | None = None) -> Tree:
     """The same arrays, all varying over the mesh axes that any of them varies over.
 
     Inside a shard_map a custom VJP must return cotangents of the very types of its arguments. Cast like this before, a
     head that is the same on every device gets its cotangent summed over them by the transpose of the cast.
+
+    besides: an axis that is left out.
     """
-    axes = frozenset[str]().union(*(varying_axes(x) for x in jax.tree.leaves(tree)))
+    axes = frozenset[str]().union(*(varying_axes(x) for x in jax.tree.leaves(tree))) - {besides}
 
     def cast(x: Array) -> Array:
         missing = tuple(sorted(axes - varying_axes(x)))
@@ -163,7 +165,7 @@ class Logits(NamedTuple):
         if isinstance(self.reference, ReferenceLogits):
             z_ref = lax.dynamic_slice_in_dim(self.reference.logits, start, size, axis=1).astype(self.dtype)
             return z, z_ref if self.inverse_temperature is None else z_ref * self.inverse_temperature
-        return z, self._product(*self.reference, layout, start, size)
+        return z, self._product(self.reference.hidden, self.reference.head, layout, start, size)
 
 
 def fold(layout: Layout, step: Callable[[int | Array, int], State], combine: Callable[[State, State], State]) -> State:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array
 
 from jaxrl_kernels._token_statistics.types import ALWAYS
@@ -88,21 +89,33 @@ def target_range(op: str, targets: Array, vocabulary: int) -> None:
             raise ValueError(f"{op}: targets lie in [{low}, {high}]; they must lie in [0, {vocabulary - 1}].")
 
     low, high = jnp.min(targets), jnp.max(targets)
-    if isinstance(targets, jax.core.Tracer):
+    if isinstance(targets, jax.core.Tracer):  # pyright: ignore[reportAttributeAccessIssue]
         jax.debug.callback(check, low, high)
     else:
         check(low, high)
 
 
-def supported(op: str, chosen: str, soft_cap: float | None, top_k: int | None) -> None:
+def supported(op: str, chosen: str, soft_cap: float | None, top_k: int | None, mesh_axis: str | None) -> None:
     """Raise on what an implementation cannot do, and on a soft cap that is none."""
     if soft_cap is not None and not (isinstance(soft_cap, int | float) and 0 < soft_cap < math.inf):
         raise ValueError(f"{op}: soft_cap must be a positive number (or None), not {soft_cap!r}.")
-    lacking = {"pallas_tpu": {"top_k"}, "pallas_mosaic_gpu": {"top_k", "soft_cap"}}.get(chosen, set())
-    given = {name for name, value in (("soft_cap", soft_cap), ("top_k", top_k)) if value is not None}
+    lacking = {
+        "reference": {"vocabulary_mesh_axis"},
+        "pallas_tpu": {"top_k", "vocabulary_mesh_axis"},
+        "pallas_mosaic_gpu": {"top_k", "soft_cap", "vocabulary_mesh_axis"},
+    }.get(chosen, set())
+    options = {"soft_cap": soft_cap, "top_k": top_k, "vocabulary_mesh_axis": mesh_axis}
+    given = {name for name, value in options.items() if value is not None}
     if lacking & given:
         name = sorted(lacking & given)[0]
-        raise NotImplementedError(f"{op}: implementation {chosen!r} does not do {name}; choose 'xla' or 'reference'.")
+        raise NotImplementedError(f"{op}: implementation {chosen!r} does not do {name}; choose 'xla'.")
+    if mesh_axis is not None:
+        try:
+            lax.axis_size(mesh_axis)
+        except NameError:
+            raise ValueError(
+                f"{op}: vocabulary_mesh_axis is {mesh_axis!r}, which is no axis of a surrounding shard_map."
+            ) from None
 
 
 def _reference(op: str, hidden: Array, reference: Reference | ReferenceLogits, vocabulary: int, axis: int) -> None:

@@ -151,11 +151,9 @@ def _call(case: Case, kernel: Callable, operands: Operands, *, by_rows: bool, ou
         return spec((case.columns, w.shape[1]), lambda i, j: (j, ZERO))
 
     reference = operands.reference
-    other: Any = None
+    other: Any = reference and Reference(rows_of(reference[0]), columns_of(reference[-1]))  # pyright: ignore
     if isinstance(reference, ReferenceLogits):
         other = ReferenceLogits(spec((case.rows, case.columns), lambda i, j: (i, j)))  # pyright: ignore
-    elif reference is not None:
-        other = Reference(rows_of(reference.hidden), columns_of(reference.head))  # pyright: ignore
     specs = Operands(
         rows_of(operands.hidden),
         columns_of(operands.head),

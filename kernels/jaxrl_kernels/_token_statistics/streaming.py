@@ -126,7 +126,8 @@ def moments(
     return Moments(maximum, total, centre, spread_sum, growth_sum)
 
 
-def _recentred(value: Rows, total: Rows, move: Rows) -> Rows:
+def recentred(value: Rows, total: Rows, move: Rows) -> Rows:
+    """A spread once its centre has moved by `move`: e^move value + total phi(move)."""
     return jnp.exp(move) * value + jnp.where(total == 0, jnp.zeros((), total.dtype), total * excess(move))
 
 
@@ -142,9 +143,9 @@ def combine_moments(a: Moments, b: Moments) -> tuple[Moments, Rows, Rows]:
     move_a, move_b = centre - a.centre, centre - b.centre
     spread, growth = None, None
     if a.spread is not None and b.spread is not None:
-        spread = _recentred(a.spread * scale_a, total_a, move_a) + _recentred(b.spread * scale_b, total_b, move_b)
+        spread = recentred(a.spread * scale_a, total_a, move_a) + recentred(b.spread * scale_b, total_b, move_b)
     if a.growth is not None and b.growth is not None:
-        growth = _recentred(a.growth * scale_a, total_a, -move_a) + _recentred(b.growth * scale_b, total_b, -move_b)
+        growth = recentred(a.growth * scale_a, total_a, -move_a) + recentred(b.growth * scale_b, total_b, -move_b)
     return Moments(maximum, total, centre, spread, growth), scale_a, scale_b
 
 
@@ -223,7 +224,7 @@ def summarise(
     return Summary(policy, shift, square, target, target_kept, ratio, reference, outside, top_logits)
 
 
-def _largest(z: Block, count: int) -> Block:
+def _largest(z: Block, count: int) -> Float[Array, "N k"]:
     missing = max(0, count - z.shape[1])
     found = lax.top_k(z, count - missing)[0]
     return jnp.pad(found, ((0, 0), (0, missing)), constant_values=-jnp.inf) if missing else found

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 from jaxtyping import Bool
 
+from jaxrl_kernels._token_statistics import across_devices
 from jaxrl_kernels._token_statistics.blocks import Layout
 from jaxrl_kernels._token_statistics.blocks import Logits
 from jaxrl_kernels._token_statistics.closed_form import Constants
@@ -28,6 +29,7 @@ class Plan(NamedTuple):
     wanted: tuple[str, ...]
     soft_cap: float | None = None
     top_k: int | None = None
+    mesh_axis: str | None = None  # of a surrounding shard_map, over which the vocabulary is split
 
 
 class Engine(NamedTuple):
@@ -67,15 +69,19 @@ def forward(
     engine: Engine, plan: Plan, logits: Logits, targets: Array, log_min_p: Array | None
 ) -> tuple[TokenStatistics, Constants]:
     """Statistics and the constants that the backward pass needs."""
-    floor = whole = None
+    axis, floor, whole = plan.mesh_axis, None, None
+    vocabulary = across_devices.whole_vocabulary(plan.layout.vocabulary, axis)
+    local = across_devices.local_targets(targets, plan.layout.vocabulary, axis)
     if log_min_p is not None:
         # Pruning needs the largest logit and the whole mass first: a sweep over the policy alone.
-        policy = engine.summary(plan, logits._replace(reference=None), targets, (), None).policy
+        policy = across_devices.join(
+            engine.summary(plan, logits._replace(reference=None), local, (), None), axis
+        ).policy
         floor, whole = policy.maximum + log_min_p.astype(policy.maximum.dtype), policy.total
-    summary = engine.summary(plan, logits, targets, plan.wanted, floor)
-    values, constants = conclude(summary, plan.wanted, targets, plan.layout.vocabulary, floor, whole)
+    summary = across_devices.join(engine.summary(plan, logits, local, plan.wanted, floor), axis)
+    values, constants = conclude(summary, plan.wanted, targets, vocabulary, floor, whole)
     if "total_variation" in plan.wanted:
-        sums = engine.total_variation(plan, logits, constants)
+        sums = across_devices.add(engine.total_variation(plan, logits, constants), axis)
         values = values._replace(total_variation=sums.distance)
         constants = constants._replace(sign=sums.sign)
     return values, constants
@@ -99,7 +105,8 @@ def _forward_rule(engine: Engine, plan: Plan, *arguments):
     values, constants = forward(engine, plan, logits, targets, log_min_p)
     # Whether the head was perturbed is a residual entry of its own, so that the backward rule knows it as structure.
     marker = () if perturbed["head"] else None
-    return values, (logits._replace(soft_cap=None), targets, constants, marker)
+    local = across_devices.local_targets(targets, plan.layout.vocabulary, plan.mesh_axis)
+    return values, (logits._replace(soft_cap=None), local, constants, marker)
 
 
 def _backward_rule(engine: Engine, plan: Plan, residuals, cotangents: TokenStatistics):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from jaxrl_kernels._token_statistics import across_devices
 from jaxrl_kernels._token_statistics.blocks import Layout
 from jaxrl_kernels._token_statistics.blocks import Logits
 from jaxrl_kernels._token_statistics.blocks import accumulator
@@ -23,6 +24,7 @@ from jaxrl_kernels._token_statistics.blocks import head_cotangent
 from jaxrl_kernels._token_statistics.blocks import matmul
 from jaxrl_kernels._token_statistics.blocks import vary_together
 from jaxrl_kernels._token_statistics.closed_form import Constants
+from jaxrl_kernels._token_statistics.closed_form import Variation
 from jaxrl_kernels._token_statistics.closed_form import conclude
 from jaxrl_kernels._token_statistics.closed_form import logit_gradient
 from jaxrl_kernels._token_statistics.closed_form import variation
@@ -52,6 +54,7 @@ class LossPlan(NamedTuple):
     per_token_loss: Callable[..., Array]
     soft_cap: float | None = None
     top_k: int | None = None
+    mesh_axis: str | None = None
 
 
 class Tile(NamedTuple):
@@ -99,19 +102,21 @@ def _sweep(
     plan: LossPlan, logits: Logits, tile: Tile, log_min_p: Array | None, *, keep: bool
 ) -> tuple[TokenStatistics, Constants, Kept | None, Kept]:
     """Statistics, gradient constants and (if kept) the logits of a tile: those of the full blocks, and of the last."""
-    layout = plan.layout
+    layout, axis = plan.layout, plan.mesh_axis
+    vocabulary = across_devices.whole_vocabulary(layout.vocabulary, axis)
+    targets = across_devices.local_targets(tile.targets, layout.vocabulary, axis)
     top_k = plan.top_k if "top_k_mass" in plan.wanted else None
     keep = keep or log_min_p is not None or "total_variation" in plan.wanted
 
     def part(pair: Kept, start: int | Array, floor: Array | None) -> Summary:
-        return summarise(*pair, tile.targets, start, plan.wanted, floor, top_k=top_k)
+        return summarise(*pair, targets, start, plan.wanted, floor, top_k=top_k)
 
     def first(start: int | Array, size: int) -> tuple[Summary, Kept]:
         pair = logits.block(layout, start, size)
+        if log_min_p is None:
+            return part(pair, start, None), pair
         # The safe set needs the largest logit and the whole mass of the policy before anything else.
-        return part(pair, start, None) if log_min_p is None else summarise(
-            pair[0], None, tile.targets, start, (), None
-        ), pair  # fmt: skip
+        return summarise(pair[0], None, targets, start, (), None), pair
 
     summary, last = first(*layout.last)
 
@@ -122,18 +127,22 @@ def _sweep(
     kept = floor = whole = None
     if layout.full:
         summary, kept = lax.scan(body, summary, jnp.arange(layout.full, dtype=jnp.int32))
+    summary = across_devices.join(summary, axis)
     if log_min_p is not None:
         floor, whole = summary.policy.maximum + log_min_p.astype(logits.dtype), summary.policy.total
-        summary = _fold_kept(layout, kept, last, lambda pair, start: part(pair, start, floor), combine)
-    statistics, constants = conclude(summary, plan.wanted, tile.targets, layout.vocabulary, floor, whole)
+        pruned = _fold_kept(layout, kept, last, lambda pair, start: part(pair, start, floor), combine)
+        summary = across_devices.join(pruned, axis)
+    statistics, constants = conclude(summary, plan.wanted, tile.targets, vocabulary, floor, whole)
     if "total_variation" in plan.wanted:
-        sums = _fold_kept(
-            layout, kept, last, lambda pair, _: variation(*pair, constants), lambda a, b: jax.tree.map(jnp.add, a, b)
-        )
-        statistics, constants = (
-            statistics._replace(total_variation=sums.distance), constants._replace(sign=sums.sign)
-        )  # fmt: skip
+        sums = _fold_kept(layout, kept, last, lambda pair, _: variation(pair[0], pair[1], constants), _added)
+        sums = across_devices.add(sums, axis)
+        statistics = statistics._replace(total_variation=sums.distance)
+        constants = constants._replace(sign=sums.sign)
     return statistics, constants, kept, last
+
+
+def _added(a: Variation, b: Variation) -> Variation:
+    return jax.tree.map(jnp.add, a, b)
 
 
 def _fold_kept(layout: Layout, kept: Kept | None, last: Kept, step: Callable, join: Callable):
@@ -158,12 +167,13 @@ def _tile_gradient(plan: LossPlan, logits: Logits, tile: Tile, log_min_p: Array 
     named = cotangents._asdict()
     cotangent = {name: named[name] for name in DIFFERENTIABLE if named[name] is not None}
     finite = finite_rows(constants)
+    targets = across_devices.local_targets(tile.targets, layout.vocabulary, plan.mesh_axis)
     hidden = logits.hidden
     hidden_t = jnp.where(finite, hidden.T, jnp.zeros((), hidden.dtype))
 
     def step(pair: Kept, start: int | Array, d_head: Array | None):
         size = pair[0].shape[1]
-        g = logits.pulled(logit_gradient(*pair, tile.targets, start, constants, cotangent), pair[0])
+        g = logits.pulled(logit_gradient(*pair, targets, start, constants, cotangent), pair[0])
         g = jnp.where(finite[:, None], g, jnp.zeros((), g.dtype)).astype(hidden.dtype)
         block = lax.dynamic_slice_in_dim(logits.head, start, size, axis=axis)
         if d_head is not None:
@@ -249,8 +259,8 @@ def loss_of_statistics(
     """The same sum through the statistics of another implementation and their VJP."""
     whole, head_ref = _prepare(hidden, targets, reference, inverse_temperature, mask, lax.stop_gradient(side_arrays))
     if isinstance(reference, Reference):
-        reference = Reference(whole.hidden_ref, head_ref)
-    narrow = Plan(plan.layout, plan.wanted, plan.soft_cap, plan.top_k)
+        reference = Reference(whole.hidden_ref, head_ref)  # pyright: ignore[reportArgumentType]
+    narrow = Plan(*plan[:2], plan.soft_cap, plan.top_k, plan.mesh_axis)
     values = statistics(
         engine, narrow, whole.hidden, head, targets, reference, whole.inverse_temperature, log_min_p
     )  # fmt: skip

@@ -5,6 +5,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ CHECKED_ROWS = 32
 """Rows whose statistics and hidden-state gradients are also computed in float64."""
 
 
-def compile_all(programs: dict[str, Callable[[Any], object]], inputs: Any) -> dict[str, jax.stages.Compiled]:
+def compile_all(programs: Mapping[str, Callable[[Any], object]], inputs: Any) -> dict[str, jax.stages.Compiled]:
     """Each program compiled for these inputs."""
     return {name: jax.jit(program).lower(inputs).compile() for name, program in programs.items()}
 

@@ -57,11 +57,12 @@ def _worker(rows: int, width: int, vocabulary: int, rounds: int, compiled: bool)
         for name, program in programs.items():
             hidden.grad = head.grad = None
             start = _seconds()
-            program(hidden, head).backward()
+            program(hidden, head).backward()  # pyright: ignore
             if index:
                 times[name].append(_seconds() - start)
     return {"version": torch.__version__, "cpu_seconds": times}
 
 
 if __name__ == "__main__":
-    print(json.dumps(_worker(*map(int, sys.argv[1:5]), "--compiled" in sys.argv)))
+    sizes = [int(word) for word in sys.argv[1:5]]
+    print(json.dumps(_worker(sizes[0], sizes[1], sizes[2], sizes[3], "--compiled" in sys.argv)))
