@@ -15,6 +15,7 @@ from jaxtyping import Float
 from jaxtyping import Int
 from jaxtyping import ScalarLike
 
+from jaxrl_llm import categorical
 from jaxrl_llm.bounds.inputs import safe_sqrt
 from jaxrl_llm.checks import require_same_shape
 
@@ -153,7 +154,6 @@ def entropy_change(
         dH [nats].
     """
     log_p = jnp.log(p)
-    entropy = -jnp.sum(p * log_p, axis=-1, keepdims=True)
-    surprise = p * (log_p + entropy)
+    surprise = p * (log_p + categorical.entropy(log_p)[..., None])
     chosen = jnp.take_along_axis(surprise, action[..., None], axis=-1)[..., 0]
     return jnp.negative(step) * (chosen - jnp.sum(p * surprise, axis=-1))

@@ -1,0 +1,103 @@
+"""The bench's bookkeeping: what counts as missed, the nearest tuned block, the table, and programs that do the same
+work."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrl_kernels import tuned
+from jaxrl_kernels.bench import accuracy
+from jaxrl_kernels.bench import cases
+from jaxrl_kernels.bench import dense
+from jaxrl_kernels.bench import table
+from jaxrl_kernels.bench import targets
+from tests.kernels.head_oracle import error
+
+
+def results(forward=1.0, temporaries=1.0, share=0.9, gradient_error=1e-7, low=1e-6):
+    """A run in which every promise is kept, unless told otherwise."""
+    programs = {
+        "forward/naive": {"cpu_seconds": 4.0, "temporaries_mib": 1000.0},
+        "forward/token_statistics": {"cpu_seconds": forward, "temporaries_mib": 1.0},
+        "gradient/naive": {"cpu_seconds": 4.0, "temporaries_mib": 1000.0},
+        "gradient/token_statistics": {"cpu_seconds": 2.0, "temporaries_mib": temporaries},
+        "gradient/token_loss": {"cpu_seconds": 2.0, "temporaries_mib": 100.0},
+    }
+    shape = {
+        "programs": {name: {**value, "cpu_seconds_range": [1.0, 2.0]} for name, value in programs.items()},
+        "forward_share_of_product_rate": share,
+        "errors": {"hidden_gradient": gradient_error},
+    }
+    return {
+        "device": "a device", "jax": "0", "rounds": 5, "shapes": {targets.SMALL: shape},
+        "bfloat16_log_prob_errors": {"30.0": low},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"forward": 1.7}, "forward/token_statistics takes 0.42 of forward/naive, more than 0.4"),
+        ({"temporaries": 11.0}, "gradient/token_statistics needs 0.0110 of the temporaries"),
+        ({"share": 0.7}, "the forward sweep reaches 0.7 of the product rate, not 0.85"),
+        ({"gradient_error": float("nan")}, "error of hidden_gradient is nan"),
+        ({"low": 3e-5}, "bfloat16 inputs at scale 30.0: error of log_prob is 3e-05"),
+    ],
+)
+def test_a_missed_promise_is_named(change, sentence):
+    assert targets.misses(results()) == []
+    found = targets.misses(results(**change))
+    assert len(found) == 1
+    assert sentence in found[0]
+
+
+def test_table_names_the_device_and_the_ratios():
+    text = table.markdown(results())
+    assert text.startswith("a device, jax 0, median of 5")
+    assert "| forward/token_statistics | 1.00 (1.00 to 2.00) | 1.0 | - | 0.25 | 0.0010 |" in text
+
+
+def test_nearest_tuned_block():
+    found = tuple(
+        {"op": "token_statistics", "rows": rows, "vocabulary": vocabulary, "block": block}
+        for rows, vocabulary, block in ((2048, 49152, 256), (256, 49152, 1024), (2048, 151552, 512))
+    )
+    assert tuned.nearest(found, "token_statistics", 2048, 49152) == 256
+    assert tuned.nearest(found, "token_statistics", 300, 50257) == 1024
+    assert tuned.nearest(found, "token_statistics", 1500, 128000) == 512
+    assert tuned.nearest(found, "token_statistics", 8, 301) is None
+    assert tuned.nearest(found, "token_loss", 2048, 49152) is None
+    assert tuned.entries("a device that nobody has") == ()
+
+
+def test_tuned_files_are_complete():
+    for path in tuned.FOLDER.glob("*.json"):
+        data = json.loads(path.read_text())
+        assert tuned.slug(data["device"]) == path.stem
+        for entry in data["entries"]:
+            assert entry["op"] in ("token_statistics", "token_loss")
+            assert min(entry["rows"], entry["vocabulary"], entry["block"]) >= 1
+
+
+def test_bfloat16_log_probs():
+    """At logits of standard deviation 30 as at 0.1, for targets that the policy would draw."""
+    found = accuracy.bfloat16_log_prob_errors("xla")
+    assert set(found) == {str(scale) for scale in accuracy.SCALES}
+    assert max(found.values()) <= targets.BFLOAT16_ERROR
+
+
+def test_timed_programs_compute_the_same():
+    """What is compared in time is equal in value."""
+    inputs = cases.make_inputs(cases.Shape(6, 16, 512, "float32"))
+    naive, op, tile = (
+        jax.jit(cases.PROGRAMS[f"gradient/{name}"])(inputs) for name in ("naive", "token_statistics", "token_loss")
+    )
+    for one, other, third in zip(naive[1], op[1], tile[1], strict=True):
+        assert error(one, other) < 2e-5
+        assert error(one, third) < 2e-5
+    np.testing.assert_allclose(naive[0][0], tile[0], rtol=1e-4)
+    logits = dense.make_inputs(cases.Shape(6, 0, 512, "float32"))
+    slopes = [jax.jit(dense.PROGRAMS[f"dense/{name}"])(logits)[1] for name in ("naive", "dense_kl", "dense_gradient")]
+    assert max(error(slopes[0], slope) for slope in slopes[1:]) < 2e-5
