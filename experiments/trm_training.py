@@ -1,10 +1,11 @@
 """Trust Region Masking under a controlled mismatch: what it buys, what it costs, when its certificate says anything.
 
-Claim      With a stale and noisy sampler, a transformer that learns sums with Trust Region Masking ends with more
-           reward than without a correction.
+Claim      With a stale and noisy sampler, training on sums without a correction collapses in most seeds, and Trust
+           Region Masking prevents most of these collapses.
 Command    python -m experiments run trm_training          (all nine arms: --arms all)
 Cost       about 7 minutes of computing on a 2-core Intel Xeon (AMX, AVX-512), a minute of it compilation
-Expected   sums_trm_minus_none_low >= 0.0 in summary.json: the lower end of the 95 % interval of that difference
+Expected   sums_collapses_prevented >= 0.4 in summary.json: the share of seeds that collapsed without a correction
+           minus that with TRM (0.8 - 0.2; a policy collapsed if it ends below 0.7 of its best)
 
 The sampler is wrong in a known way: its weights are some steps old and its logits carry noise that belongs to the
 context (`rollouts.perturb`), so that it is a policy of its own and every divergence is exact. Two worlds: a ladder of
@@ -13,8 +14,9 @@ and sums of two digits for a byte-level transformer, where J and the error are e
 contexts. All arms share advantages, aggregation, optimiser, start and mismatch. Seeds are vmapped, steps are scanned.
 
 The mismatch was looked for, not found at once: on ladders of 128 to 512 tokens, noise of 0.5 to 2 nats alone left the
-arms close to each other, and so did a lag of 8 steps at learning rates up to 0.15; what separates them is a lag at a
-learning rate that moves the policy far in that many steps. The settings here are the first that did so on sums.
+arms close to each other, and so did a lag of 8 steps at learning rates up to 0.15. A lag at a learning rate that moves
+the policy far in that many steps separates them on sums; on the ladder the arms still differ by less than their seeds
+do, and every policy there gets stuck on some rung, however its gradient is corrected.
 
 On SmolLM2, checkpointed, with the mismatch as a setting of the default experiment (TRM's exact masks then see it):
 python -m experiments run smollm2_arithmetic --mismatch int8_weights --steps 200
@@ -26,6 +28,7 @@ from typing import Any
 
 from experiments.lab.arms import DEFAULT_ARMS
 from experiments.lab.arms import LABELS
+from experiments.lab.numbers import COLLAPSE
 from experiments.lab.numbers import difference_at_the_end
 from experiments.lab.numbers import summary_of_arm
 from experiments.lab.page import world_section
@@ -80,12 +83,14 @@ def summarise(settings: LabSettings, results: Results) -> dict[str, Any]:
             gain = difference_at_the_end(trained["trm"], trained[other])
             summary[f"{world}_trm_minus_{other}"] = gain.mean
             summary[f"{world}_trm_minus_{other}_low"] = gain.low
+        rates = {name: numbers["collapse_rate"] for name, numbers in summary[world].items()}
+        summary[f"{world}_collapses_prevented"] = rates["none"] - rates["trm"]
     return summary
 
 
 def page(settings: LabSettings, results: Results, summary: Mapping[str, Any]) -> Page:
     """Both worlds, and what they say together."""
-    gain, low = summary["sums_trm_minus_none"], summary["sums_trm_minus_none_low"]
+    rates = {name: numbers["collapse_rate"] for name, numbers in summary["sums"].items()}
     sections = []
     for world in WORLDS:
         own = settings.of(world)
@@ -105,11 +110,11 @@ def page(settings: LabSettings, results: Results, summary: Mapping[str, Any]) ->
             )
         )
     return Page(
-        value=f"{gain:+.3f}",
-        value_range=f"{low:+.3f} to {2 * gain - low:+.3f} of the reward",
+        value=f"{100 * rates['none']:.0f} % to {100 * rates['trm']:.0f} %",
+        value_range=f"of {settings.seeds} seeds",
         sentence=(
-            "Reward at the end with Trust Region Masking minus that without a correction, on sums, 95 % interval "
-            f"over {settings.seeds} seeds, paired."
+            "Share of seeds whose training on sums collapsed, without a correction and with Trust Region Masking: the "
+            f"policy ends below {COLLAPSE:g} of its best. With TIS it is {100 * rates['tis']:.0f} %."
         ),
         facts=(
             f"{settings.seeds} seeds, {settings.ladder_steps} and {settings.sums_steps} steps, "
@@ -161,13 +166,13 @@ TINY = dataclasses.replace(
 EXPERIMENT = Study(
     name="trm_training",
     claim=(
-        "With a stale and noisy sampler, a transformer that learns sums with Trust Region Masking ends with more "
-        "reward than without a correction."
+        "With a stale and noisy sampler, training on sums without a correction collapses in most seeds, and Trust "
+        "Region Masking prevents most of these collapses."
     ),
     cost="about 7 minutes of computing on a 2-core Intel Xeon (AMX, AVX-512)",
     settings=SETTINGS,
     tiny=TINY,
-    expectation=Expectation("sums_trm_minus_none_low", at_least=0.0),
+    expectation=Expectation("sums_collapses_prevented", at_least=0.4),
     parts=parts,
     summarise=summarise,
     page=page,
