@@ -55,9 +55,8 @@ def smooth(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """[seeds, windows] means over windows of steps, and the middle step of each."""
     width = max(1, values.shape[1] // SMOOTHED)
     count = values.shape[1] // width
-    return np.arange(count) * width + (width + 1) / 2, values[:, : count * width].reshape(len(values), count, -1).mean(
-        2
-    )
+    windows = values[:, : count * width].reshape(len(values), count, width)
+    return np.arange(count) * width + (width + 1) / 2, windows.mean(axis=2)
 
 
 def _curves(arms: Arms, quantity: str, title: str, *, log: bool = False) -> Figure:
@@ -71,8 +70,11 @@ def _curves(arms: Arms, quantity: str, title: str, *, log: bool = False) -> Figu
         mean, half = (np.array([getattr(one, name) for one in intervals]) for name in ("mean", "half"))
         colour = _colour(arm, number)
         axes.plot(steps, mean, color=colour, linestyle=DASHES.get(arm, "-"), label=label(arm))
-        low = np.maximum(mean - half, 0.2 * mean) if log else mean - half
-        axes.fill_between(steps, low, mean + half, color=colour, alpha=0.13, linewidth=0)
+        # Rewards and shares lie in [0, 1]; an interval around their mean need not.
+        low = np.maximum(mean - half, 0.2 * mean if log else 0.0)
+        axes.fill_between(
+            steps, low, mean + half if log else np.minimum(mean + half, 1.0), color=colour, alpha=0.13, linewidth=0
+        )
     legend(axes, 2)
     return figure
 
