@@ -16,7 +16,8 @@ contexts. All arms share advantages, aggregation, optimiser, start and mismatch.
 The mismatch was looked for, not found at once: on ladders of 128 to 512 tokens, noise of 0.5 to 2 nats alone left the
 arms close to each other, and so did a lag of 8 steps at learning rates up to 0.15. A lag at a learning rate that moves
 the policy far in that many steps separates them on sums; on the ladder the arms still differ by less than their seeds
-do, and every policy there gets stuck on some rung, however its gradient is corrected.
+do, and every policy there gets stuck on some rung, however its gradient is corrected. TIS prevents every collapse on
+sums and rejects nothing; the reward of TRM is above that without a correction by 0.09 with a half-interval of 0.10.
 
 On SmolLM2, checkpointed, with the mismatch as a setting of the default experiment (TRM's exact masks then see it):
 python -m experiments run smollm2_arithmetic --mismatch int8_weights --steps 200
