@@ -12,7 +12,7 @@ safe set of its own logits; tokens that the trainer would not have kept have wei
 pruned policy, which is the one that is deployed.
 
 Most of the gain is that of the truncated correction, which the pruning arms share with TIS: what pruning itself adds is
-not resolved at any threshold (dvp_*_minus_tis in summary.json; +0.01, -0.01, -0.05 with half-intervals of 0.03 to 0.06).
+not resolved at any threshold (dvp_*_minus_tis in summary.json: +0.01, -0.01, -0.05, half-intervals 0.03 to 0.06).
 """
 
 import dataclasses
