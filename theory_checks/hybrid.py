@@ -79,7 +79,7 @@ def _dense_only(policy: Any, teacher: Any) -> jax.Array:
     return _flat(jax.grad(lambda p: jnp.sum(law * jnp.sum(_contexts_kl(p, teacher), axis=1)))(policy))
 
 
-def _optimum(teacher: Any, rewards: jax.Array) -> tuple[Any, jax.Array]:
+def optimum(teacher: Any, rewards: jax.Array) -> tuple[Any, jax.Array]:
     """Conditionals of pi_T exp(lambda R), depth by depth, and -log of its normaliser."""
     level = trees.sequence_log_probs(teacher) + WEIGHT * rewards
     policy = []
@@ -88,6 +88,37 @@ def _optimum(teacher: Any, rewards: jax.Array) -> tuple[Any, jax.Array]:
         policy.insert(0, level)
         level = jax.nn.logsumexp(level, axis=1)
     return policy, -level[0]
+
+
+def descend(policy: Any, teacher: Any, rewards: jax.Array, *, future: bool, steps: int, rate: float = 5.0) -> jax.Array:
+    """J after each step of descent along the field, with the future divergence in it or without."""
+    point, restore = jax.flatten_util.ravel_pytree(policy)
+
+    def step(point, _):
+        moved = point - rate * _field(restore(point), teacher, rewards, future=future)
+        return moved, _objective(restore(moved), teacher, rewards)
+
+    return jax.jit(lambda start: jax.lax.scan(step, start, None, length=steps)[1])(point)
+
+
+def gradient_variances(policy: Any, teacher: Any, rewards: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Total variance of the gradient from one response, with l_u and with k_u in the sparse coefficient."""
+    law = jnp.exp(trees.sequence_log_probs(policy))
+    log_ratio, kl = trees.token_log_ratios(policy, teacher), _contexts_kl(policy, teacher)
+    every = jnp.ones(log_ratio.shape, bool)
+    uniform = [jnp.zeros_like(z) for z in policy]
+    scores = jax.jacrev(lambda p: trees.token_log_ratios(p, uniform))(policy)
+    scores = jnp.concatenate([x.reshape(*log_ratio.shape, -1) for x in scores], axis=-1)
+    dense = jax.jacrev(lambda p: jnp.sum(_contexts_kl(p, teacher), axis=1))(policy)
+    dense = jnp.concatenate([x.reshape(law.size, -1) for x in dense], axis=-1)
+
+    def variance(divergence):
+        terminal = hybrid.terminal_rewards(rewards, every)
+        coefficient = hybrid.sparse_coefficient(divergence, terminal, every, reward_weight=WEIGHT)
+        gradient = dense + jnp.einsum("st,stp->sp", coefficient, scores)
+        return jnp.sum(law @ jnp.square(gradient)) - jnp.sum(jnp.square(law @ gradient))
+
+    return variance(log_ratio), variance(kl)
 
 
 def _dense(logits: jax.Array, teacher: jax.Array) -> dict[str, jax.Array]:
@@ -123,7 +154,7 @@ def _dense(logits: jax.Array, teacher: jax.Array) -> dict[str, jax.Array]:
 
 
 def _measure(student: Any, teacher: Any, rewards: jax.Array) -> dict[str, jax.Array]:
-    optimum, value = _optimum(teacher, rewards)
+    best, value = optimum(teacher, rewards)
     world = (student, teacher, rewards)
     return {
         "exact": _flat(jax.grad(_objective)(*world)),
@@ -136,12 +167,12 @@ def _measure(student: Any, teacher: Any, rewards: jax.Array) -> dict[str, jax.Ar
         "exact_no_reward": _flat(jax.grad(_objective)(student, teacher, 0 * rewards)),
         "value": _objective(*world),
         "optimum": value,
-        "value_at_optimum": _objective(optimum, teacher, rewards),
+        "value_at_optimum": _objective(best, teacher, rewards),
         "value_at_teacher": _objective(teacher, teacher, rewards),
-        "field_at_optimum": _field(optimum, teacher, rewards),
+        "field_at_optimum": _field(best, teacher, rewards),
         "at_teacher": jnp.stack([_field(teacher, teacher, 0 * rewards, discount=g) for g in (0.0, 1.0)]),
         "at_teacher_with_reward": jnp.stack([_field(teacher, teacher, rewards, discount=g) for g in (0.0, 1.0)]),
-        "no_future_at_optimum": _field(optimum, teacher, rewards, future=False),
+        "no_future_at_optimum": _field(best, teacher, rewards, future=False),
         **_dense(student[0][0], teacher[0][0]),
     }
 
