@@ -9,6 +9,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxrl_kernels import Reference
+from jaxrl_kernels import ReferenceLogits
 from jaxrl_kernels import token_loss
 from jaxrl_kernels import token_statistics
 from jaxrl_kernels._token_statistics import mosaic_gpu_sweep as sweep
@@ -23,7 +24,10 @@ SMALL = {1: (64, 2), 2: (64, 3)}
 CASES = [
     pytest.param({"rows": 20, "vocabulary": 150, "axis": 1}, {}, (0.1, 1.0, 30.0), id="ragged"),
     pytest.param(
-        {"rows": 9, "vocabulary": 100, "axis": 0}, {"temperature": 2.0, "log_min_p": -1.5}, (1.0,), id="pruned-tied"
+        {"rows": 9, "vocabulary": 100, "axis": 0},
+        {"temperature": 2.0, "log_min_p": -1.5, "soft_cap": 2.0},
+        (1.0,),
+        id="pruned-capped-tied",
     ),
 ]
 
@@ -210,7 +214,7 @@ def test_no_rows():
 @pytest.mark.parametrize(("clusters", "vocabulary"), [(1, 40), (1, 4000), (3, 131072), (11, 3000), (32, 131072)])
 def test_every_tile_of_every_row_is_swept_once(clusters, vocabulary):
     """The kernel's own arithmetic of blocks and segments, on integers."""
-    case = sweep.Case(1, vocabulary, clusters * 256, (64,), ((0, 0),))
+    case = sweep.Case(1, vocabulary, clusters * 256, (64,), ((0, 0),), None)
     items, segments = case.clusters * case.segments, case.segments
     seen = np.zeros((clusters, case.tiles), int)
     places = jax.jit(jax.vmap(lambda item: sweep.place(case, item)))(jnp.arange(items, dtype=jnp.int32))
@@ -254,12 +258,16 @@ def test_where_it_cannot_run_it_says_so():
     hidden, head = inputs.arrays()[:2]
 
     def call(hidden=hidden, **options):
-        return token_statistics(hidden, head, inputs.tokens, implementation="pallas_mosaic_gpu", **options).entropy
+        return token_statistics(hidden, head, inputs.tokens, implementation="pallas_mosaic_gpu", **options)
 
     with plgpu.force_gpu_interpret_mode(None), pytest.raises(ValueError, match="Only interpret mode is supported"):
         call()
     with pytest.raises(NotImplementedError, match="takes bfloat16 and float32 arrays, not float16"):
         call(hidden.astype(jnp.float16))
+    with pytest.raises(NotImplementedError, match="does not do top_k; choose 'xla'"):
+        call(top_k=2)
+    with pytest.raises(NotImplementedError, match=r"compares with a reference's hidden states and head"):
+        call(reference=ReferenceLogits(jnp.zeros((4, 50))))
     for block in (0, 100):
         with pytest.raises(ValueError, match=f"block must be a multiple of 64 columns .*, not {block}"):
             call(block=block)

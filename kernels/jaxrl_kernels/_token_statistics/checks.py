@@ -102,7 +102,7 @@ def supported(op: str, chosen: str, soft_cap: float | None, top_k: int | None, m
     lacking = {
         "reference": {"vocabulary_mesh_axis"},
         "pallas_tpu": {"top_k", "vocabulary_mesh_axis"},
-        "pallas_mosaic_gpu": {"top_k", "soft_cap", "vocabulary_mesh_axis"},
+        "pallas_mosaic_gpu": {"top_k", "vocabulary_mesh_axis"},
     }.get(chosen, set())
     options = {"soft_cap": soft_cap, "top_k": top_k, "vocabulary_mesh_axis": mesh_axis}
     given = {name for name, value in options.items() if value is not None}

@@ -78,6 +78,7 @@ class Case(NamedTuple):
     count: int  # rows
     widths: tuple[int, ...]  # of one part, per head
     products: tuple[tuple[int, int], ...]
+    soft_cap: float | None
 
     @property
     def columns(self) -> int:
@@ -257,6 +258,8 @@ def _carry(case: Case, part: Callable, join: Callable, like: Any, given: dict, r
             start, pair = j * case.columns + at, []
             for block in blocks:
                 z = lax.slice(block, (0, at), (ROWS, at + wide))
+                if case.soft_cap is not None:
+                    z = case.soft_cap * jnp.tanh(z / case.soft_cap)
                 z = z if inverse is None else z * across(inverse, z)
                 if case.vocabulary % case.columns:
                     beyond = lax.broadcasted_iota(jnp.int32, z.shape, 1) >= case.vocabulary - start
@@ -307,8 +310,10 @@ def sweep(case: Case, heads: list[Head], targets: Array, rows: Any, tile: Callab
         cluster_names=("cluster",),
         num_threads=GROUPS + 1,
         thread_name="group",
-        # The only function of the kernel is exp, whose fast form (ex2.approx) is right to 2^-22 by PTX's manual.
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        # The fast exp (ex2.approx) is right to 2^-22 by PTX's manual; the fast tanh of a soft cap only to 2^-11.
+        compiler_params=plgpu.CompilerParams(
+            approx_math=case.soft_cap is None, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+        ),
         kernel_name=f"token_statistics_{type(like).__name__.lower()}",
     )(*arrays)
     return _over_segments(case, out, join, like)

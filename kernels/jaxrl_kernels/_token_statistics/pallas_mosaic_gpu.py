@@ -131,7 +131,7 @@ def _swept(plan: Plan, logits: Logits, targets: Array, rows: Any, tile: Callable
     widths = tuple(pair.hidden.shape[1] for pair in pairs)
     narrow = all(x.dtype == jnp.bfloat16 for pair in pairs for x in pair)
     if narrow and all(pair.head.shape[0] % 8 == 0 and pair.head.shape[1] % STEP == 0 for pair in pairs):
-        case = Case(axis, plan.layout.vocabulary, count, widths, ((0, 0),))
+        case = Case(axis, plan.layout.vocabulary, count, widths, ((0, 0),), plan.soft_cap)
         heads = [Head(_padded(pair.hidden), pair.head) for pair in pairs]
         return sweep(case, heads, targets, rows, tile, join, like)
     parts, products = (1, ((0, 0),)) if narrow else (PARTS, PRODUCTS)
@@ -140,7 +140,7 @@ def _swept(plan: Plan, logits: Logits, targets: Array, rows: Any, tile: Callable
     def step(start: int | Array, size: int):
         blocks = [lax.dynamic_slice_in_dim(pair.head, start, size, axis=axis) for pair in pairs]
         heads = [_parts(block, 1 - axis, parts) for block in blocks]
-        case = Case(axis, size, count, widths, products)
+        case = Case(axis, size, count, widths, products, plan.soft_cap)
         return sweep(case, [Head(*x) for x in zip(hidden, heads, strict=True)], targets - start, rows, tile, join, like)
 
     return fold(Layout(axis, plan.layout.vocabulary, min(COPIED, plan.layout.vocabulary)), step, join)
