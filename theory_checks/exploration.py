@@ -35,6 +35,7 @@ PAPER = "arXiv 2407.13195"
 D, M, T, ENUMERATED = 3, 4, 6, 2
 """Dimensions of features and index; rounds; rounds over whose perturbations everything is enumerated."""
 
+NOISE = 0.7
 ENUMERABLE = (indices.CUBE, indices.COORDINATE, indices.SPARSE)
 WALKS, STEPS, EPS, DELTA, SMALL = 40, 40, 0.5, 0.05, 8
 CUBE_M = 6
@@ -44,12 +45,13 @@ def _draw(generator: np.random.Generator, count: int) -> list[Any]:
     roots = generator.normal(size=(count, D, D))
     shapes = ((D,), (D, M), (T, D), (T,), (T, M))
     rest = (generator.normal(size=(count, *shape)) for shape in shapes)
-    noise = generator.uniform(0.4, 1.5, count)
     arms = generator.integers(0, D, (count, T))
-    return [tuple(jnp.asarray(x) for x in (roots, *rest, noise, arms))]
+    return [tuple(jnp.asarray(x) for x in (roots, *rest, arms))]
 
 
-def _walk(update: Callable[..., Hypermodel], model: Hypermodel, rows: tuple[jax.Array, ...], noise: Any) -> Hypermodel:
+def _walk(
+    update: Callable[..., Hypermodel], model: Hypermodel, rows: tuple[jax.Array, ...], noise: float
+) -> Hypermodel:
     for x, y, z in zip(*rows, strict=True):
         model = update(model, x, y, z, noise_scale=noise)
     return model
@@ -59,12 +61,7 @@ def _flat(tree: Any) -> jax.Array:
     return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
-def _rank_one(model: Hypermodel, x: jax.Array, y: jax.Array, z: jax.Array, *, noise_scale: Any) -> Hypermodel:
-    """`hypermodel_update` at sigma = 1 after dividing data by sigma: its sigma must be a Python number."""
-    return hypermodel_update(model, x / noise_scale, y / noise_scale, z, noise_scale=1.0)
-
-
-def _enumerated(law: indices.IndexLaw, start: Hypermodel, rows: tuple[jax.Array, ...], noise: Any) -> jax.Array:
+def _enumerated(law: indices.IndexLaw, start: Hypermodel, rows: tuple[jax.Array, ...], noise: float) -> jax.Array:
     """E A_t A_t^T over every sequence of perturbations of the law."""
     assert law.update_set is not None
     support = law.update_set(M)
@@ -72,7 +69,7 @@ def _enumerated(law: indices.IndexLaw, start: Hypermodel, rows: tuple[jax.Array,
     every = jnp.asarray(list(itertools.product(support, repeat=ENUMERATED)))
 
     def square(z: jax.Array) -> jax.Array:
-        factor = _walk(_rank_one, start, (rows[0][:ENUMERATED], rows[1][:ENUMERATED], z), noise).factor
+        factor = _walk(hypermodel_update, start, (rows[0][:ENUMERATED], rows[1][:ENUMERATED], z), noise).factor
         return factor @ factor.T
 
     return jnp.mean(jax.vmap(square)(every), axis=0)
@@ -84,10 +81,10 @@ def _losses(trained: Any, prior: Any, rows: Data, head: Any) -> dict[str, jax.Ar
     def over(law: indices.IndexLaw) -> jax.Array:
         assert law.update_set is not None
         chosen = jnp.asarray(law.update_set(M))[None]
-        loss = jax.value_and_grad(lambda t: jnp.sum(index_loss(head, t, prior, rows, chosen, noise_scale=0.7)))
+        loss = jax.value_and_grad(lambda t: jnp.sum(index_loss(head, t, prior, rows, chosen, noise_scale=NOISE)))
         return _flat(loss(trained))
 
-    separated = jax.value_and_grad(lambda t: jnp.sum(separated_loss(head.parts, t, prior, rows, noise_scale=0.7)))
+    separated = jax.value_and_grad(lambda t: jnp.sum(separated_loss(head.parts, t, prior, rows, noise_scale=NOISE)))
     return {
         "over_sets": jnp.stack([over(law) for law in ENUMERABLE]),
         "over_one_hot": over(indices.ONE_HOT),
@@ -102,16 +99,16 @@ def _measure(
     x: jax.Array,
     y: jax.Array,
     z: jax.Array,
-    noise: jax.Array,
     arms: jax.Array,
 ) -> dict[str, jax.Array]:
+    noise = NOISE
     covariance = root @ root.T + 0.2 * jnp.eye(D)
     start, rows = Hypermodel(Gaussian(mean, covariance), factor), (x, y, z)
-    end = _walk(_rank_one, start, rows, noise)
+    end = _walk(hypermodel_update, start, rows, noise)
     square_root = jnp.pad(jnp.linalg.cholesky(covariance), ((0, 0), (0, M - D)))
     tracked = start._replace(factor=square_root)
     first = (x[:ENUMERATED], y[:ENUMERATED], z[:ENUMERATED])
-    armed = _walk(_rank_one, Hypermodel(Gaussian(mean, jnp.eye(D)), factor), (jnp.eye(D)[arms], y, z), noise)
+    armed = _walk(hypermodel_update, Hypermodel(Gaussian(mean, jnp.eye(D)), factor), (jnp.eye(D)[arms], y, z), noise)
     counts = jnp.sum(jax.nn.one_hot(arms, D), axis=0)[:, None]
     sums = jax.nn.one_hot(arms, D).T @ z
     head = hypermodel(given_features(D), index_dimension=M, prior_features=given_features(D))
@@ -127,7 +124,7 @@ def _measure(
         "unrolled_sum": x.T @ z / noise,
         "squares": jnp.stack([_enumerated(law, tracked, rows, noise) for law in ENUMERABLE]),
         "one_hot_square": _enumerated(indices.ONE_HOT, tracked, rows, noise),
-        "covariance": _walk(_rank_one, tracked, first, noise).posterior.covariance,
+        "covariance": _walk(hypermodel_update, tracked, first, noise).posterior.covariance,
         "armed": armed.factor,
         "armed_formula": (factor + sums / noise) / (1 + counts / noise**2),
         "armed_wrong": (factor + sums) / (1 + counts / noise**2),
@@ -136,16 +133,16 @@ def _measure(
     }
 
 
-def _minimiser(factor: jax.Array, data: Data, head: Any, noise: jax.Array) -> dict[str, jax.Array]:
+def _minimiser(factor: jax.Array, data: Data, head: Any, noise: float) -> dict[str, jax.Array]:
     """Gradient of the loss with its ridge, prior scale 1, at (mu_t, A_t) and with the wrong ridge."""
     start = Hypermodel(Gaussian(jnp.zeros(D), jnp.eye(D)), factor)
-    end = _walk(_rank_one, start, (data.inputs, data.rewards, data.perturbations), noise)
+    end = _walk(hypermodel_update, start, (data.inputs, data.rewards, data.perturbations), noise)
     best = OutputLayer((end.factor - factor)[None], end.posterior.mean[None])
     prior = ((), OutputLayer(factor[None], jnp.zeros((1, D))))
     chosen = jnp.asarray(indices.COORDINATE.update_set(M))[None]  # pyright: ignore[reportOptionalCall]
 
-    def objective(layer: OutputLayer, ridge: jax.Array) -> jax.Array:
-        losses = index_loss(head, ((), layer), prior, data, chosen, noise_scale=noise)  # pyright: ignore[reportArgumentType]
+    def objective(layer: OutputLayer, ridge: float) -> jax.Array:
+        losses = index_loss(head, ((), layer), prior, data, chosen, noise_scale=noise)
         return jnp.sum(losses) + ridge * squared_norm(layer)
 
     gradient = jax.grad(objective)
