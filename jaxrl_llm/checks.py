@@ -5,7 +5,14 @@ Ranks, shapes and dtypes are known at trace time, so these checks cost nothing u
 """
 
 import difflib
+import functools
+import inspect
+import math
+import typing
+from collections.abc import Callable
 from collections.abc import Iterable
+from typing import Any
+from typing import TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -90,6 +97,18 @@ def require_between(name: str, value: float, low: float, high: float) -> None:
         raise ValueError(f"{name} is {value}; it must lie in [{low}, {high}].")
 
 
+def require_numbers(low: float, high: float, **values: object) -> None:
+    """Every given Python number must lie in [low, high]; arrays, whose values jit may not know, are let through.
+
+    Raises:
+        ValueError: if one does not, NaN included.
+    """
+    for name, value in values.items():
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            bounds = f"be at least {low:g}" if math.isinf(high) else f"lie in [{low:g}, {high:g}]"
+            raise ValueError(f"{name} is {value}; it must {bounds}.")
+
+
 def require_batch_values(
     *,
     rewards: Float[Array, " B"],
@@ -124,3 +143,65 @@ def require_batch_values(
             f"group_ids has a group (id {int(ids[smallest])}) of {int(sizes[smallest])} sequences; "
             f"this advantage compares at least {minimum_group_size}."
         )
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def checked(function: Function) -> Function:
+    """Hold the arguments of a public function to its signature: rank, dtype and equal sizes of axes of one name.
+
+    What is read are the jaxtyping annotations, so that the signature is written once. An argument whose annotation is
+    not one array type (a number, a choice, an array of either of two ranks) is left to the function. Only shapes and
+    dtypes are looked at: it costs nothing under jit, and a few microseconds outside.
+
+    Raises (when the function is called):
+        TypeError: for an argument that is no array, or has another dtype.
+        ValueError: for an argument of another rank, or with an axis of another length than the same axis elsewhere.
+    """
+    signature = inspect.signature(function)
+    arrays = {name: _array_annotation(parameter.annotation) for name, parameter in signature.parameters.items()}
+    arrays = {name: annotation for name, annotation in arrays.items() if annotation is not None}
+
+    @functools.wraps(function)
+    def inner(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        seen: dict[str, tuple[str, tuple[int, ...], str]] = {}
+        for name, annotation in arrays.items():
+            if given.get(name) is not None:
+                _require_annotation(name, given[name], annotation, given, seen)
+        return function(*args, **kwargs)
+
+    return inner  # pyright: ignore[reportReturnType]
+
+
+def _array_annotation(annotation: Any) -> Any | None:
+    arms = [arm for arm in typing.get_args(annotation) or (annotation,) if arm is not type(None)]
+    return arms[0] if len(arms) == 1 and getattr(arms[0], "dim_str", "") else None
+
+
+def _require_annotation(
+    name: str, value: Any, annotation: Any, given: dict[str, Any], seen: dict[str, tuple[str, tuple[int, ...], str]]
+) -> None:
+    axes = annotation.dim_str.split()
+    free = axes[0].startswith("*")
+    if not hasattr(value, "ndim"):
+        raise TypeError(f"{name} is {_describe(value)}; it must be an array with axes [{' '.join(axes)}].")
+    if value.ndim < len(axes) - 1 if free else value.ndim != len(axes):
+        number = f"at least {len(axes) - 1}" if free else len(axes)
+        raise ValueError(f"{name} is {_describe(value)}; it must have {number} axes [{' '.join(axes)}].")
+    require_dtype(_KINDS[annotation.__name__.partition("[")[0]], **{name: value})
+    split = value.ndim - (len(axes) - 1) if free else 1
+    sizes = [value.shape[:split], *((size,) for size in value.shape[split:])]
+    for axis, size in zip(axes, sizes, strict=True):
+        if axis == "_":
+            continue
+        other, length, others_axes = seen.setdefault(axis, (name, size, annotation.dim_str))
+        if length != size:
+            what = "shapes" if annotation.dim_str == others_axes else f"axes {axis.strip('*')}"
+            raise ValueError(
+                f"{name} is {_describe(value)} and {other} is {_describe(given[other])}; their {what} must be equal."
+            )
+
+
+_KINDS = {"Float": "floating", "Int": "integer", "Bool": "boolean"}

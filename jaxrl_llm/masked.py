@@ -43,9 +43,9 @@ def masked_mean(x: Float[Array, "..."], mask: Bool[Array, "..."], *, axis: Axis 
 
 def masked_max(x: Float[Array, "..."], mask: Bool[Array, "..."], *, axis: Axis = None) -> Float[Array, "..."]:
     """Maximum over the true entries; -inf where the mask is empty, as the maximum of nothing is."""
-    return jnp.max(jnp.where(mask, x, jnp.array(-jnp.inf, x.dtype)), axis=axis)
+    return jnp.max(jnp.where(mask, x, jnp.array(-jnp.inf, x.dtype)), axis=axis, initial=-jnp.inf)
 
 
 def masked_min(x: Float[Array, "..."], mask: Bool[Array, "..."], *, axis: Axis = None) -> Float[Array, "..."]:
     """Minimum over the true entries; +inf where the mask is empty, as the minimum of nothing is."""
-    return jnp.min(jnp.where(mask, x, jnp.array(jnp.inf, x.dtype)), axis=axis)
+    return jnp.min(jnp.where(mask, x, jnp.array(jnp.inf, x.dtype)), axis=axis, initial=jnp.inf)

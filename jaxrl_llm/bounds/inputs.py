@@ -13,6 +13,7 @@ from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import ScalarLike
 
+from jaxrl_llm.checks import checked
 from jaxrl_llm.checks import require_dtype
 from jaxrl_llm.checks import require_rank
 from jaxrl_llm.checks import require_same_shape
@@ -21,12 +22,14 @@ from jaxrl_llm.masked import masked_sum
 from jaxrl_llm.masked import safe_divide
 
 
+@checked
 def safe_sqrt(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """sqrt(max(x, 0)) with derivative 0 at 0 instead of infinity."""
     positive = x > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, jnp.ones((), x.dtype))), jnp.zeros((), x.dtype))
 
 
+@checked
 def tv_bound_from_kl(kl: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """The largest TV that a KL allows by two classical inequalities: min( sqrt(KL/2), sqrt(1 - exp(-KL)) ).
 
@@ -106,6 +109,7 @@ def bound_inputs_from_scalars(
     return BoundInputs(delta, eps, kl, tv, jnp.broadcast_to(eps, (horizon,)))
 
 
+@checked
 def bound_inputs_from_tokens(
     kl_t: Float[Array, "B T"], tv_t: Float[Array, "B T"], response_mask: Bool[Array, "B T"], *, horizon: int
 ) -> BoundInputs:

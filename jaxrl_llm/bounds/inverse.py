@@ -14,6 +14,15 @@ from jaxrl_llm.bounds.inputs import bound_inputs_from_scalars
 SMALLEST, LARGEST = 1e-30, 50.0
 
 
+def _differentiable(
+    value: Callable[[Float[Array, ""]], Float[Array, ""]], root: Float[Array, ""], target: ScalarLike
+) -> Float[Array, ""]:
+    # The root of value(x) = target with the slopes of the implicit function theorem: a bisection has none of its own.
+    rise = jax.lax.stop_gradient(jax.grad(value)(root))
+    rest = (target - value(root)) / jnp.where(rise > 0, rise, jnp.ones((), rise.dtype))
+    return root + jnp.where(rise > 0, rest - jax.lax.stop_gradient(rest), jnp.zeros((), root.dtype))
+
+
 def largest_max_kl(
     bound: Callable[[BoundInputs], Float[Array, ""]],
     *,
@@ -24,7 +33,8 @@ def largest_max_kl(
     """The largest delta = max KL(mu || pi) for which `bound` is at most `target`, everything else at its worst.
 
     Given delta, the other inputs are the largest it allows (`bound_inputs_from_scalars`); a known sequence_kl is used
-    where it is smaller than T delta. Found by bisection of log delta: every bound grows with delta.
+    where it is smaller than T delta. Found by bisection of log delta: every bound grows with delta. Derivatives
+    with respect to target and sequence_kl are those of the implicit function theorem.
 
     Args:
         bound: a function of `surrogate_error.PRINTED` or `SHARP`, or the unified minimum of your choice.
@@ -55,5 +65,6 @@ def largest_max_kl(
     low = jnp.log(jnp.asarray(SMALLEST, jnp.result_type(float)))
     high = jnp.log(jnp.asarray(LARGEST, low.dtype))
     inside, _ = jax.lax.fori_loop(0, 60, halve, (low, high))
+    inside = _differentiable(value, jax.lax.stop_gradient(inside), target)
     delta = jnp.where(value(high) <= target, LARGEST, jnp.exp(inside))
     return jnp.where(value(low) <= target, delta, jnp.zeros((), delta.dtype))

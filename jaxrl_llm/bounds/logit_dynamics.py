@@ -17,9 +17,11 @@ from jaxtyping import ScalarLike
 
 from jaxrl_llm import categorical
 from jaxrl_llm.bounds.inputs import safe_sqrt
+from jaxrl_llm.checks import checked
 from jaxrl_llm.checks import require_same_shape
 
 
+@checked
 def squared_update_norm(
     p: Float[Array, "*shape"], collision: Float[Array, "*shape"], *, step: ScalarLike = 1.0
 ) -> Float[Array, "*shape"]:
@@ -40,6 +42,7 @@ def squared_update_norm(
     return jnp.square(step) * (1 - 2 * p + collision)
 
 
+@checked
 def update_norm(
     p: Float[Array, "*shape"], collision: Float[Array, "*shape"], *, step: ScalarLike = 1.0
 ) -> Float[Array, "*shape"]:
@@ -47,6 +50,7 @@ def update_norm(
     return safe_sqrt(squared_update_norm(p, collision, step=step))
 
 
+@checked
 def update_norm_range(
     p: Float[Array, "*shape"], *, vocabulary: int, step: ScalarLike = 1.0
 ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
@@ -71,6 +75,7 @@ def update_norm_range(
     return rest * (vocabulary / (vocabulary - 1)) ** 0.5, rest * 2**0.5
 
 
+@checked
 def expected_squared_update_norm(
     collision: Float[Array, "*shape"], *, step: ScalarLike = 1.0
 ) -> Float[Array, "*shape"]:
@@ -82,6 +87,7 @@ def expected_squared_update_norm(
     return jnp.square(step) * (1 - collision)
 
 
+@checked
 def expected_update_norm_range(
     collision: Float[Array, "*shape"], *, step: ScalarLike = 1.0
 ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
@@ -93,6 +99,7 @@ def expected_update_norm_range(
     return jnp.abs(step) * rest / 2**0.5, jnp.abs(step) * safe_sqrt(rest)
 
 
+@checked
 def expected_update_norm_range_sharp(
     collision: Float[Array, "*shape"], *, vocabulary: int, step: ScalarLike = 1.0
 ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
@@ -115,6 +122,7 @@ def expected_update_norm_range_sharp(
     return low, expected_update_norm_range(collision, step=step)[1]
 
 
+@checked
 def log_prob_changes(
     p: Float[Array, "*batch V"], action: Int[Array, "*batch"], *, step: ScalarLike = 1.0
 ) -> Float[Array, "*batch V"]:
@@ -137,6 +145,7 @@ def log_prob_changes(
     return jnp.asarray(step, p.dtype) * (hit - p - chosen + collision)
 
 
+@checked
 def entropy_change(
     p: Float[Array, "*batch V"], action: Int[Array, "*batch"], *, step: ScalarLike = 1.0
 ) -> Float[Array, "*batch"]:

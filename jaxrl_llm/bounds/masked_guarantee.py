@@ -27,11 +27,13 @@ from jaxrl_llm.bounds.sampled import LOG_RATIO_LIMIT
 from jaxrl_llm.bounds.sampled import Estimate
 from jaxrl_llm.bounds.sampled import clustered_mean
 from jaxrl_llm.bounds.sampled import sampled_surrogate_gain
+from jaxrl_llm.checks import checked
 from jaxrl_llm.checks import require_dtype
 from jaxrl_llm.checks import require_rank
 from jaxrl_llm.checks import require_same_shape
 
 
+@checked
 def context_mask(
     kl_t: Float[Array, "B T"], response_mask: Bool[Array, "B T"], *, threshold: ScalarLike
 ) -> Bool[Array, "B T"]:
@@ -55,6 +57,7 @@ def context_mask(
     return response_mask & (kl_t <= threshold)
 
 
+@checked
 def sampled_hit_probability(
     kl_t: Float[Array, "B T"],
     response_mask: Bool[Array, "B T"],
@@ -74,6 +77,7 @@ def sampled_hit_probability(
     return clustered_mean(hit, jnp.any(response_mask, axis=1), group_ids)
 
 
+@checked
 def sampled_context_masked_gain(
     log_ratio_t: Float[Array, "B T"],
     kl_t: Float[Array, "B T"],
@@ -110,6 +114,7 @@ def sampled_context_masked_gain(
     return sampled_surrogate_gain(masked, response_mask, rewards, group_ids=group_ids, baseline=baseline, limit=limit)
 
 
+@checked
 def context_masked_inputs(
     kl_t: Float[Array, "B T"],
     tv_t: Float[Array, "B T"],

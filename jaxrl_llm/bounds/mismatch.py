@@ -8,17 +8,22 @@ only; it is exceeded by up to (exp(2 e) - 1) / (2 e) (errata F3.1). The exact st
 docs/theory.md.
 """
 
+import math
+
 import jax.numpy as jnp
 from jaxtyping import Array
 from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import ScalarLike
 
+from jaxrl_llm.checks import checked
 from jaxrl_llm.checks import require_dtype
+from jaxrl_llm.checks import require_numbers
 from jaxrl_llm.checks import require_same_shape
 from jaxrl_llm.masked import masked_sum
 
 
+@checked
 def first_order_log_prob_change(p: Float[Array, "*shape"], *, max_noise: ScalarLike) -> Float[Array, "*shape"]:
     """2 max_noise (1 - p): the printed bound on |log p' - log p|, true as max_noise -> 0 and for D > 0 always.
 
@@ -29,14 +34,17 @@ def first_order_log_prob_change(p: Float[Array, "*shape"], *, max_noise: ScalarL
     Returns:
         the printed bound [nats].
     """
+    require_numbers(0, math.inf, max_noise=max_noise)
     return (1 - p) * 2 * jnp.asarray(max_noise, p.dtype)
 
 
+@checked
 def first_order_violation(max_noise: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """(exp(2 e) - 1) / (2 e): by how much |D| can exceed the printed bound, approached as p -> 1."""
     return jnp.expm1(2 * max_noise) / (2 * max_noise)
 
 
+@checked
 def log_prob_change_range(
     p: Float[Array, "*shape"], *, max_noise: ScalarLike
 ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
@@ -51,12 +59,14 @@ def log_prob_change_range(
     Returns:
         (smallest, largest) value of log p' - log p [nats].
     """
+    require_numbers(0, math.inf, max_noise=max_noise)
     # p + (1 - p) x = 1 + (1 - p)(x - 1), exact near p = 1 where the printed bound fails most.
     rest = 1 - p
     twice = 2 * jnp.asarray(max_noise, p.dtype)
     return -jnp.log1p(rest * jnp.expm1(twice)), -jnp.log1p(rest * jnp.expm1(-twice))
 
 
+@checked
 def two_sided_log_prob_change(
     p: Float[Array, "*shape"], p_other: Float[Array, "*shape"], *, max_noise: ScalarLike
 ) -> Float[Array, "*shape"]:
@@ -70,10 +80,12 @@ def two_sided_log_prob_change(
     Returns:
         a bound on |log p' - log p| [nats].
     """
+    require_numbers(0, math.inf, max_noise=max_noise)
     require_same_shape(p=p, p_other=p_other)
     return (1 - jnp.minimum(p, p_other)) * 2 * jnp.asarray(max_noise, p.dtype)
 
 
+@checked
 def uniform_log_prob_change(p: Float[Array, "*shape"], *, max_noise: ScalarLike) -> Float[Array, "*shape"]:
     """|D| <= min( 2 e, log(1 + (1 - p)(exp(2 e) - 1)) ) from p alone: the larger end of the exact range.
 
@@ -84,10 +96,12 @@ def uniform_log_prob_change(p: Float[Array, "*shape"], *, max_noise: ScalarLike)
     Returns:
         a bound on |log p' - log p| [nats].
     """
+    require_numbers(0, math.inf, max_noise=max_noise)
     twice = 2 * jnp.asarray(max_noise, p.dtype)
     return jnp.minimum(twice, jnp.log1p((1 - p) * jnp.expm1(twice)))
 
 
+@checked
 def sequence_log_prob_change(
     p_t: Float[Array, "B T"],
     p_other_t: Float[Array, "B T"],
@@ -109,21 +123,25 @@ def sequence_log_prob_change(
     Raises:
         ValueError, TypeError: if shapes or dtypes do not fit.
     """
+    require_numbers(0, math.inf, max_noise=max_noise)
     require_same_shape(p_t=p_t, p_other_t=p_other_t, response_mask=response_mask)
     require_dtype("boolean", response_mask=response_mask)
     return masked_sum(two_sided_log_prob_change(p_t, p_other_t, max_noise=max_noise), response_mask, axis=1)
 
 
+@checked
 def kl_from_noise(max_noise: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """KL <= e^2 / 2 [nats] per context in both directions: Hoeffding's lemma on log E_p exp(e) - E_p e."""
     return max_noise * max_noise / 2
 
 
+@checked
 def tv_from_noise(max_noise: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """TV <= tanh(e / 2) [prob] per context; attained where a set of probability sigmoid(-e) moves up, the rest down."""
     return jnp.tanh(max_noise / 2)
 
 
+@checked
 def gaussian_log_prob_variance(
     p: Float[Array, "*shape"], collision: Float[Array, "*shape"], *, scale: ScalarLike
 ) -> Float[Array, "*shape"]:
@@ -140,6 +158,7 @@ def gaussian_log_prob_variance(
     return jnp.square(scale) * (1 - 2 * p + collision)
 
 
+@checked
 def gaussian_sampled_bias(
     p: Float[Array, "*shape"], collision: Float[Array, "*shape"], *, scale: ScalarLike
 ) -> Float[Array, "*shape"]:
@@ -159,6 +178,7 @@ def gaussian_sampled_bias(
     return jnp.square(scale) * (0.5 - 2 * p + 1.5 * collision)
 
 
+@checked
 def gaussian_expected_kl(collision: Float[Array, "*shape"], *, scale: ScalarLike) -> Float[Array, "*shape"]:
     """E[KL(p' || p)] = s^2 (1 - C) / 2 [nats] to second order in s: the average of the sampled bias over tokens."""
     return jnp.square(scale) * (1 - collision) / 2

@@ -10,6 +10,8 @@ The first inequality is attained by the indicator of the responses that stay ins
 2512.23087) claims a bounded bias; these statements are derived. A factor 2 in front is not needed (errata F3.4).
 """
 
+import math
+
 import jax.numpy as jnp
 from jaxtyping import Array
 from jaxtyping import Bool
@@ -19,7 +21,9 @@ from jaxtyping import ScalarLike
 
 from jaxrl_llm.bounds.sampled import Estimate
 from jaxrl_llm.bounds.sampled import clustered_mean
+from jaxrl_llm.checks import checked
 from jaxrl_llm.checks import require_dtype
+from jaxrl_llm.checks import require_numbers
 from jaxrl_llm.checks import require_rank
 from jaxrl_llm.checks import require_same_shape
 from jaxrl_llm.masked import masked_sum
@@ -33,11 +37,13 @@ def _check(kept_mass_t: Float[Array, "B T"], response_mask: Bool[Array, "B T"]) 
     return jnp.any(response_mask, axis=1)
 
 
+@checked
 def context_total_variation(kept_mass: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """TV(pi, pi_S) = 1 - Z in one context [prob]."""
     return 1 - kept_mass
 
 
+@checked
 def sampled_total_variation(
     kept_mass_t: Float[Array, "B T"], response_mask: Bool[Array, "B T"], *, group_ids: Int[Array, " B"] | None = None
 ) -> Estimate:
@@ -62,6 +68,7 @@ def sampled_total_variation(
     return clustered_mean(-jnp.expm1(jnp.sum(log_kept, axis=1)), real, group_ids)
 
 
+@checked
 def sampled_bias_bound(
     kept_mass_t: Float[Array, "B T"],
     response_mask: Bool[Array, "B T"],
@@ -102,6 +109,8 @@ def worst_case_pruned_mass(*, log_min_p: ScalarLike, vocabulary: int) -> Float[A
     Returns:
         the largest pruned mass of one context [prob].
     """
+    require_numbers(-math.inf, 0, log_min_p=log_min_p)
+    require_numbers(1, math.inf, vocabulary=vocabulary)
     others = (vocabulary - 1) * jnp.exp(jnp.asarray(log_min_p, jnp.result_type(float)))
     return others / (1 + others)
 
@@ -119,6 +128,8 @@ def worst_case_bias_bound(
     Returns:
         the bound, in units of reward; equal to the span where it is vacuous.
     """
+    require_numbers(0, 1, smallest_kept_mass=smallest_kept_mass)
+    require_numbers(1, math.inf, horizon=horizon)
     low, high = reward_range
     span = jnp.asarray(high, jnp.result_type(float)) - low
     leaves = horizon * (1 - jnp.asarray(smallest_kept_mass, span.dtype))

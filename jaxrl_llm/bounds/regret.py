@@ -5,12 +5,16 @@ docs/theory.md and has the rate O(d sqrt(H^3 T log T)) of the paper, T = K H. Hy
 2402.10228 and 2407.13195. R_h = H - h is the range of the value after step h; steps with R_h = 0 do not contribute.
 """
 
+import math
+
 import jax.numpy as jnp
 from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import ScalarLike
 
 from jaxrl_llm.bounds.inputs import safe_sqrt
+from jaxrl_llm.checks import checked
+from jaxrl_llm.checks import require_numbers
 from jaxrl_llm.checks import require_rank
 
 ANTI_CONCENTRATION = {"gaussian": 0.0856, "sphere": 0.0664, "cube": 7 / 64}
@@ -19,11 +23,15 @@ ANTI_CONCENTRATION = {"gaussian": 0.0856, "sphere": 0.0664, "cube": 7 / 64}
 The cube is often quoted with 7/32, the bound on both sides together (errata F9.2).
 """
 
+SMALLEST = 1e-30
+"""The least probability that an argument may be: their logarithms and reciprocals are taken."""
+
 
 def _value_ranges(horizon: int) -> Float[Array, " H"]:
     return jnp.arange(horizon - 1, -1, -1, dtype=jnp.result_type(float))
 
 
+@checked
 def psrl_potential(
     prior_covariances: Float[Array, "H D D"], *, episodes: ScalarLike, feature_ratio: ScalarLike = 1.0
 ) -> Float[Array, " H"]:
@@ -48,6 +56,7 @@ def psrl_potential(
     return jnp.linalg.slogdet(matrices)[1] / 2 + 1
 
 
+@checked
 def psrl_bayes_regret(
     prior_covariances: Float[Array, "H D D"], *, episodes: ScalarLike, feature_ratio: ScalarLike = 1.0
 ) -> Float[Array, ""]:
@@ -92,11 +101,13 @@ def psrl_bayes_regret_prior_free(
     Returns:
         a bound on the Bayes regret after K episodes, in units of reward.
     """
+    require_numbers(1, math.inf, dimension=dimension, horizon=horizon)
     k = jnp.asarray(episodes, jnp.result_type(float))
     log_term = jnp.log1p(k * jnp.square(parameter_norm) * jnp.square(feature_ratio) / dimension)
     return horizon * (horizon - 1) / 2 * dimension * jnp.sqrt(k * (log_term / 2 + 1 / dimension))
 
 
+@checked
 def psrl_potential_at(
     prior_covariances: Float[Array, "H D D"],
     *,
@@ -124,6 +135,7 @@ def psrl_potential_at(
     return log_det / 2 + eps * jnp.square(feature_ratio) * episodes
 
 
+@checked
 def psrl_potential_sharp(
     prior_covariances: Float[Array, "H D D"], *, episodes: ScalarLike, feature_ratio: ScalarLike = 1.0
 ) -> Float[Array, " H"]:
@@ -149,6 +161,7 @@ def psrl_potential_sharp(
     return jnp.minimum(jnp.min(log_det / 4 + eps * length, axis=0), largest)
 
 
+@checked
 def psrl_bayes_regret_sharp(
     prior_covariances: Float[Array, "H D D"], *, rank: int, episodes: ScalarLike, feature_ratio: ScalarLike = 1.0
 ) -> Float[Array, ""]:
@@ -174,6 +187,7 @@ def psrl_bayes_regret_sharp(
     )
 
 
+@checked
 def self_normalised_width(
     log_determinant: Float[Array, "*batch"],
     *,
@@ -229,6 +243,7 @@ def sequential_projection_dimension(
     Returns:
         the sufficient M (round up).
     """
+    require_numbers(SMALLEST, 1, accuracy=accuracy, failure=failure)
     eps = jnp.asarray(accuracy, jnp.result_type(float))
     logs = -jnp.log(jnp.asarray(failure, eps.dtype)) + jnp.log1p(
         largest_square * jnp.asarray(rounds, eps.dtype) / initial_square
@@ -260,6 +275,8 @@ def covariance_tracking_dimension(
     Returns:
         the sufficient M (round up).
     """
+    require_numbers(SMALLEST, 1, failure=failure)
+    require_numbers(1, math.inf, dimension=dimension)
     t = jnp.asarray(rounds, jnp.result_type(float))
     covering = dimension * jnp.log1p(48 / smallest * jnp.sqrt(jnp.square(largest) + t))
     return 320 * (covering + jnp.log(2 / jnp.asarray(failure, t.dtype)) + jnp.log1p(t / jnp.square(smallest)))
@@ -269,6 +286,8 @@ def confidence_width(
     *, dimension: int, rounds: ScalarLike, failure: ScalarLike, ridge: ScalarLike = 1.0
 ) -> Float[Array, ""]:
     """beta_T = sqrt(lambda) + sqrt( 2 log(1/delta) + d log(1 + T / (lambda d)) ), for |theta|, |x| <= 1 unit noise."""
+    require_numbers(SMALLEST, 1, failure=failure)
+    require_numbers(1, math.inf, dimension=dimension)
     t = jnp.asarray(rounds, jnp.result_type(float))
     log_det = dimension * jnp.log1p(t / (ridge * dimension))
     return jnp.sqrt(ridge) + jnp.sqrt(-2 * jnp.log(jnp.asarray(failure, t.dtype)) + log_det)
@@ -327,8 +346,8 @@ def hyperagent_bayes_regret(
     Raises:
         ValueError: if prior_mass is a number smaller than 3.
     """
-    if isinstance(prior_mass, (int, float)) and prior_mass < 3:
-        raise ValueError(f"prior_mass is {prior_mass}; the theorem needs at least 3.")
+    require_numbers(1, math.inf, states=states, actions=actions, horizon=horizon)
+    require_numbers(3, math.inf, prior_mass=prior_mass)
     k = jnp.asarray(episodes, jnp.result_type(float))
     cells = states * actions
     first = jnp.maximum(jnp.log1p(cells * horizon * k), 1)

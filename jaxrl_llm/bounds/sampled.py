@@ -17,6 +17,8 @@ from jaxtyping import Float
 from jaxtyping import Int
 from jaxtyping import ScalarLike
 
+from jaxrl_llm.bounds.inputs import safe_sqrt
+from jaxrl_llm.checks import checked
 from jaxrl_llm.checks import require_dtype
 from jaxrl_llm.checks import require_rank
 from jaxrl_llm.checks import require_same_shape
@@ -38,6 +40,7 @@ class Estimate(NamedTuple):
     standard_error: Float[Array, ""]
 
 
+@checked
 def clustered_mean(
     values: Float[Array, " B"], real: Bool[Array, " B"], group_ids: Int[Array, " B"] | None = None
 ) -> Estimate:
@@ -72,7 +75,7 @@ def clustered_mean(
     several = groups > 1
     scale = jnp.where(several, groups / jnp.maximum(groups - 1, 1), jnp.ones((), values.dtype))
     squared = scale * jnp.sum(sums * sums) / jnp.maximum(count * count, 1)
-    return Estimate(mean, jnp.where(several, jnp.sqrt(squared), jnp.array(jnp.inf, values.dtype)))
+    return Estimate(mean, jnp.where(several, safe_sqrt(squared), jnp.array(jnp.inf, values.dtype)))
 
 
 def _prepare(
@@ -100,6 +103,7 @@ def _ratio_form(log_ratio: Float[Array, "B T"], limit: ScalarLike) -> Float[Arra
     return jnp.sum(_expm1(log_ratio, limit) * _expm1(after, limit), axis=1)
 
 
+@checked
 def sampled_surrogate_error(
     log_ratio_t: Float[Array, "B T"],
     response_mask: Bool[Array, "B T"],
@@ -134,6 +138,7 @@ def sampled_surrogate_error(
     return clustered_mean((rewards - baseline) * _ratio_form(log_ratio, limit), real, group_ids)
 
 
+@checked
 def sampled_worst_surrogate_error(
     log_ratio_t: Float[Array, "B T"],
     response_mask: Bool[Array, "B T"],
@@ -163,6 +168,7 @@ def sampled_worst_surrogate_error(
     return clustered_mean(jnp.maximum(-_ratio_form(log_ratio, limit), 0), real, group_ids)
 
 
+@checked
 def sampled_surrogate_gain(
     log_ratio_t: Float[Array, "B T"],
     response_mask: Bool[Array, "B T"],
@@ -183,6 +189,7 @@ def sampled_surrogate_gain(
     return clustered_mean((rewards - baseline) * jnp.sum(_expm1(log_ratio, limit), axis=1), real, group_ids)
 
 
+@checked
 def sampled_gain(
     log_ratio_t: Float[Array, "B T"],
     response_mask: Bool[Array, "B T"],
@@ -204,6 +211,7 @@ def sampled_gain(
     return clustered_mean((rewards - baseline) * _expm1(jnp.sum(log_ratio, axis=1), limit), real, group_ids)
 
 
+@checked
 def sampled_sequence_tv(
     log_ratio_t: Float[Array, "B T"],
     response_mask: Bool[Array, "B T"],
@@ -222,6 +230,7 @@ def sampled_sequence_tv(
     return clustered_mean(jnp.abs(_expm1(jnp.sum(log_ratio, axis=1), limit)) / 2, real, group_ids)
 
 
+@checked
 def sampled_sequence_tv_one_sided(
     log_ratio_t: Float[Array, "B T"],
     response_mask: Bool[Array, "B T"],
@@ -241,6 +250,7 @@ def sampled_sequence_tv_one_sided(
     return clustered_mean(drop, real, group_ids)
 
 
+@checked
 def sampled_weighted_deviation(
     log_ratio_t: Float[Array, "B T"],
     response_mask: Bool[Array, "B T"],

@@ -2,7 +2,8 @@
 
 Groups are defined by `group_ids` (any integers, in any order, of any sizes), never by a reshape. A group of one has
 nothing to be compared with: its advantage is 0, by definition, in every function that compares within a group.
-`jaxrl_llm.checks.require_batch_values` finds such groups before a run. Advantages are constants to the gradient: they
+`jaxrl_llm.checks.require_batch_values` finds such groups before a run, and rewards that are NaN, which make the
+advantages of their own group NaN. Advantages are constants to the gradient: they
 depend on rewards only.
 """
 
@@ -14,6 +15,7 @@ from jaxtyping import Float
 from jaxtyping import Int
 from jaxtyping import ScalarLike
 
+from jaxrl_llm.checks import checked
 from jaxrl_llm.checks import require_dtype
 from jaxrl_llm.checks import require_rank
 from jaxrl_llm.checks import require_same_shape
@@ -36,12 +38,14 @@ def _group_sum(x: Float[Array, " B"], segments: Int[Array, " B"]) -> Float[Array
     return jax.ops.segment_sum(x, segments, num_segments=x.shape[0])[segments]
 
 
+@checked
 def group_size(rewards: Float[Array, " B"], group_ids: Int[Array, " B"]) -> Float[Array, " B"]:
     """Number of sequences in the group of each sequence, in the dtype of `rewards`."""
     _check(rewards, group_ids)
     return _group_sum(jnp.ones_like(rewards), _segments(group_ids))
 
 
+@checked
 def informative_groups(rewards: Float[Array, " B"], group_ids: Int[Array, " B"]) -> Bool[Array, " B"]:
     """True for the sequences of groups whose rewards are not all equal (the others carry no group-relative signal).
 
@@ -54,9 +58,11 @@ def informative_groups(rewards: Float[Array, " B"], group_ids: Int[Array, " B"])
     segments = _segments(group_ids)
     high = jax.ops.segment_max(rewards, segments, num_segments=rewards.shape[0])[segments]
     low = jax.ops.segment_min(rewards, segments, num_segments=rewards.shape[0])[segments]
-    return high > low
+    # Not `high > low`: a reward that is NaN must show, in its own group, and not become an advantage of 0.
+    return high != low
 
 
+@checked
 def group_centred(rewards: Float[Array, " B"], group_ids: Int[Array, " B"]) -> Float[Array, " B"]:
     """A_i = R_i - mean of the group of i.
 
@@ -80,6 +86,7 @@ def group_centred(rewards: Float[Array, " B"], group_ids: Int[Array, " B"]) -> F
     return jnp.where(informative, rewards - mean, jnp.zeros((), rewards.dtype))
 
 
+@checked
 def group_normalised(rewards: Float[Array, " B"], group_ids: Int[Array, " B"], *, ddof: int = 1) -> Float[Array, " B"]:
     """A_i = (R_i - mean of the group) / (standard deviation of the group, divisor n - ddof).
 
@@ -109,11 +116,12 @@ def group_normalised(rewards: Float[Array, " B"], group_ids: Int[Array, " B"], *
     segments = _segments(group_ids)
     size = _group_sum(jnp.ones_like(rewards), segments)
     squares = _group_sum(centred * centred, segments)
-    positive = squares > 0
+    positive = squares != 0  # true where it is NaN, which must show
     deviation = jnp.sqrt(jnp.where(positive, squares, jnp.ones((), rewards.dtype)) / jnp.maximum(size - ddof, 1))
     return jnp.where(positive, centred / deviation, jnp.zeros((), rewards.dtype))
 
 
+@checked
 def leave_one_out(rewards: Float[Array, " B"], group_ids: Int[Array, " B"]) -> Float[Array, " B"]:
     """A_i = R_i - mean of the other rewards of the group = n / (n - 1) (R_i - mean of the group).
 
@@ -135,6 +143,7 @@ def leave_one_out(rewards: Float[Array, " B"], group_ids: Int[Array, " B"]) -> F
     return centred * safe_divide(size, size - 1)
 
 
+@checked
 def batch_centred(rewards: Float[Array, " B"]) -> Float[Array, " B"]:
     """A_i = R_i - mean of the batch: REINFORCE with the batch mean as its baseline.
 
@@ -152,6 +161,7 @@ def batch_centred(rewards: Float[Array, " B"]) -> Float[Array, " B"]:
     return group_centred(rewards, jnp.zeros(rewards.shape, jnp.int32))
 
 
+@checked
 def batch_normalised(rewards: Float[Array, " B"], *, ddof: int = 1) -> Float[Array, " B"]:
     """A_i = (R_i - mean of the batch) / (standard deviation of the batch, divisor B - ddof).
 
@@ -174,6 +184,7 @@ def batch_normalised(rewards: Float[Array, " B"], *, ddof: int = 1) -> Float[Arr
     return group_normalised(rewards, jnp.zeros(rewards.shape, jnp.int32), ddof=ddof)
 
 
+@checked
 def group_centred_batch_normalised(
     rewards: Float[Array, " B"], group_ids: Int[Array, " B"], *, ddof: int = 1
 ) -> Float[Array, " B"]:
@@ -195,6 +206,7 @@ def group_centred_batch_normalised(
     return batch_normalised(group_centred(rewards, group_ids), ddof=ddof)
 
 
+@checked
 def generalised_advantage_estimation(
     rewards_t: Float[Array, "B T"],
     values_t: Float[Array, "B T"],

@@ -9,14 +9,18 @@ estimator is an average over what was sampled (errata F2.13). Dividing by the ac
 another function, with `_accepted` in its name.
 """
 
+import math
+
 import jax.numpy as jnp
 from jaxtyping import Array
 from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import ScalarLike
 
+from jaxrl_llm.checks import checked
 from jaxrl_llm.checks import require_choice
 from jaxrl_llm.checks import require_dtype
+from jaxrl_llm.checks import require_numbers
 from jaxrl_llm.checks import require_rank
 from jaxrl_llm.checks import require_same_shape
 from jaxrl_llm.masked import masked_count
@@ -43,6 +47,7 @@ def _check(loss_t: Float[Array, "B T"], response_mask: Bool[Array, "B T"]) -> No
     require_dtype("boolean", response_mask=response_mask)
 
 
+@checked
 def token_mean(loss_t: Float[Array, "B T"], response_mask: Bool[Array, "B T"]) -> Aggregate:
     """sum over all response tokens / number of response tokens of the batch: every token weighs the same.
 
@@ -62,6 +67,7 @@ def token_mean(loss_t: Float[Array, "B T"], response_mask: Bool[Array, "B T"]) -
     return masked_sum_count(loss_t, response_mask)
 
 
+@checked
 def token_sum(
     loss_t: Float[Array, "B T"], response_mask: Bool[Array, "B T"], *, batch_fraction: ScalarLike = 1.0
 ) -> Aggregate:
@@ -87,6 +93,7 @@ def _count_sequences(loss_t: Float[Array, "B T"], response_mask: Bool[Array, "B 
     return masked_count(loss_t[:, 0], jnp.any(response_mask, axis=1))
 
 
+@checked
 def seq_mean_token_sum(loss_t: Float[Array, "B T"], response_mask: Bool[Array, "B T"]) -> Aggregate:
     """The mean over sequences of the sum over their tokens: the gradient of the expected return, long sequences in
     proportion.
@@ -100,6 +107,7 @@ def seq_mean_token_sum(loss_t: Float[Array, "B T"], response_mask: Bool[Array, "
     return masked_sum(loss_t, response_mask), _count_sequences(loss_t, response_mask)
 
 
+@checked
 def seq_mean_token_sum_norm(
     loss_t: Float[Array, "B T"], response_mask: Bool[Array, "B T"], *, length_normaliser: ScalarLike
 ) -> Aggregate:
@@ -120,10 +128,12 @@ def seq_mean_token_sum_norm(
     Raises:
         ValueError, TypeError: if the arrays are not [B, T] of one shape, floating and boolean.
     """
+    require_numbers(1e-30, math.inf, length_normaliser=length_normaliser)
     _check(loss_t, response_mask)
     return masked_sum(loss_t, response_mask) / length_normaliser, _count_sequences(loss_t, response_mask)
 
 
+@checked
 def seq_mean_token_mean(loss_t: Float[Array, "B T"], response_mask: Bool[Array, "B T"]) -> Aggregate:
     """The mean over sequences of the mean over their tokens: a token weighs 1 / (length of its own response).
 
@@ -137,6 +147,7 @@ def seq_mean_token_mean(loss_t: Float[Array, "B T"], response_mask: Bool[Array, 
     return jnp.sum(masked_mean(loss_t, response_mask, axis=1)), _count_sequences(loss_t, response_mask)
 
 
+@checked
 def aggregate(
     loss_t: Float[Array, "B T"],
     response_mask: Bool[Array, "B T"],
@@ -174,6 +185,7 @@ def aggregate(
     return seq_mean_token_sum_norm(loss_t, response_mask, length_normaliser=length_normaliser)
 
 
+@checked
 def aggregate_accepted(
     loss_t: Float[Array, "B T"],
     response_mask: Bool[Array, "B T"],
@@ -207,6 +219,7 @@ def aggregate_accepted(
     )
 
 
+@checked
 def token_weights(
     response_mask: Bool[Array, "B T"],
     *,

@@ -14,6 +14,7 @@ from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import ScalarLike
 
+from jaxrl_llm.checks import checked
 from jaxrl_llm.objectives.ratios import geometric_ratio
 from jaxrl_llm.objectives.ratios import sequence_ratio
 from jaxrl_llm.objectives.ratios import token_ratio
@@ -27,6 +28,7 @@ def _spread(weight: Float[Array, " B"], response_mask: Bool[Array, "B T"]) -> Fl
     return jnp.where(response_mask, weight[:, None], jnp.ones((), weight.dtype))
 
 
+@checked
 def token_truncated(
     log_ratio_t: Float[Array, "B T"], response_mask: Bool[Array, "B T"], *, cap: ScalarLike = 2.0
 ) -> Float[Array, "B T"]:
@@ -38,6 +40,7 @@ def token_truncated(
     return jax.lax.stop_gradient(jnp.minimum(token_ratio(log_ratio_t, response_mask), cap))
 
 
+@checked
 def token_masked(
     log_ratio_t: Float[Array, "B T"],
     response_mask: Bool[Array, "B T"],
@@ -54,6 +57,7 @@ def token_masked(
     return jax.lax.stop_gradient(jnp.where(response_mask, weight, jnp.ones((), weight.dtype)))
 
 
+@checked
 def sequence_truncated(
     log_ratio_t: Float[Array, "B T"], response_mask: Bool[Array, "B T"], *, cap: ScalarLike = 2.0
 ) -> Float[Array, "B T"]:
@@ -62,6 +66,7 @@ def sequence_truncated(
     return jax.lax.stop_gradient(_spread(weight, response_mask))
 
 
+@checked
 def sequence_masked(
     log_ratio_t: Float[Array, "B T"],
     response_mask: Bool[Array, "B T"],
@@ -74,6 +79,7 @@ def sequence_masked(
     return jax.lax.stop_gradient(_spread(weight, response_mask))
 
 
+@checked
 def geometric_masked(
     log_ratio_t: Float[Array, "B T"],
     response_mask: Bool[Array, "B T"],

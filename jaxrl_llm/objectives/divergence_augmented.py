@@ -20,6 +20,7 @@ from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import ScalarLike
 
+from jaxrl_llm.checks import checked
 from jaxrl_llm.checks import require_choice
 from jaxrl_llm.checks import require_dtype
 from jaxrl_llm.checks import require_rank
@@ -34,6 +35,7 @@ EXPONENT_LIMIT = 3.0
 """Clamp of the log-ratio inside the exponentials of the pseudo-rewards, as in the released code [nats]."""
 
 
+@checked
 def pseudo_reward(
     log_prob: Float[Array, "*shape"], log_prob_old: Float[Array, "*shape"], *, divergence: str = "kl"
 ) -> Float[Array, "*shape"]:
@@ -81,6 +83,7 @@ def _check(response_mask: Bool[Array, "B T"], **arrays: Float[Array, "B T"]) -> 
     require_dtype("boolean", response_mask=response_mask)
 
 
+@checked
 def multi_step_divergence(
     pseudo_reward_t: Float[Array, "B T"],
     ratio_t: Float[Array, "B T"],
@@ -121,6 +124,7 @@ def multi_step_divergence(
     return jax.lax.stop_gradient(values.T)
 
 
+@checked
 def v_trace(
     values_t: Float[Array, "B T"],
     rewards_t: Float[Array, "B T"],
@@ -173,6 +177,7 @@ def v_trace(
     return jax.lax.stop_gradient(targets.T), jax.lax.stop_gradient(q.T)
 
 
+@checked
 def scaled_by_root_mean_square(
     advantages: Float[Array, "B T"], response_mask: Bool[Array, "B T"]
 ) -> Float[Array, "B T"]:
@@ -187,6 +192,7 @@ def scaled_by_root_mean_square(
     return jnp.where(response_mask & positive, advantages / root, jnp.zeros((), advantages.dtype))
 
 
+@checked
 def augmented_advantages(
     advantages: Float[Array, "B T"], divergence_t: Float[Array, "B T"], *, coefficient: ScalarLike
 ) -> Float[Array, "B T"]:

@@ -14,9 +14,11 @@ import jax.numpy as jnp
 from jaxtyping import Array
 from jaxtyping import Float
 
+from jaxrl_llm.checks import checked
 from jaxrl_llm.objectives.ratios import LOG_RATIO_LIMIT
 
 
+@checked
 def k1(log_ratio: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """k1 = log(p/q): unbiased for KL(p || q), of either sign [nats].
 
@@ -26,6 +28,7 @@ def k1(log_ratio: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return log_ratio
 
 
+@checked
 def k2(log_ratio: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """k2 = (log(p/q))^2 / 2: not negative, biased at third order in the log-ratio [nats].
 
@@ -34,6 +37,7 @@ def k2(log_ratio: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return log_ratio * log_ratio / 2
 
 
+@checked
 def k3(log_ratio: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """k3 = q/p - 1 + log(p/q): not negative and unbiased for KL(p || q) [nats].
 
@@ -49,11 +53,13 @@ def _value_of_gradient_of(value: Float[Array, "*shape"], gradient: Float[Array, 
     return jax.lax.stop_gradient(value) + gradient - jax.lax.stop_gradient(gradient)
 
 
+@checked
 def k1_straight_through(log_ratio: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Value of k1, gradient of k2: an unbiased value with an unbiased on-policy gradient of KL(p || q) [nats]."""
     return _value_of_gradient_of(k1(log_ratio), k2(log_ratio))
 
 
+@checked
 def k3_straight_through(log_ratio: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Value of k3, gradient of k2: an unbiased value with an unbiased on-policy gradient of KL(p || q) [nats].
 
@@ -64,6 +70,7 @@ def k3_straight_through(log_ratio: Float[Array, "*shape"]) -> Float[Array, "*sha
     return _value_of_gradient_of(k3(log_ratio), k2(log_ratio))
 
 
+@checked
 def importance_weighted_k1(ratio: Float[Array, "*shape"], log_ratio: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """ratio * log(p/q) for tokens sampled from another policy mu, ratio = p/mu with its gradient.
 

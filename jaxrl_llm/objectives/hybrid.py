@@ -25,11 +25,17 @@ from jaxtyping import ScalarLike
 from jaxrl_kernels import Reference
 from jaxrl_kernels import token_loss
 from jaxrl_llm import categorical
+from jaxrl_llm.checks import checked
 from jaxrl_llm.checks import require_dtype
+from jaxrl_llm.checks import require_numbers
 from jaxrl_llm.checks import require_rank
 from jaxrl_llm.checks import require_same_shape
 
+SMALLEST_WEIGHT = 1e-30
+"""What a reward weight must exceed to have a logarithm."""
 
+
+@checked
 def dense_gradient(
     logits: Float[Array, "*batch V"], logits_teacher: Float[Array, "*batch V"]
 ) -> Float[Array, "*batch V"]:
@@ -64,6 +70,7 @@ def _gather(x: Float[Array, "*batch V"], index: Int[Array, "*batch k"]) -> Float
     return jnp.take_along_axis(x, index, axis=-1)
 
 
+@checked
 def top_k_kl_partial(
     logits: Float[Array, "*batch V"], logits_teacher: Float[Array, "*batch V"], *, k: int
 ) -> Float[Array, "*batch"]:
@@ -76,6 +83,7 @@ def top_k_kl_partial(
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 
 
+@checked
 def top_k_kl_renormalised(
     logits: Float[Array, "*batch V"], logits_teacher: Float[Array, "*batch V"], *, k: int
 ) -> Float[Array, "*batch"]:
@@ -87,6 +95,7 @@ def top_k_kl_renormalised(
     return categorical.kl(_gather(logits, index), _gather(logits_teacher, index))
 
 
+@checked
 def top_k_kl_with_tail(
     logits: Float[Array, "*batch V"], logits_teacher: Float[Array, "*batch V"], *, k: int
 ) -> Float[Array, "*batch"]:
@@ -107,6 +116,7 @@ def top_k_kl_with_tail(
     return categorical.kl(merged(logits), merged(logits_teacher))
 
 
+@checked
 def sparse_coefficient(
     divergence_t: Float[Array, "B T"],
     rewards_t: Float[Array, "B T"],
@@ -159,6 +169,7 @@ def sparse_coefficient(
     return jax.lax.stop_gradient(values.T)
 
 
+@checked
 def terminal_rewards(rewards: Float[Array, " B"], response_mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
     """The reward of a sequence at its last response token, 0 elsewhere."""
     position = jnp.broadcast_to(jnp.arange(response_mask.shape[1])[None, :], response_mask.shape)
@@ -166,6 +177,7 @@ def terminal_rewards(rewards: Float[Array, " B"], response_mask: Bool[Array, "B 
     return jnp.where(position == last[:, None], rewards[:, None], jnp.zeros((), rewards.dtype))
 
 
+@checked
 def hybrid_losses(
     kl_t: Float[Array, "*shape"], log_prob: Float[Array, "*shape"], coefficient: Float[Array, "*shape"]
 ) -> Float[Array, "*shape"]:
@@ -188,6 +200,7 @@ def hybrid_losses(
     return kl_t + jax.lax.stop_gradient(coefficient) * log_prob
 
 
+@checked
 def chunked_hybrid_loss(
     hidden: Float[Array, "N D"],
     head: Float[Array, "_ _"],
@@ -233,12 +246,14 @@ def linear_warmup(step: ScalarLike, *, steps: int, final: ScalarLike = 1.0) -> F
     """lambda = final min(1, step / steps): imitation first, then reward. The schedules are ours; the note's are
     unknown.
     """
+    require_numbers(1, math.inf, steps=steps)
     share = jnp.clip(jnp.asarray(step, jnp.result_type(float)) / steps, 0.0, 1.0)
     return share * jnp.asarray(final, share.dtype)
 
 
 def cosine_warmup(step: ScalarLike, *, steps: int, final: ScalarLike = 1.0) -> Float[Array, ""]:
     """lambda = final (1 - cos(pi min(1, step / steps))) / 2."""
+    require_numbers(1, math.inf, steps=steps)
     share = jnp.clip(jnp.asarray(step, jnp.result_type(float)) / steps, 0.0, 1.0)
     return (1 - jnp.cos(math.pi * share)) / 2 * jnp.asarray(final, share.dtype)
 
@@ -248,6 +263,8 @@ def log_linear(step: ScalarLike, *, steps: int, start: ScalarLike, final: Scalar
 
     The optimum is proportional to pi_T exp(lambda R), so its temperature 1 / lambda moves at a constant relative speed.
     """
+    require_numbers(SMALLEST_WEIGHT, math.inf, start=start, final=final)
+    require_numbers(1, math.inf, steps=steps)
     share = jnp.clip(jnp.asarray(step, jnp.result_type(float)) / steps, 0.0, 1.0)
     first, last = jnp.asarray(start, share.dtype), jnp.asarray(final, share.dtype)
     return jnp.exp((1 - share) * jnp.log(first) + share * jnp.log(last))

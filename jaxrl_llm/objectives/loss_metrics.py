@@ -6,6 +6,7 @@ from jaxtyping import Array
 from jaxtyping import Bool
 from jaxtyping import Float
 
+from jaxrl_llm.checks import checked
 from jaxrl_llm.masked import masked_sum_count
 from jaxrl_llm.objectives import masks
 from jaxrl_llm.objectives import surrogates
@@ -32,6 +33,7 @@ def _of_the_ratio(
     return values
 
 
+@checked
 def loss_metrics(
     recipe: Recipe,
     response_mask: Bool[Array, "B T"],

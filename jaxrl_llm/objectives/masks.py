@@ -16,6 +16,7 @@ from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import ScalarLike
 
+from jaxrl_llm.checks import checked
 from jaxrl_llm.checks import require_dtype
 from jaxrl_llm.checks import require_rank
 from jaxrl_llm.checks import require_same_shape
@@ -35,6 +36,7 @@ def _constant(x: Float[Array, "B T"], response_mask: Bool[Array, "B T"], name: s
     return jax.lax.stop_gradient(x)
 
 
+@checked
 def accept_by_maximum(
     kl_t: Float[Array, "B T"], response_mask: Bool[Array, "B T"], *, threshold: ScalarLike
 ) -> Bool[Array, " B"]:
@@ -54,6 +56,7 @@ def accept_by_maximum(
     return masked_max(_constant(kl_t, response_mask, "kl_t"), response_mask, axis=1) <= threshold
 
 
+@checked
 def accept_by_average(
     kl_t: Float[Array, "B T"], response_mask: Bool[Array, "B T"], *, threshold: ScalarLike
 ) -> Bool[Array, " B"]:
@@ -64,6 +67,7 @@ def accept_by_average(
     return masked_mean(_constant(kl_t, response_mask, "kl_t"), response_mask, axis=1) <= threshold
 
 
+@checked
 def accept_by_both(
     kl_t: Float[Array, "B T"],
     response_mask: Bool[Array, "B T"],
@@ -76,6 +80,7 @@ def accept_by_both(
     return by_maximum & accept_by_average(kl_t, response_mask, threshold=average)
 
 
+@checked
 def accept_by_sampled_maximum(
     log_ratio_t: Float[Array, "B T"], response_mask: Bool[Array, "B T"], *, threshold: ScalarLike
 ) -> Bool[Array, " B"]:
@@ -99,6 +104,7 @@ def accept_by_sampled_maximum(
     return accept_by_maximum(k2(-fixed), response_mask, threshold=threshold)
 
 
+@checked
 def accept_by_sampled_average(
     log_ratio_t: Float[Array, "B T"], response_mask: Bool[Array, "B T"], *, threshold: ScalarLike
 ) -> Bool[Array, " B"]:
@@ -111,6 +117,7 @@ def accept_by_sampled_average(
     return accept_by_average(k3(-fixed), response_mask, threshold=threshold)
 
 
+@checked
 def accept_by_sampled_both(
     log_ratio_t: Float[Array, "B T"],
     response_mask: Bool[Array, "B T"],
@@ -123,6 +130,7 @@ def accept_by_sampled_both(
     return by_maximum & accept_by_sampled_average(log_ratio_t, response_mask, threshold=average)
 
 
+@checked
 def accept_by_ratio_deviation(
     ratio_t: Float[Array, "B T"], response_mask: Bool[Array, "B T"], *, threshold: ScalarLike
 ) -> Bool[Array, " B"]:
@@ -134,6 +142,7 @@ def accept_by_ratio_deviation(
     )
 
 
+@checked
 def accept_by_weighted_ratio_deviation(
     ratio_t: Float[Array, "B T"],
     response_mask: Bool[Array, "B T"],
@@ -167,6 +176,7 @@ def accept_by_weighted_ratio_deviation(
     return total <= threshold * masked_sum(weights, response_mask, axis=1)
 
 
+@checked
 def rejected_sequences(
     accepted: Bool[Array, " B"], response_mask: Bool[Array, "B T"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -176,6 +186,7 @@ def rejected_sequences(
     return masked_sum(ones, real & ~accepted), masked_count(ones, real)
 
 
+@checked
 def rejected_tokens(
     accepted: Bool[Array, " B"], response_mask: Bool[Array, "B T"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:

@@ -10,6 +10,8 @@ Departures from the paper: no 1e-8 is added to denominators. Where all steps of 
 normalised entropy is 0 by definition, so the scale is 1.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -18,7 +20,9 @@ from jaxtyping import Float
 from jaxtyping import Int
 from jaxtyping import ScalarLike
 
+from jaxrl_llm.checks import checked
 from jaxrl_llm.checks import require_dtype
+from jaxrl_llm.checks import require_numbers
 from jaxrl_llm.checks import require_rank
 from jaxrl_llm.checks import require_same_shape
 from jaxrl_llm.masked import masked_max
@@ -27,6 +31,7 @@ from jaxrl_llm.masked import masked_min
 from jaxrl_llm.masked import safe_divide
 
 
+@checked
 def step_entropy(
     entropy: Float[Array, "B T"], step_ids: Int[Array, "B T"], response_mask: Bool[Array, "B T"], *, steps: int
 ) -> tuple[Float[Array, "B K"], Bool[Array, "B K"]]:
@@ -44,6 +49,7 @@ def step_entropy(
     Raises:
         ValueError, TypeError: if the arrays are not [B, T] of one shape, floating, integer and boolean.
     """
+    require_numbers(1, math.inf, steps=steps)
     require_rank(2, "B T", entropy=entropy, step_ids=step_ids, response_mask=response_mask)
     require_same_shape(entropy=entropy, step_ids=step_ids, response_mask=response_mask)
     require_dtype("floating", entropy=entropy)
@@ -61,6 +67,7 @@ def step_entropy(
     return jax.vmap(of_row)(clean, slot)
 
 
+@checked
 def normalised_entropy(step_h: Float[Array, "B K"], step_mask: Bool[Array, "B K"]) -> Float[Array, "B K"]:
     """(H - min H) / (max H - min H) over all steps of the batch (eq. 12); 0 where no step exists or all are equal.
 
@@ -72,6 +79,7 @@ def normalised_entropy(step_h: Float[Array, "B K"], step_mask: Bool[Array, "B K"
     return safe_divide(above, jnp.broadcast_to(spread, above.shape))
 
 
+@checked
 def self_calibrating_scale(
     normalised: Float[Array, "B K"], step_mask: Bool[Array, "B K"], *, sharpness: ScalarLike = 1.0
 ) -> Float[Array, "B K"]:
@@ -93,6 +101,7 @@ def self_calibrating_scale(
     return jnp.where(step_mask, safe_divide(certain, jnp.broadcast_to(mean, certain.shape)), jnp.zeros((), mean.dtype))
 
 
+@checked
 def future_clarity(
     normalised: Float[Array, "B K"], step_mask: Bool[Array, "B K"], *, sharpness: ScalarLike = 1.0
 ) -> Float[Array, "B K"]:
@@ -105,6 +114,7 @@ def future_clarity(
     return jnp.where(next_exists, jnp.exp(jnp.negative(sharpness) * next_value), jnp.zeros((), normalised.dtype))
 
 
+@checked
 def modulated_advantages(
     advantages: Float[Array, " B"],
     step_h: Float[Array, "B K"],
@@ -144,6 +154,7 @@ def modulated_advantages(
     )
 
 
+@checked
 def potential_shaping(
     potential: Float[Array, "B K"], step_mask: Bool[Array, "B K"], *, discount: ScalarLike = 1.0
 ) -> Float[Array, "B K"]:
@@ -166,6 +177,7 @@ def potential_shaping(
     return jnp.where(step_mask, discount * following - clean, jnp.zeros((), clean.dtype))
 
 
+@checked
 def potential_bonus(potential: Float[Array, "B K"], step_mask: Bool[Array, "B K"]) -> Float[Array, "B K"]:
     """sum_{j>=k} discount^(j-k) F_j = -Phi_k for every discount: the potential-based variant of the clarity bonus.
 
@@ -176,6 +188,7 @@ def potential_bonus(potential: Float[Array, "B K"], step_mask: Bool[Array, "B K"
     return jnp.where(step_mask, -potential, jnp.zeros((), potential.dtype))
 
 
+@checked
 def potential_modulated_advantages(
     advantages: Float[Array, " B"],
     step_h: Float[Array, "B K"],
@@ -200,6 +213,7 @@ def potential_modulated_advantages(
     )
 
 
+@checked
 def spread_to_tokens(
     per_step: Float[Array, "B K"], step_ids: Int[Array, "B T"], response_mask: Bool[Array, "B T"]
 ) -> Float[Array, "B T"]:

@@ -9,6 +9,7 @@ from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import ScalarLike
 
+from jaxrl_llm.checks import checked
 from jaxrl_llm.checks import require_dtype
 from jaxrl_llm.checks import require_rank
 from jaxrl_llm.checks import require_same_shape
@@ -45,6 +46,7 @@ def _need(recipe: Recipe, field: str, name: str, array: Array | None) -> Array:
     return array
 
 
+@checked
 def policy_weights(
     recipe: Recipe,
     *,
@@ -123,6 +125,7 @@ def _surrogate_losses(
     return surrogates.clipped_weight(log_prob, ratio, advantages, clip_low=low, clip_high=high)
 
 
+@checked
 def token_losses(
     recipe: Recipe,
     *,
@@ -222,6 +225,7 @@ def _aggregate(
     return aggregate(losses, response_mask, **rule)
 
 
+@checked
 def policy_loss(
     recipe: Recipe,
     *,

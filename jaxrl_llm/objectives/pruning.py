@@ -22,6 +22,7 @@ from jaxtyping import Int
 from jaxtyping import ScalarLike
 
 from jaxrl_llm import categorical
+from jaxrl_llm.checks import checked
 from jaxrl_llm.checks import require_dtype
 from jaxrl_llm.checks import require_rank
 from jaxrl_llm.checks import require_same_shape
@@ -44,6 +45,7 @@ class PrunedLogProb(NamedTuple):
     kept_mass: Float[Array, "*batch"]
 
 
+@checked
 def pruned_log_prob(
     logits: Float[Array, "*batch V"], targets: Int[Array, "*batch"], *, log_min_p: ScalarLike
 ) -> PrunedLogProb:
@@ -82,6 +84,7 @@ def _check_kept(kept: Bool[Array, "B T"], response_mask: Bool[Array, "B T"]) -> 
     require_dtype("boolean", kept=kept, response_mask=response_mask)
 
 
+@checked
 def pruned_token_weights(
     log_prob: Float[Array, "B T"],
     log_prob_behaviour: Float[Array, "B T"],
@@ -116,6 +119,7 @@ def pruned_token_weights(
     return jax.lax.stop_gradient(jnp.where(response_mask & ~kept, jnp.zeros((), weight.dtype), weight))
 
 
+@checked
 def pruned_sequence_weights(
     log_prob: Float[Array, "B T"],
     log_prob_behaviour: Float[Array, "B T"],

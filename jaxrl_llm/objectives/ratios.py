@@ -13,6 +13,7 @@ from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import ScalarLike
 
+from jaxrl_llm.checks import checked
 from jaxrl_llm.checks import require_dtype
 from jaxrl_llm.checks import require_rank
 from jaxrl_llm.checks import require_same_shape
@@ -29,6 +30,7 @@ def _check_log_ratio(log_ratio_t: Float[Array, "B T"], response_mask: Bool[Array
     require_dtype("boolean", response_mask=response_mask)
 
 
+@checked
 def token_log_ratio(
     log_prob: Float[Array, "B T"], log_prob_other: Float[Array, "B T"], response_mask: Bool[Array, "B T"]
 ) -> Float[Array, "B T"]:
@@ -55,11 +57,13 @@ def token_log_ratio(
     return jnp.where(response_mask, log_prob, zero) - jnp.where(response_mask, other, zero)
 
 
+@checked
 def ratio_from_log(log_ratio: Float[Array, "*shape"], *, limit: ScalarLike = LOG_RATIO_LIMIT) -> Float[Array, "*shape"]:
     """exp of the log-ratio clamped to [-limit, limit] nats."""
     return jnp.exp(jnp.clip(log_ratio, jnp.negative(limit), limit))
 
 
+@checked
 def token_ratio(
     log_ratio_t: Float[Array, "B T"], response_mask: Bool[Array, "B T"], *, limit: ScalarLike = LOG_RATIO_LIMIT
 ) -> Float[Array, "B T"]:
@@ -71,12 +75,14 @@ def token_ratio(
     return ratio_from_log(jnp.where(response_mask, log_ratio_t, jnp.zeros((), log_ratio_t.dtype)), limit=limit)
 
 
+@checked
 def sequence_log_ratio(log_ratio_t: Float[Array, "B T"], response_mask: Bool[Array, "B T"]) -> Float[Array, " B"]:
     """log of the sequence likelihood ratio: the sum of the token log-ratios [nats], not clamped."""
     _check_log_ratio(log_ratio_t, response_mask)
     return masked_sum(log_ratio_t, response_mask, axis=1)
 
 
+@checked
 def sequence_ratio(
     log_ratio_t: Float[Array, "B T"], response_mask: Bool[Array, "B T"], *, limit: ScalarLike = LOG_RATIO_LIMIT
 ) -> Float[Array, " B"]:
@@ -84,6 +90,7 @@ def sequence_ratio(
     return ratio_from_log(sequence_log_ratio(log_ratio_t, response_mask), limit=limit)
 
 
+@checked
 def geometric_ratio(
     log_ratio_t: Float[Array, "B T"], response_mask: Bool[Array, "B T"], *, limit: ScalarLike = LOG_RATIO_LIMIT
 ) -> Float[Array, " B"]:
@@ -106,6 +113,7 @@ def geometric_ratio(
     return ratio_from_log(masked_mean(log_ratio_t, response_mask, axis=1), limit=limit)
 
 
+@checked
 def geometric_token_ratio(
     log_ratio_t: Float[Array, "B T"], response_mask: Bool[Array, "B T"], *, limit: ScalarLike = LOG_RATIO_LIMIT
 ) -> Float[Array, "B T"]:

@@ -13,6 +13,7 @@ from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Int
 
+from jaxrl_llm.checks import checked
 from jaxrl_llm.checks import require_choice
 from jaxrl_llm.objectives import advantages
 from jaxrl_llm.objectives.aggregation import AGGREGATIONS
@@ -259,6 +260,7 @@ def get_recipe(name: str) -> Recipe:
     return RECIPES[name]
 
 
+@checked
 def sequence_advantages(recipe: Recipe, rewards: Float[Array, " B"], group_ids: Int[Array, " B"]) -> Float[Array, " B"]:
     """The advantage of each sequence by the recipe's rule; call it on the whole batch, before it is cut into
     micro-batches.

@@ -12,6 +12,7 @@ from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import ScalarLike
 
+from jaxrl_llm.checks import checked
 from jaxrl_llm.checks import require_dtype
 from jaxrl_llm.checks import require_same_shape
 
@@ -22,6 +23,7 @@ def _constant(advantages: Float[Array, "*shape"], other: Float[Array, "*shape"],
     return jax.lax.stop_gradient(advantages)
 
 
+@checked
 def score_function(log_prob: Float[Array, "*shape"], advantages: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """REINFORCE: loss_t = -A_t log pi(y_t|c_t), whose gradient is the policy gradient when the data are on-policy.
 
@@ -40,6 +42,7 @@ def score_function(log_prob: Float[Array, "*shape"], advantages: Float[Array, "*
     return -_constant(advantages, log_prob, "log_prob") * log_prob
 
 
+@checked
 def importance_weighted(ratio: Float[Array, "*shape"], advantages: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """loss_t = -A_t rho_t: the surrogate of trust-region methods, without a clip.
 
@@ -49,6 +52,7 @@ def importance_weighted(ratio: Float[Array, "*shape"], advantages: Float[Array, 
     return -_constant(advantages, ratio, "ratio") * ratio
 
 
+@checked
 def clipped(
     ratio: Float[Array, "*shape"],
     advantages: Float[Array, "*shape"],
@@ -77,6 +81,7 @@ def clipped(
     return -jnp.minimum(ratio * fixed, jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * fixed)
 
 
+@checked
 def dual_clipped(
     ratio: Float[Array, "*shape"],
     advantages: Float[Array, "*shape"],
@@ -96,6 +101,7 @@ def dual_clipped(
     return jnp.where(fixed < 0, jnp.minimum(loss, jnp.negative(dual_clip * fixed)), loss)
 
 
+@checked
 def clipped_weight(
     log_prob: Float[Array, "*shape"],
     ratio: Float[Array, "*shape"],
@@ -128,6 +134,7 @@ def clipped_weight(
     return -weight * fixed * log_prob
 
 
+@checked
 def clip_binds(
     ratio: Float[Array, "*shape"],
     advantages: Float[Array, "*shape"],
@@ -141,6 +148,7 @@ def clip_binds(
     return ((advantages > 0) & (ratio > 1 + clip_high)) | ((advantages < 0) & (ratio < 1 - clip_low))
 
 
+@checked
 def divergence_masked(
     ratio: Float[Array, "*shape"],
     advantages: Float[Array, "*shape"],

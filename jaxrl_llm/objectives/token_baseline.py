@@ -15,6 +15,7 @@ from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import Int
 
+from jaxrl_llm.checks import checked
 from jaxrl_llm.checks import require_dtype
 from jaxrl_llm.checks import require_rank
 from jaxrl_llm.checks import require_same_shape
@@ -22,6 +23,7 @@ from jaxrl_llm.masked import safe_divide
 from jaxrl_llm.objectives.advantages import group_centred
 
 
+@checked
 def spent_gradient(
     log_prob: Float[Array, "B T"], collision: Float[Array, "B T"], response_mask: Bool[Array, "B T"]
 ) -> Float[Array, "B T"]:
@@ -81,6 +83,7 @@ def _against_weighted_mean(
     return jax.lax.stop_gradient(jnp.where(compared, centred[:, None] - baseline, jnp.zeros((), weight.dtype)))
 
 
+@checked
 def optimal_token_baseline(
     rewards: Float[Array, " B"],
     log_prob: Float[Array, "B T"],
@@ -115,6 +118,7 @@ def optimal_token_baseline(
     return _against_weighted_mean(rewards, spent, response_mask, group_ids)
 
 
+@checked
 def own_token_baseline(
     rewards: Float[Array, " B"],
     log_prob: Float[Array, "B T"],

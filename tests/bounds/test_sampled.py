@@ -138,7 +138,7 @@ def without_type_hook():
 
 
 def test_bad_input_is_a_sentence(without_type_hook):
-    with pytest.raises(ValueError, match="rewards has 3 sequences and log_ratio_t 4"):
+    with pytest.raises(ValueError, match=r"rewards is .* and log_ratio_t is .* their axes B must be equal"):
         sampled_gain(LOG_RATIO, ALL, jnp.ones(3))
     with pytest.raises(ValueError, match=r"log_ratio_t is float32\[2\]; it must have 2 axes \[B T\]"):
         sampled_gain(LOG_RATIO[0], ALL, REWARDS)

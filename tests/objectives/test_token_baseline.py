@@ -48,7 +48,7 @@ def test_the_own_baseline_by_hand():
 
 
 def test_rewards_of_another_batch_are_refused(without_type_hook):
-    with pytest.raises(ValueError, match="rewards has 3 sequences and log_prob 4"):
+    with pytest.raises(ValueError, match=r"log_prob is .* and rewards is .* their axes B must be equal"):
         optimal_token_baseline(jnp.array(REWARDS[:3]), jnp.log(P), jnp.array(C), MASK, IDS[:3])
 
 
