@@ -3,7 +3,7 @@
 Claim      Tabular HyperAgent (M = 4) solves every size tried within N^2 / 2 episodes on average, while epsilon-greedy
            Q-learning leaves most grids of size 10 unsolved after 10,000.
 Command    python -m experiments run deep_sea
-Cost       two minutes of CPU time on a 2-core Intel Xeon (AMX, AVX-512), compilation included; seven minutes beside other work
+Cost       two minutes of CPU time on a 2-core Intel Xeon (AMX, AVX-512), compilation included
 Expected   margin_below_half_square >= 0.0 in summary.json: the smallest 1 - episodes / (N^2 / 2)
 
 Source: HyperAgent (arXiv 2402.10228). A size is solved at the first evaluation (every ten episodes) whose 100 returns
