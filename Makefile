@@ -46,7 +46,7 @@ test-float64: $(STAMP)
 test-sharded: $(STAMP)
 	XLA_FLAGS="$(XLA_FLAGS) --xla_force_host_platform_device_count=8" $(PYTEST) tests/sharded
 
-## aot        compile the kernels for TPUs that are not here (installs libtpu, 0.7 GB, into .venv-aot)
+## aot        compile the kernels for TPUs and an H100 that are not here (installs libtpu and a CUDA plugin, 1.1 GB, into .venv-aot)
 AOT := $(CURDIR)/.venv-aot
 aot: $(AOT)/.installed
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 TPU_LOG_DIR=disabled PYTHONPATH=$(AOT) $(PYTEST) tests/aot
@@ -54,6 +54,8 @@ $(AOT)/.installed: $(STAMP)
 	@# The version that the installed jax names, in a folder of its own: .venv stays as it is.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(AOT) "$$($(BIN)/python -c \
 		'import importlib.metadata as m; print(next(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))')"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(AOT) $$($(BIN)/python -c \
+		'import jax; print(*(f"jax-cuda13-{part}=={jax.__version__}" for part in ("plugin", "pjrt")))')
 	@touch $@
 
 ## lint       ruff, pyright and the floors' import contracts
