@@ -42,7 +42,9 @@ def _measure(features: jax.Array, atoms: jax.Array, prior: jax.Array) -> dict[st
         act = posterior @ best  # an action as often as it is the best one
         gap = jnp.max(means, axis=1)[:, None] - means
         regrets.append(jnp.sum(joint[:, :, None] * act[:, None, :] * gap[None]))
-        spread = posterior @ jnp.square(means) - jnp.square(posterior @ means)  # x_a^T Gamma x_a
+        # x_a^T Gamma x_a, as a mean of squares: a difference of squares may round below 0, which has no root.
+        off = means[None] - (posterior @ means)[:, None]
+        spread = jnp.sum(posterior[:, :, None] * jnp.square(off), axis=1)
         variances.append(jnp.sum(total[:, None] * act * spread))
         joint = jnp.einsum("hn,ha,nao->haon", joint, act, outcome).reshape(-1, ATOMS)
     regret, variance = jnp.cumsum(jnp.stack(regrets)), jnp.cumsum(jnp.stack(variances))  # at every K
