@@ -1,15 +1,35 @@
 """Curves with bands, and heat maps, for experiments that average over seeds."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy import stats
 
 from experiments import style
 
 HALF = 1.96
-"""Half-width of a 95 % interval, in standard errors."""
+"""Half-width of a 95 % interval, in standard errors, of a mean over many seeds; `half_width` is for few."""
+
+
+def half_width(count: int) -> float:
+    """Half-width of a 95 % interval of the mean of `count` numbers, in standard errors, by Student's t: 3.18 for 4."""
+    return float(stats.t.ppf(0.975, count - 1))
+
+
+def standard_error(values: Any, axis: int = 0) -> Any:
+    """Standard error of a mean over seeds: sqrt( sum (x - mean)^2 / (n - 1) / n ).
+
+    Args:
+        values: at least two along the axis; of numpy or of JAX.
+        axis: that of the seeds.
+
+    Returns:
+        as the values, without that axis.
+    """
+    return values.std(axis, ddof=1) / values.shape[axis] ** 0.5
 
 
 def band(
@@ -22,13 +42,14 @@ def band(
     *,
     dashes: str = "-",
     marker: str = "",
+    half: float = HALF,
 ) -> None:
-    """A mean with its 95 % band over seeds."""
+    """A mean with its 95 % band over seeds, `half` standard errors to either side."""
     axes.plot(x, mean, color=colour, linestyle=dashes, label=label, marker=marker, markersize=4)
-    low = mean - HALF * error
+    low = mean - half * error
     if axes.get_yscale() == "log":
         low = np.maximum(low, 1e-3 * mean)
-    axes.fill_between(x, low, mean + HALF * error, color=colour, alpha=0.18, linewidth=0)
+    axes.fill_between(x, low, mean + half * error, color=colour, alpha=0.18, linewidth=0)
 
 
 def heat_maps(panels: Sequence[tuple[str, np.ndarray]], names: Sequence[str], *, rows: str, columns: str) -> Figure:

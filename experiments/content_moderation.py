@@ -1,6 +1,6 @@
 """A hypermodel head keeps learning which posts to block; greedy heads can lock into blocking all of them.
 
-Claim      Over 10,000 posts, the regret of a hypermodel head above that of the best linear rule in hindsight grows
+Claim      Over 10,000 posts, the regret of a hypermodel head above that of linear regression in hindsight grows
            sublinearly: in the last quarter it is at most half of what it was in the first.
 Command    python -m experiments run content_moderation
            --features smollm2 (last-token states of SmolLM2-135M), smollm2_tuned (with adapters that learn), hashed
@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.bands import standard_error
 from experiments.moderation_agents import AGENTS
 from experiments.moderation_agents import Player
 from experiments.moderation_page import moderation_page
@@ -59,7 +60,7 @@ LOCKED = 0.01
 """An agent has locked into blocking when it publishes less than this share of the last tenth of the posts."""
 
 RIDGE = 1.0
-"""Penalty of the best linear rule, in units of one text of mean square norm."""
+"""Penalty of the linear regression in hindsight, in units of one text of mean square norm."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +125,7 @@ class World(NamedTuple):
         rows: the same before any learning [N, C + 1]; what linear agents see.
         harmless: P(harmless) of each text.
         held_out: which texts never arrive.
-        hindsight: what the best linear rule publishes, of every text.
+        hindsight: what linear regression on all labels publishes, of every text; near the best linear rule, not it.
     """
 
     features: Features
@@ -152,7 +153,7 @@ def read_texts(settings: ModerationSettings) -> CrowdTexts:
 
 @functools.lru_cache(maxsize=1)
 def make_world(settings: ModerationSettings) -> World:
-    """Texts, their features (from the cache, if they are there), and the best linear rule."""
+    """Texts, their features (from the cache, if they are there), and the rule of linear regression on all labels."""
     texts = read_texts(settings)
     training = ~texts.held_out
     if settings.features == "smollm2_tuned":
@@ -181,7 +182,7 @@ def _scores(harmless: np.ndarray, published: np.ndarray) -> dict[str, float]:
 
 
 def _reference(settings: ModerationSettings) -> Mapping[str, Any]:
-    """The oracle, the best linear rule, and the two rules that read nothing, on arriving and on held-out texts."""
+    """The oracle, linear regression in hindsight, two rules that read nothing; on arriving and on held-out texts."""
     world = make_world(settings)
     kept = {}
     for group, chosen in (("training", ~world.held_out), ("held_out", world.held_out)):
@@ -239,9 +240,11 @@ def parts(settings: ModerationSettings) -> Parts:
     Raises:
         ValueError: a setting is not possible.
     """
-    for name in ("texts", "components", "seeds", "index_dimension", "batch", "every", "tuned_layers", "rank"):
+    for name in ("texts", "components", "index_dimension", "batch", "every", "tuned_layers", "rank"):
         if getattr(settings, name) < 1:
             raise ValueError(f"Field --{name.replace('_', '-')} is {getattr(settings, name)}; it must be at least 1.")
+    if settings.seeds < 2:
+        raise ValueError(f"Field --seeds is {settings.seeds}; it must be at least 2, for an interval.")
     if settings.rounds < 8:
         raise ValueError(f"Field --rounds is {settings.rounds}; it must be at least 8, for there to be quarters.")
     for name in ("prior_scale", "noise_scale", "learning_rate", "tuned_learning_rate"):
@@ -272,7 +275,7 @@ def summarise(settings: ModerationSettings, results: Results) -> dict[str, Any]:
         first, last = quarters(part["rounds"], part["excess"].mean(0))
         summary["agents"][name] = {
             "regret": float(part["regret"][:, -1].mean()),
-            "regret_error": float(part["regret"][:, -1].std() / settings.seeds**0.5),
+            "regret_error": float(standard_error(part["regret"][:, -1])),
             "excess": float(part["excess"][:, -1].mean()),
             "excess_first_quarter": float(first),
             "excess_last_quarter": float(last),
@@ -288,7 +291,7 @@ def summarise(settings: ModerationSettings, results: Results) -> dict[str, Any]:
     summary |= {
         "slowdown": 1 - hypermodel["excess_last_quarter"] / max(hypermodel["excess_first_quarter"], 1e-6),
         "greedy_minus_hypermodel": float(difference.mean()),
-        "greedy_minus_hypermodel_error": float(difference.std() / settings.seeds**0.5),
+        "greedy_minus_hypermodel_error": float(standard_error(difference)),
         "reference": {name: float(value) for name, value in results["reference"].items() if name != "seconds"},
     }
     return summary

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from experiments import style
-from experiments.bands import HALF
+from experiments.bands import half_width
+from experiments.bands import standard_error
 from experiments.figures import legend
 from experiments.study import Page
 from experiments.study import Results
@@ -74,13 +75,13 @@ def _table(settings: Any, results: Results) -> Table:
     ):
         for size in sizes:
             part = results[f"{prefix}_{size}"]
-            mean, error = part["episodes"].mean(), part["episodes"].std() / settings.seeds**0.5
+            mean, error = part["episodes"].mean(), standard_error(part["episodes"])
             rows.append(
                 (
                     label,
                     str(size),
                     f"{part['solved'].mean():.0%}",
-                    f"{mean:,.0f} ± {HALF * error:,.0f}",
+                    f"{mean:,.0f} ± {half_width(settings.seeds) * error:,.0f}",
                     f"{mean / (size**2 / 2):.2f}",
                 )
             )

@@ -7,8 +7,9 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from experiments import style
-from experiments.bands import HALF
 from experiments.bands import band
+from experiments.bands import half_width
+from experiments.bands import standard_error
 from experiments.figures import legend
 from experiments.study import Page
 from experiments.study import Results
@@ -40,7 +41,8 @@ def over_time(settings: Any, results: Results) -> Picture:
             for name in settings.agents:
                 label, colour, dashes = LABELS[name]
                 part = results[f"{bandit}_{name}"]
-                band(axes, part["rounds"], part["mean"], part["error"], colour, label, dashes=dashes)
+                half = half_width(settings.seeds)
+                band(axes, part["rounds"], part["mean"], part["error"], colour, label, dashes=dashes, half=half)
             axes.set_title(TITLES[bandit], fontsize=9.5, color=style.INK)
             axes.set_xlabel("round")
             axes.set_ylabel("cumulative regret" if number == 0 else "")
@@ -65,7 +67,7 @@ def over_parameters(settings: Any, results: Results) -> Picture:
         found += [results[key] for key in (f"size_{name}_{size}" for size in settings.other_sizes) if key in results]
         found.sort(key=lambda part: int(part["parameters"]))
         means = [part["final"].mean() for part in found]
-        errors = [HALF * part["final"].std() / settings.seeds**0.5 for part in found]
+        errors = [half_width(settings.seeds) * standard_error(part["final"]) for part in found]
         at = [int(part["parameters"]) for part in found]
         axes.errorbar(at, means, yerr=errors, color=colour, marker="o", markersize=4.5, label=label, capsize=2)
     axes.set_ylim(bottom=0)
@@ -79,10 +81,10 @@ def over_parameters(settings: Any, results: Results) -> Picture:
 
 
 def _table(settings: Any, summary: Mapping[str, Any]) -> Table:
-    rows = []
+    rows, half = [], half_width(settings.seeds)
     for name in settings.agents:
         cells = [
-            f"{summary['regret'][bandit][name]:.1f} ± {HALF * summary['regret_error'][bandit][name]:.1f}"
+            f"{summary['regret'][bandit][name]:.1f} ± {half * summary['regret_error'][bandit][name]:.1f}"
             for bandit in settings.bandits
         ]
         rows.append((LABELS[name][0], f"{summary['parameters'][name]:,}", *cells))
@@ -91,7 +93,8 @@ def _table(settings: Any, summary: Mapping[str, Any]) -> Table:
 
 def neural_bandit_page(settings: Any, results: Results, summary: Mapping[str, Any]) -> Page:
     """Regret over time and against parameters."""
-    saved, half = summary["saved_against_greedy"], HALF * summary["saved_against_greedy_error"]
+    saved = summary["saved_against_greedy"]
+    half = half_width(settings.seeds) * summary["saved_against_greedy_error"]
     return Page(
         value=f"{100 * saved:+.0f} %",
         value_range=f"{100 * (saved - half):+.0f} to {100 * (saved + half):+.0f} % regret saved",
@@ -109,7 +112,8 @@ def neural_bandit_page(settings: Any, results: Results, summary: Mapping[str, An
                 [
                     "Every agent has the same two hidden layers and learns by one gradient step per round. HyperAgent "
                     "takes the loss over all 2 M coordinate indices, Ensemble++ its exact expectation with the "
-                    "features held constant in the factor; Ensemble+ has M networks with priors."
+                    "features held constant in the factor; Ensemble+ has M networks with priors of scale 1, where "
+                    f"those of hypermodels and epinet have scale {settings.prior_scale:g}."
                 ],
                 [over_time(settings, results), over_parameters(settings, results)],
                 _table(settings, summary),

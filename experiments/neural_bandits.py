@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments.bands import standard_error
 from experiments.neural_bandit_page import neural_bandit_page
 from experiments.registry import Expectation
 from experiments.study import Parts
@@ -84,7 +85,7 @@ class NeuralBanditSettings:
         start: rounds before the first step.
         noise_scale: sigma of the perturbations.
         weight_decay: beta.
-        prior_scale: of the fixed priors.
+        prior_scale: of the fixed priors of hypermodels and epinet; members of Ensemble+ have priors of scale 1.
         langevin_step: step size of LMC-TS.
         temperature: of LMC-TS.
         epsilon: share of random actions of the epsilon-greedy agent.
@@ -160,7 +161,7 @@ def _played(bandit: str, name: str, size: int, settings: NeuralBanditSettings) -
         "rounds": kept + 1,
         "final": curves[:, -1],
         "mean": curves.mean(0)[kept],
-        "error": (curves.std(0) / settings.seeds**0.5)[kept],
+        "error": standard_error(curves)[kept],
         "parameters": np.asarray(count_parameters(model)),
     }
 
@@ -171,9 +172,11 @@ def parts(settings: NeuralBanditSettings) -> Parts:
     Raises:
         ValueError: a size is not possible.
     """
-    for name in ("dimension", "actions", "shown", "rounds", "seeds", "index_dimension", "hidden", "batch"):
+    for name in ("dimension", "actions", "shown", "rounds", "index_dimension", "hidden", "batch"):
         if getattr(settings, name) < 1:
             raise ValueError(f"Field --{name.replace('_', '-')} is {getattr(settings, name)}; it must be at least 1.")
+    if settings.seeds < 2:
+        raise ValueError(f"Field --seeds is {settings.seeds}; it must be at least 2, for an interval.")
     if settings.shown > settings.actions:
         raise ValueError(f"Field --shown is {settings.shown}; it must be at most --actions, {settings.actions}.")
     unknown = [name for name in settings.bandits if name not in BANDITS]
@@ -203,11 +206,10 @@ def summarise(settings: NeuralBanditSettings, results: Results) -> dict[str, Any
     return {
         "saved_against_greedy": float(1 - ours.mean() / greedy.mean()),
         # Over seeds, paired: every agent meets the same bandits.
-        "saved_against_greedy_error": float((greedy - ours).std() / settings.seeds**0.5 / greedy.mean()),
+        "saved_against_greedy_error": float(standard_error(greedy - ours) / greedy.mean()),
         "regret": {bandit: {name: float(f.mean()) for name, f in of.items()} for bandit, of in finals.items()},
         "regret_error": {
-            bandit: {name: float(f.std() / settings.seeds**0.5) for name, f in of.items()}
-            for bandit, of in finals.items()
+            bandit: {name: float(standard_error(f)) for name, f in of.items()} for bandit, of in finals.items()
         },
         "parameters": {name: int(results[f"{CLAIMED}_{name}"]["parameters"]) for name in settings.agents},
     }

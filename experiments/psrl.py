@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.bands import standard_error
 from experiments.psrl_page import AGENTS
 from experiments.psrl_page import EASY_AGENTS
 from experiments.psrl_page import psrl_page
@@ -202,7 +203,7 @@ def _played(name: str, kind: str, settings: PsrlSettings, width: float = 1.0) ->
     kept: dict[str, Any] = {
         "final": curves[:, -1],
         "mean": jnp.mean(curves, axis=0),
-        "error": jnp.std(curves, axis=0) / settings.seeds**0.5,
+        "error": standard_error(curves),
     }
     if name == "vtr_1":
         kept["optimistic"] = jnp.all(played.measured["optimistic"], axis=1)

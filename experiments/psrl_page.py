@@ -11,6 +11,7 @@ import numpy as np
 from experiments import style
 from experiments.bands import HALF
 from experiments.bands import band
+from experiments.bands import standard_error
 from experiments.figures import legend
 from experiments.study import Page
 from experiments.study import Results
@@ -73,7 +74,7 @@ def best(results: Results, names: Sequence[str]) -> str:
 def paired(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
     """Mean and standard error of second - first over seeds."""
     gap = second - first
-    return float(gap.mean()), float(gap.std() / len(gap) ** 0.5)
+    return float(gap.mean()), float(standard_error(gap))
 
 
 def _below(results: Results, name: str, first: str, second: str) -> Statement:
@@ -99,7 +100,7 @@ def _bound_statement(results: Results) -> Statement:
 def _identity_statement(results: Results) -> Statement:
     part = results["psrl"]
     gaps = [paired(part["final"], part["matched"]), paired(part["matched"], part["along"])]
-    gaps.append((float(part["true_part"].mean()), float(part["true_part"].std() / len(part["final"]) ** 0.5)))
+    gaps.append(paired(np.zeros(len(part["final"])), part["true_part"]))
     scores = [abs(gap) / max(error, 1e-9) for gap, error in gaps]
     return Statement(
         "identities",
@@ -241,10 +242,7 @@ def _proof_table(results: Results) -> Table:
         "along": "sum <X, theta_k - theta>: simulation",
         "true_part": "sum <X, theta - mean>: zero",
     }
-    rows = [
-        (text, f"{part[name].mean():.3f}", f"{part[name].std() / len(part[name]) ** 0.5:.3f}")
-        for name, text in texts.items()
-    ]
+    rows = [(text, f"{part[name].mean():.3f}", f"{standard_error(part[name]):.3f}") for name, text in texts.items()]
     return Table(head=("summed over episodes", "mean", "standard error"), rows=rows)
 
 

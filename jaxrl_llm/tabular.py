@@ -3,6 +3,7 @@
 Steps are numbered h = 1..H in formulas and 0..H-1 in arrays; V_{H+1} = 0. Everything is jit-, vmap- and grad-able.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 from typing import NamedTuple
@@ -180,8 +181,22 @@ def require_probabilities(**arrays: Float[Array, "..."]) -> None:
             )
 
 
+def require_rewards(rewards: Float[Array, "..."], low: float = -math.inf, high: float = math.inf) -> None:
+    """Every reward must be a finite number in [low, high]; a tracer is skipped, its values are not known.
+
+    Raises:
+        ValueError: giving the smallest and the largest one.
+    """
+    if isinstance(rewards, Tracer):
+        return
+    known = np.asarray(rewards, np.float64)
+    if not np.isfinite(known).all() or (known < low - SUM_TOLERANCE).any() or (known > high + SUM_TOLERANCE).any():
+        wanted = "be finite numbers" if math.isinf(high) else f"lie in [{low:g}, {high:g}]"
+        raise ValueError(f"rewards run from {known.min():.6g} to {known.max():.6g}; they must {wanted}.")
+
+
 def require_mdp(mdp: TabularMdp | LinearMixture) -> None:
-    """The arrays of an MDP must fit each other and hold probabilities, where their values are known.
+    """The arrays of an MDP must fit each other, hold probabilities and finite rewards, where their values are known.
 
     Raises:
         ValueError: naming what does not fit.
@@ -205,3 +220,4 @@ def require_mdp(mdp: TabularMdp | LinearMixture) -> None:
             f"initial has shape {mdp.initial.shape}; it must be one probability for each of {states} states."
         )
     require_probabilities(**{name: moves}, initial=mdp.initial)
+    require_rewards(mdp.rewards)

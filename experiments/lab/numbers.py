@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
+from experiments.bands import half_width
+from experiments.bands import standard_error
 from experiments.study import Arrays
 
 TAIL = 10
@@ -41,8 +42,7 @@ def over_seeds(values: np.ndarray) -> Interval:
     count = len(values)
     if count < 2:
         return Interval(float(values.mean()), float("inf"))
-    half = stats.t.ppf(0.975, count - 1) * values.std(ddof=1) / count**0.5
-    return Interval(float(values.mean()), float(half))
+    return Interval(float(values.mean()), half_width(count) * float(standard_error(values)))
 
 
 def window(steps: int) -> int:

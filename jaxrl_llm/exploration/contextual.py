@@ -15,6 +15,7 @@ from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Int
 
+from jaxrl_llm.checks import require_rank
 from jaxrl_llm.exploration import indices
 from jaxrl_llm.exploration.agent import first_maximum
 from jaxrl_llm.exploration.features import Features
@@ -134,9 +135,10 @@ def independent_linear(
         the agent; its state is a `Gaussian` with a leading axis of actions.
 
     Raises:
-        ValueError: if a scale is not positive, inflation is negative, or outputs is below 1.
+        ValueError: if a scale is not positive, inflation is negative, outputs is below 1, or features have parameters.
     """
     require_at_least("outputs", outputs, 1)
+    _require_given(features)
     require_positive("prior_scale", prior_scale)
     require_positive("noise_scale", noise_scale)
     require_not_negative("inflation", inflation)
@@ -186,9 +188,10 @@ def independent_hyperagent(
         the agent; its state is a `Hypermodel` with a leading axis of actions.
 
     Raises:
-        ValueError: if a scale is not positive, or outputs or index_dimension is below 1.
+        ValueError: if a scale is not positive, outputs or index_dimension is below 1, or features have parameters.
     """
     require_at_least("outputs", outputs, 1)
+    _require_given(features)
     one = hyperagent(
         features.width,
         index_dimension=index_dimension,
@@ -215,7 +218,16 @@ def independent_hyperagent(
     return NeuralAgent(init, act, update, outputs)
 
 
-def rows_of(table: Float[Array, "N P"]) -> Features:
+def _require_given(features: Features) -> None:
+    count = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(features.init, jax.random.key(0))))
+    if count:
+        raise ValueError(
+            f"features have {count} parameters; an exact linear agent needs features without any (given_features, "
+            "rows_of)."
+        )
+
+
+def rows_of(table: Float[Array, "*shape"]) -> Features:
     """Features of numbered inputs: row i of a table that was computed once.
 
     Replay buffers then hold numbers instead of features.
@@ -225,7 +237,11 @@ def rows_of(table: Float[Array, "N P"]) -> Features:
 
     Returns:
         features without parameters; inputs are integers.
+
+    Raises:
+        ValueError: if the table has not two axes.
     """
+    require_rank(2, "N P", table=table)
 
     def apply(parameters: Any, inputs: Int[Array, " B"]) -> Float[Array, "B P"]:
         return table[inputs]

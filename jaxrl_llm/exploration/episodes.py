@@ -116,8 +116,8 @@ def play_episodes(
         exact regrets in units of reward, what was measured, and the last state.
 
     Raises:
-        ValueError: if episodes is below 1, the arrays of the MDP do not fit each other, or (where its values are known)
-            its probabilities do not sum to 1.
+        ValueError: if episodes is below 1, the arrays of the MDP do not fit each other, the agent was made for another
+            shape, or (where values are known) probabilities do not sum to 1 or a reward is not finite.
     """
     require_at_least("episodes", episodes, 1)
     tabular.require_mdp(mdp)
@@ -127,6 +127,9 @@ def play_episodes(
     def step(state: Any, episode_key: PRNGKey) -> tuple[Any, tuple[Array, Any]]:
         act_key, run_key, update_key = jax.random.split(episode_key, 3)
         plan = agent.act(state, act_key)
+        if plan.action_values.shape != mdp.rewards.shape:
+            made = plan.action_values.shape
+            raise ValueError(f"agent plans for {made} steps, states and actions; the MDP has {mdp.rewards.shape}.")
         episode = run_episode(mdp, plan.policy, run_key)
         regret = best - tabular.start_value(mdp, tabular.evaluate(mdp, plan.policy))
         measured = None if measure is None else measure(state, plan, episode)

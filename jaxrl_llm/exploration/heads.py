@@ -117,11 +117,8 @@ def hypermodel(
     _require_sizes(index_dimension, outputs, prior_scale)
     require_positive("posterior_scale", posterior_scale)
     require_choice("first_mean", first_mean, ("sphere", "zeros"))
-    if prior_features is not None and prior_features.input_shape != features.input_shape:
-        raise ValueError(
-            f"prior_features take inputs of shape {prior_features.input_shape}, features of {features.input_shape}; "
-            "they must be the same."
-        )
+    if prior_features is not None:
+        _require_same_inputs(features, prior_features)
     prior_width = features.width if prior_features is None else prior_features.width
 
     def init(key: PRNGKey) -> tuple[Any, Any]:
@@ -176,9 +173,11 @@ def ensemble(
         the model.
 
     Raises:
-        ValueError: if prior_scale is not positive or a size is below 1.
+        ValueError: if prior_scale is not positive, a size is below 1, or the two features take other inputs.
     """
+    require_at_least("members", members, 1)
     _require_sizes(members, outputs, prior_scale)
+    _require_same_inputs(features, prior_features)
 
     def network(one: Features) -> Callable[[PRNGKey], Any]:
         def init(key: PRNGKey) -> Any:
@@ -285,6 +284,14 @@ def _require_sizes(index_dimension: int, outputs: int, prior_scale: float) -> No
     require_at_least("index_dimension", index_dimension, 1)
     require_at_least("outputs", outputs, 1)
     require_positive("prior_scale", prior_scale)
+
+
+def _require_same_inputs(features: Features, prior_features: Features) -> None:
+    if prior_features.input_shape != features.input_shape:
+        raise ValueError(
+            f"prior_features take inputs of shape {prior_features.input_shape}, features of {features.input_shape}; "
+            "they must be the same."
+        )
 
 
 def count_parameters(model: ValueModel) -> int:

@@ -21,12 +21,14 @@ def langevin_noise(
     nearly exp(-count J / temperature). Source: LMC-TS, Xu et al. 2022 (arXiv 2206.11254).
 
     Args:
-        inner: what is done to the gradient first.
+        inner: what is done to the gradient first, without turning it around: optax.identity(), or a preconditioner such
+            as optax.scale_by_rms(). A whole optimizer such as optax.adam gives a step of descent already.
         step_size: eta.
         temperature: in units of the loss of one datum.
 
     Returns:
-        an optax transformation whose update also takes `key` and `count`.
+        an optax transformation whose update also takes `key` and `count`; its init raises a ValueError if `inner` turns
+        a gradient of ones around.
 
     Raises:
         ValueError: if step_size or temperature is not positive.
@@ -34,6 +36,19 @@ def langevin_noise(
     require_positive("step_size", step_size)
     require_positive("temperature", temperature)
     direction = optax.with_extra_args_support(inner)
+
+    def init(params: Any) -> Any:
+        # Of the shapes alone, so that it is known at trace time too.
+        with jax.ensure_compile_time_eval():
+            ones = jax.tree.map(lambda leaf: jnp.ones(jnp.shape(leaf), jnp.result_type(leaf)), params)
+            turned, _ = direction.update(ones, direction.init(ones), ones)
+            along = sum(float(jnp.sum(leaf)) for leaf in jax.tree.leaves(turned))
+        if along < 0:
+            raise ValueError(
+                "inner turns gradients around, as a whole optimizer does; it must be optax.identity() or a "
+                "preconditioner such as optax.scale_by_rms(), or weights would climb the loss."
+            )
+        return direction.init(params)
 
     def update(
         updates: Any, state: Any, params: Any = None, *, key: PRNGKey, count: Float[Array, ""], **extra: Any
@@ -48,4 +63,4 @@ def langevin_noise(
         ]
         return jax.tree.unflatten(structure, moved), state
 
-    return optax.GradientTransformationExtraArgs(direction.init, update)  # pyright: ignore[reportArgumentType]
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]

@@ -15,6 +15,7 @@ from jaxtyping import ScalarLike
 from jaxrl_llm.bounds.regret import self_normalised_width
 from jaxrl_llm.exploration.episodes import Episode
 from jaxrl_llm.exploration.episodes import EpisodicAgent
+from jaxrl_llm.exploration.inputs import require_not_negative
 from jaxrl_llm.exploration.inputs import require_positive
 from jaxrl_llm.exploration.posteriors import Posterior
 from jaxrl_llm.exploration.posteriors import value_targets
@@ -23,8 +24,17 @@ from jaxrl_llm.tabular import Plan
 from jaxrl_llm.tabular import backward_induction
 from jaxrl_llm.tabular import require_mdp
 from jaxrl_llm.tabular import require_probabilities
+from jaxrl_llm.tabular import require_rewards
 from jaxrl_llm.tabular import value_ranges
 from jaxrl_llm.typing import PRNGKey
+
+
+def _require_fit(posterior: Posterior, rewards: Float[Array, "*shape"]) -> None:
+    """Rewards must be in [0, 1], where they are known, and of the shape that the posterior is for."""
+    shape = jax.eval_shape(lambda: posterior.mean(posterior.init())).shape[:3]
+    if rewards.shape != shape:
+        raise ValueError(f"rewards has shape {rewards.shape}; it must be {shape}, as the posterior is for.")
+    require_rewards(rewards, 0.0, 1.0)
 
 
 def _clipped_plan(transitions: Float[Array, "H S A S"], rewards: Float[Array, "H S A"]) -> Plan:
@@ -49,7 +59,11 @@ def psrl(posterior: Posterior, rewards: Float[Array, "H S A"]) -> EpisodicAgent:
 
     Returns:
         the agent; its state is that of the posterior.
+
+    Raises:
+        ValueError: if rewards have another shape than the posterior is for, or (where known) are not in [0, 1].
     """
+    _require_fit(posterior, rewards)
 
     def act(state: object, key: PRNGKey) -> Plan:
         return _clipped_plan(posterior.sample(state, key), rewards)
@@ -60,8 +74,9 @@ def psrl(posterior: Posterior, rewards: Float[Array, "H S A"]) -> EpisodicAgent:
 def greedy_in_the_mean(posterior: Posterior, rewards: Float[Array, "H S A"]) -> EpisodicAgent:
     """In each episode, the optimal policy of the posterior mean: never explores on purpose.
 
-    Args, Returns as `psrl`.
+    Args, Returns, Raises as `psrl`.
     """
+    _require_fit(posterior, rewards)
 
     def act(state: object, key: PRNGKey) -> Plan:
         return _clipped_plan(posterior.mean(state), rewards)
@@ -114,16 +129,17 @@ def ucrl_vtr(
         the agent; its state is a `Regression`.
 
     Raises:
-        ValueError: if shapes do not fit, ridge or parameter_norm is not positive, failure not in (0, 1), or bonus_scale
-            negative.
+        ValueError: if shapes do not fit, ridge or parameter_norm is not positive, failure not in (0, 1), bonus_scale
+            negative, or rewards (where known) not in [0, 1].
     """
     require_mdp(mixture)
+    require_rewards(mixture.rewards, 0.0, 1.0)
     require_positive("ridge", ridge)
     require_positive("parameter_norm", parameter_norm)
     if not 0 < failure < 1:
         raise ValueError(f"failure is {failure}; it must lie between 0 and 1.")
-    if isinstance(bonus_scale, (int, float)) and not bonus_scale >= 0:
-        raise ValueError(f"bonus_scale is {bonus_scale}; it must be at least 0.")
+    if isinstance(bonus_scale, (int, float)):
+        require_not_negative("bonus_scale", bonus_scale)
     horizon, dimension = mixture.rewards.shape[0], mixture.kernels.shape[0]
     ranges = value_ranges(horizon).astype(mixture.rewards.dtype)
     unit = jnp.maximum(ranges, 1.0)  # at the last step X = 0, whatever it is divided by
@@ -178,7 +194,8 @@ def rlsvi(
         the agent; its state is the table of visits [H, S, A, S].
 
     Raises:
-        ValueError: if noise is not positive, shapes do not fit or P0 (where its values are known) is not probabilities.
+        ValueError: if noise is not positive, shapes do not fit or (where values are known) P0 is not probabilities or
+            rewards are not in [0, 1].
     """
     if isinstance(noise, (int, float)):
         require_positive("noise", noise)
@@ -187,6 +204,7 @@ def rlsvi(
             f"prior_transitions has shape {prior_transitions.shape}; it must be {(*rewards.shape, rewards.shape[1])}."
         )
     require_probabilities(prior_transitions=prior_transitions)
+    require_rewards(rewards, 0.0, 1.0)
     horizon, states, _ = rewards.shape
     ranges = value_ranges(horizon).astype(rewards.dtype)
     steps = jnp.arange(horizon)

@@ -217,9 +217,14 @@ def neural_hyperagent(
         perturbation: law of z.
         draws: indices per datum where the update law has no finite set.
 
-    Returns, Raises as `neural_agent`.
+    Returns:
+        the agent.
+
+    Raises:
+        ValueError: as `neural_agent`, or if the model has no index.
     """
     require_at_least("draws", draws, 1)
+    require_at_least("index_dimension of the model", model.index_dimension, 1)
 
     def loss(trained: Any, prior: Any, data: Data, key: PRNGKey) -> Float[Array, " B"]:
         if update.update_set is None:
@@ -280,11 +285,16 @@ def _no_index(key: PRNGKey, shape: tuple[int, ...]) -> Array:
 def neural_greedy(model: ValueModel, learning: Learning, *, epsilon: float = 0.0) -> NeuralAgent:
     """Acts on the fitted value of a model without an index; with probability epsilon at random.
 
-    Args, Returns, Raises as `neural_agent`.
+    Args, Returns as `neural_agent`.
+
+    Raises:
+        ValueError: as `neural_agent`, or if the model has an index.
     """
+    if model.index_dimension != 0:
+        raise ValueError(f"model has index_dimension {model.index_dimension}; this agent needs one without an index.")
 
     def loss(trained: Any, prior: Any, data: Data, key: PRNGKey) -> Float[Array, " B"]:
-        over = jnp.zeros((1, 1, model.index_dimension))
+        over = jnp.zeros((1, 1, 0))
         return index_loss(model, trained, prior, data, over, noise_scale=learning.noise_scale)
 
     return neural_agent(model, loss, learning, reference=_no_index, perturbation=_no_index, epsilon=epsilon)
@@ -295,7 +305,8 @@ def langevin_sampling(model: ValueModel, learning: Learning, *, step_size: float
 
     theta <- theta - step_size grad J + sqrt(2 step_size temperature / |D|) N(0, I), J = mean loss + beta / |D|
     |theta|^2: Langevin's iteration on |D| J / temperature with steps step_size temperature / |D|. `learning.optimizer`
-    is applied to the gradient first (optax.identity() for the plain iteration, a preconditioner otherwise).
+    is applied to the gradient first and must not turn it around: optax.identity() for the plain iteration, or a
+    preconditioner such as optax.scale_by_rms(), not a descent step such as optax.adam.
 
     Args:
         model: f, without an index.
@@ -303,7 +314,7 @@ def langevin_sampling(model: ValueModel, learning: Learning, *, step_size: float
         step_size: eta.
         temperature: 1 / inverse temperature, in squared units of reward.
 
-    Returns, Raises as `neural_agent`.
+    Returns, Raises as `neural_greedy`; a ValueError by its `init`, if the optimizer turns gradients around.
     """
     noisy = langevin_noise(learning.optimizer, step_size=step_size, temperature=temperature)
     return neural_greedy(model, learning._replace(optimizer=noisy))

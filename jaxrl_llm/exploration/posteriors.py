@@ -88,7 +88,8 @@ def finite_support(mixture: LinearMixture, atoms: Float[Array, "H N D"], weights
         the posterior; its state is a `FiniteSupport`.
 
     Raises:
-        ValueError: if shapes do not fit, or weights (where their values are known) are not probabilities.
+        ValueError: if shapes do not fit, or (where values are known) weights, or the transitions of an atom, are not
+            probabilities.
     """
     require_mdp(mixture)
     horizon, dimension = mixture.rewards.shape[0], mixture.kernels.shape[0]
@@ -97,6 +98,11 @@ def finite_support(mixture: LinearMixture, atoms: Float[Array, "H N D"], weights
     if weights.shape != atoms.shape[:2]:
         raise ValueError(f"weights has shape {weights.shape}; it must be {atoms.shape[:2]}, as the atoms are.")
     require_probabilities(weights=weights)
+    if not isinstance(atoms, Tracer) and not isinstance(mixture.kernels, Tracer):
+        for step in range(horizon):
+            require_probabilities(
+                **{f"the mixture of atoms of step {step + 1}": jnp.tensordot(atoms[step], mixture.kernels, axes=1)}
+            )
 
     def init() -> FiniteSupport:
         return FiniteSupport(jnp.log(weights))
@@ -130,8 +136,11 @@ def dirichlet(concentration: Float[Array, "*shape"]) -> Posterior:
     """
     if concentration.ndim != 4 or concentration.shape[1] != concentration.shape[3]:
         raise ValueError(f"concentration has shape {concentration.shape}; it must be [H, S, A, S].")
-    if not isinstance(concentration, Tracer) and not bool(jnp.all(concentration > 0)):
-        raise ValueError(f"concentration has the entry {float(jnp.min(concentration)):.3g}; all must be positive.")
+    if not isinstance(concentration, Tracer):
+        good = (concentration > 0) & jnp.isfinite(concentration)
+        if not bool(jnp.all(good)):
+            entry = float(concentration.reshape(-1)[jnp.argmin(good)])
+            raise ValueError(f"concentration has the entry {entry:.3g}; all must be positive and finite.")
     steps = jnp.arange(concentration.shape[0])
 
     def update(state: Array, episode: Episode, values: Array) -> Array:

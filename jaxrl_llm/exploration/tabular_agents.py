@@ -3,6 +3,7 @@
 Source: HyperAgent (arXiv 2402.10228), its tabular form; with finite horizon H and one table per step.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -68,13 +69,15 @@ def tabular_hyperagent(
         the agent; its state is a `HyperTable`.
 
     Raises:
-        ValueError: if a size is below 1 or a scale is not positive.
+        ValueError: if a size is below 1, a scale is not positive or prior_mean not finite.
     """
     sizes = {"horizon": horizon, "states": states, "actions": actions, "index_dimension": index_dimension}
     for name, size in sizes.items():
         require_at_least(name, size, 1)
     require_positive("noise_scale", noise_scale)
     require_positive("prior_scale", prior_scale)
+    if not math.isfinite(prior_mean):
+        raise ValueError(f"prior_mean is {prior_mean}; it must be a finite number.")
     beta = noise_scale**2 / prior_scale**2
     steps = jnp.arange(horizon)
 

@@ -100,7 +100,7 @@ def test_parts_give_a_summary_and_a_page() -> None:
     summary = summarise(SMALL, results)
     assert summary["agents"]["greedy"]["reviews"] == one["reviews"][:, -1].mean()
     text = str(moderation_page(SMALL, results, summary))
-    for words in ("sentiment stands for harm", "Human reviews", "best linear rule"):
+    for words in ("sentiment stands for harm", "Human reviews", "linear regression in hindsight"):
         assert words in text
 
 
@@ -113,7 +113,7 @@ def test_quarters_of_a_root_and_of_a_line() -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"seeds": 0}, "--seeds is 0; it must be at least 1"),
+        ({"seeds": 1}, "--seeds is 1; it must be at least 2"),
         ({"rounds": 4}, "--rounds is 4; it must be at least 8"),
         ({"noise_scale": 0.0}, "--noise-scale is 0.0; it must be positive"),
         ({"epsilon": 2.0}, "--epsilon is 2.0; it must lie in"),

@@ -1,5 +1,6 @@
 """Agents at one context a round: the exact linear agent against dense regression, and what a run returns."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from jaxrl_llm.exploration import Learning
 from jaxrl_llm.exploration import hypermodel
 from jaxrl_llm.exploration import independent_hyperagent
 from jaxrl_llm.exploration import independent_linear
+from jaxrl_llm.exploration import mlp
 from jaxrl_llm.exploration import neural_hyperagent
 from jaxrl_llm.exploration import play_contexts
 from jaxrl_llm.exploration import rows_of
@@ -132,6 +134,11 @@ def test_agents_for_another_number_of_actions_are_refused(posts: Posts, table: A
         play_contexts(agent, posts, key, rounds=0)
     with pytest.raises(ValueError, match="index_dimension is 0"):
         independent_hyperagent(rows_of(table), outputs=2, index_dimension=0)
+    with pytest.raises(ValueError, match="it must have 2 axes"):
+        rows_of(table[0])
+    for make in (independent_linear, functools.partial(independent_hyperagent, index_dimension=2)):
+        with pytest.raises(ValueError, match="features have 60 parameters; an exact linear agent needs features"):
+            make(mlp(5, (10,)), outputs=2)
     with pytest.raises(ValueError, match="inflation is -1"):
         independent_linear(rows_of(table), outputs=2, inflation=-1.0)
     with pytest.raises(ValueError, match="prior_scale is 0"):

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -148,6 +149,70 @@ def test_the_greedy_agent_plans_in_the_mean_and_rlsvi_around_it(key):
     np.testing.assert_allclose(quiet.act(quiet.init(key), key).values, expected.values, rtol=1e-4)
 
 
+def known_visits():
+    """What 3 episodes through the same cells leave: action 1 leads from 0 to 1, then action 2 from 1 to 2, twice."""
+    return Episode(jnp.asarray([0, 1, 2, 0, 0]), jnp.asarray([1, 2, 0, 0]), jnp.zeros(HORIZON))
+
+
+def test_the_noise_of_rlsvi_is_that_of_a_mean_of_values(key):
+    """Q ~ N(r + mean, c^2 (H - h)^2 / (4 (n + 1))) where no clip is in the way."""
+    mixture, atoms, *_ = first_world()
+    prior = jnp.broadcast_to(jnp.full(3, 1 / 3), mixture.transitions(atoms[:, 0]).shape)
+    rewards = jnp.full(mixture.rewards.shape, 0.5)
+    agent = rlsvi(rewards, prior, noise=0.2)
+    state = agent.init(key)
+    plan = agent.act(state, key)
+    for _ in range(3):
+        state = agent.update(state, key, plan, known_visits())
+    draws = jax.jit(jax.vmap(lambda k: agent.act(state, k)))(jax.random.split(key, 20_000))
+    for step, cell, visits in ((1, (1, 2), 3), (1, (2, 1), 0), (2, (2, 0), 3)):
+        following = draws.values[:, step + 1]
+        mean = (visits * following[:, known_visits().states[step + 1]] + following.mean(1)) / (visits + 1)
+        noise = draws.action_values[:, step, *cell] - 0.5 - mean
+        np.testing.assert_allclose(noise.std(), 0.2 * (HORIZON - 1 - step) / (2 * (visits + 1) ** 0.5), rtol=0.03)
+        np.testing.assert_allclose(noise.mean(), 0, atol=0.01)
+    np.testing.assert_allclose(draws.action_values[:, HORIZON - 1], 0.5, atol=1e-7)
+
+
+def test_the_bonus_of_optimism_is_its_formula(key):
+    """Q = r + <X, theta_hat> + scale R beta |X / R|, where beta takes delta / H."""
+    mixture, *_ = first_world()
+    agent = ucrl_vtr(mixture, failure=0.1, ridge=0.7, parameter_norm=0.9, bonus_scale=0.01)
+    state = agent.init(key)
+    ranges = HORIZON - 1 - np.arange(HORIZON)
+    values = jnp.asarray([[1.5, 2.0, 1.0], [1.0, 2.0, 0.0], [0.5, 1.5, 0.2], [0.55, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    plan = agent.act(state, key)._replace(values=values)
+    for _ in range(3):
+        state = agent.update(state, key, plan, known_visits())
+    step = 1
+    met = np.asarray(mixture.kernels[:, 1, 2] @ values[step + 1])
+    gram = 0.7 * np.eye(4) + 3 * np.outer(met, met) / ranges[step] ** 2
+    estimate = np.linalg.solve(gram, 3 * met * float(values[step + 1, 2]) / ranges[step] ** 2)
+    logs = np.linalg.slogdet(gram / 0.7)[1] + 2 * np.log(HORIZON / 0.1)
+    beta = np.sqrt(logs) / 2 + np.sqrt(0.7) * 0.9
+    found = agent.act(state, key)
+    features = np.einsum("dsat,t->sad", np.asarray(mixture.kernels), np.asarray(found.values[step + 1]))
+    scaled = features / ranges[step]
+    spread = ranges[step] * np.sqrt(np.einsum("sai,ij,saj->sa", scaled, np.linalg.inv(gram), scaled))
+    expected = np.asarray(mixture.rewards[step]) + np.clip(features @ estimate + 0.01 * beta * spread, 0, ranges[step])
+    np.testing.assert_allclose(found.action_values[step], expected, rtol=1e-4)
+    assert (features @ estimate + 0.01 * beta * spread).max() < ranges[step]
+
+
+def test_tabular_hyperagent_backs_up_values_in_its_posterior_mean(key):
+    """Q_1 = (beta mu_0 + sum (r + V_2(s'))) / (N + beta), without spread."""
+    agent = tabular_hyperagent(horizon=2, states=2, actions=2, noise_scale=0.5, prior_scale=0.5, prior_mean=0.3)
+    state = agent.init(key)
+    for end, rewards in ((0, [0.5, 1.0]), (1, [0.5, 2.0]), (1, [0.5, 2.0])):
+        met = Episode(jnp.asarray([0, end, 0]), jnp.asarray([1, 0]), jnp.asarray(rewards))
+        state = agent.update(state, key, agent.act(state, key), met)
+    found = agent.act(state._replace(perturbations=0 * state.perturbations), key)
+    following = [(0.3 + 1) / 2, (0.3 + 4) / 3]  # beta is 1
+    np.testing.assert_allclose(found.values[1], following, rtol=1e-6)
+    expected = (0.3 + 3 * 0.5 + following[0] + 2 * following[1]) / (3 + 1)
+    np.testing.assert_allclose(found.action_values[0, 0], [0.3, expected], rtol=1e-6)
+
+
 def test_without_data_optimism_adds_its_bonus(key):
     mixture, *_ = first_world()
     plan = (agent := ucrl_vtr(mixture)).act(agent.init(key), key)
@@ -242,6 +307,10 @@ def test_q_learning_learns_backwards_within_an_episode(key):
     assert int(agent.act(table, key).policy[0, 0]) == 1
 
 
+def of(mixture, atoms):
+    return finite_support(mixture, atoms, jnp.full(atoms.shape[:2], 1 / atoms.shape[1]))
+
+
 @functools.cache
 def mixture_of_two():
     return random_mixture(jax.random.key(1), states=2, actions=2, horizon=2, dimension=2)
@@ -265,7 +334,36 @@ def mixture_of_two():
         ),
         (lambda m, a: ucrl_vtr(m, ridge=0.0), "ridge is 0.0; it must be a positive number"),
         (lambda m, a: ucrl_vtr(m, failure=1.0), "failure is 1.0; it must lie between 0 and 1"),
-        (lambda m, a: ucrl_vtr(m, bonus_scale=-1.0), "bonus_scale is -1.0; it must be at least 0"),
+        (lambda m, a: ucrl_vtr(m, bonus_scale=-1.0), "bonus_scale is -1.0; it must be a number that is not negative"),
+        (lambda m, a: ucrl_vtr(m, bonus_scale=float("inf")), "bonus_scale is inf"),
+        (lambda m, a: ucrl_vtr(m._replace(rewards=m.rewards + 1)), r"rewards run from 1.* they must lie in \[0, 1\]"),
+        (lambda m, a: rlsvi(-m.rewards, m.transitions(a[:, 0])), r"rewards run from -.* they must lie in \[0, 1\]"),
+        (lambda m, a: psrl(of(m, a), 5 * m.rewards), r"rewards run from .* they must lie in \[0, 1\]"),
+        (lambda m, a: psrl(of(m, a), m.rewards[:1]), r"rewards has shape \(1, 2, 2\); it must be \(2, 2, 2\)"),
+        (lambda m, a: greedy_in_the_mean(of(m, a), m.rewards * jnp.nan), "rewards run from nan to nan"),
+        (lambda m, a: of(m, 2 * a), "the mixture of atoms of step 1 has a row .* with sum 2"),
+        (
+            lambda m, a: of(m, jnp.asarray([3.0, -2.0])[None, None] + 0 * a),
+            "the mixture of atoms of step 1 has a row .* smallest",
+        ),
+        (lambda m, a: dirichlet(jnp.full((2, 2, 2, 2), jnp.inf)), "concentration has the entry inf; all must be"),
+        (lambda m, a: tabular.require_mdp(m._replace(rewards=m.rewards * jnp.inf)), "they must be finite numbers"),
+        (
+            lambda m, a: tabular_hyperagent(horizon=2, states=2, actions=2, prior_mean=float("nan")),
+            "prior_mean is nan; it must be a finite number",
+        ),
+        *(
+            (
+                lambda m, a, shape=shape: play_episodes(
+                    q_learning(horizon=shape[0], states=shape[1], actions=shape[2]),
+                    m.mdp(a[:, 0]),
+                    jax.random.key(0),
+                    episodes=1,
+                ),
+                re.escape(f"agent plans for {shape} steps, states and actions; the MDP has (2, 2, 2)"),
+            )
+            for shape in ((3, 2, 2), (2, 1, 2), (2, 2, 3))
+        ),
         (lambda m, a: rlsvi(m.rewards, m.transitions(a[:, 0]), noise=0.0), "noise is 0.0; it must be a positive"),
         (lambda m, a: rlsvi(m.rewards, jnp.ones((2, 2, 2, 2))), "prior_transitions has a row .* with sum 2"),
         (lambda m, a: rlsvi(m.rewards, jnp.ones((2, 2, 2, 3))), "prior_transitions has shape"),

@@ -230,13 +230,42 @@ def test_langevin_steps_have_the_stationary_law_they_should(key):
     np.testing.assert_allclose(walk[-1].var(), temperature / (2 * 10), rtol=0.1)
 
 
+@pytest.mark.usefixtures("optax_promotes")
+@pytest.mark.parametrize("optimizer", [optax.adam(1e-2), optax.sgd(1e-2)], ids=["adam", "sgd"])
+def test_langevin_refuses_an_optimizer_that_would_climb(optimizer, key):
+    agent = langevin_sampling(point(FEATURES), LEARNING._replace(optimizer=optimizer), step_size=0.1, temperature=1e-3)
+    with pytest.raises(ValueError, match="inner turns gradients around, as a whole optimizer does"):
+        jax.jit(jax.vmap(agent.init))(jax.random.split(key, 2))
+
+
+@pytest.mark.usefixtures("optax_promotes")
+def test_langevin_takes_a_preconditioner(key):
+    agent = langevin_sampling(
+        point(FEATURES), LEARNING._replace(optimizer=optax.scale_by_rms()), step_size=0.1, temperature=1e-3
+    )
+    states = jax.jit(jax.vmap(agent.init))(jax.random.split(key, 2))
+    assert jax.tree.leaves(states.optimizer)[0].shape[0] == 2
+
+
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
         (lambda: hypermodel(FEATURES, index_dimension=0), "index_dimension is 0; it must be at least 1"),
         (lambda: hypermodel(FEATURES, index_dimension=2, prior_scale=0.0), "prior_scale is 0.0; it must be a positive"),
         (lambda: epinet(FEATURES, index_dimension=2, prior_scale=-1.0), "prior_scale is -1.0"),
-        (lambda: ensemble(FEATURES, members=0, prior_features=FEATURES), "index_dimension is 0"),
+        (lambda: ensemble(FEATURES, members=0, prior_features=FEATURES), "members is 0; it must be at least 1"),
+        (
+            lambda: ensemble(FEATURES, members=2, prior_features=mlp(D + 1)),
+            r"prior_features take inputs of shape \(4,\)",
+        ),
+        (
+            lambda: neural_hyperagent(point(FEATURES), LEARNING),
+            "index_dimension of the model is 0; it must be",
+        ),
+        (
+            lambda: neural_greedy(MODELS["ensemble"], LEARNING),
+            "model has index_dimension 4; this agent needs",
+        ),
         (
             lambda: hypermodel(FEATURES, index_dimension=2, prior_features=mlp(D + 1)),
             r"prior_features take inputs of shape \(4,\), features of \(3,\)",
@@ -246,7 +275,9 @@ def test_langevin_steps_have_the_stationary_law_they_should(key):
         (lambda: neural_greedy(point(FEATURES), LEARNING, epsilon=1.5), r"epsilon is 1.5; it must be in \[0, 1\]"),
         (lambda: neural_greedy(point(FEATURES), LEARNING._replace(weight_decay=-1.0)), "weight_decay is -1.0"),
         (
-            lambda: langevin_sampling(point(FEATURES), LEARNING, step_size=0.1, temperature=0.0),
+            lambda: langevin_sampling(
+                point(FEATURES), LEARNING._replace(optimizer=optax.identity()), step_size=0.1, temperature=0.0
+            ),
             "temperature is 0.0; it must be a positive",
         ),
         (lambda: ensemble_plus_plus(MODELS["epinet"], LEARNING), "model has no held_parts"),
