@@ -98,7 +98,7 @@ def test_value_and_gradient(implementation, axis):
 @pytest.mark.parametrize("rows", [1, 4, 5, 21])
 def test_tiles_of_rows(monkeypatch, rows):
     """Fewer rows than a tile, whole tiles, and a last tile that is filled up."""
-    monkeypatch.setattr(xla_loss, "TILE_ROWS", 4)
+    monkeypatch.setattr(xla_loss, "CPU_TILE_ROWS", 4)
     inputs, sides = case(rows=rows, vocabulary=70)
     mask = np.ones(rows, bool)
     wanted, wanted_gradients = by_statistics(inputs, sides, mask=mask)

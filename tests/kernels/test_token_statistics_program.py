@@ -256,14 +256,52 @@ def test_one_trace_for_new_values():
 
 @pytest.mark.parametrize("rows", [0, 1, 100, 2048, 10**6])
 @pytest.mark.parametrize("vocabulary", [1, 7, 301, 49152, 50257, 151552])
-def test_blocks_cover_the_vocabulary(rows, vocabulary):
-    size = block_size(rows, vocabulary, 4)
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_blocks_cover_the_vocabulary(rows, vocabulary, platform):
+    size = block_size(rows, vocabulary, 4, platform)
     layout = Layout(1, vocabulary, size)
     start, last = layout.last
     assert 1 <= last <= size
     assert start == layout.full * size
     assert start + last == vocabulary
     assert size <= vocabulary or layout.full == 0
+
+
+def logit_blocks(op: str, rows: int, width: int, vocabulary: int) -> set[tuple[int, ...]]:
+    """Shapes of the blocks of logits (products that sum over the width) in the gradient of either op."""
+    hidden, head = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((rows, width), (width, vocabulary)))
+    tokens = jax.ShapeDtypeStruct((rows,), jnp.int32)
+
+    def total(hidden, head, tokens):
+        names = ("log_prob", "entropy")
+        if op == "token_loss":
+            return token_loss(
+                hidden, head, tokens, lambda s: s.log_prob + s.entropy, statistics=names, implementation="xla"
+            )[0]
+        values = token_statistics(hidden, head, tokens, statistics=names, implementation="xla")
+        return jnp.sum(values.log_prob + values.entropy)
+
+    program = jax.make_jaxpr(jax.grad(total, (0, 1)))(hidden, head, tokens)
+    products = [e for e in equations(program.jaxpr) if e.primitive.name == "dot_general"]
+    made = {tuple(e.outvars[0].aval.shape) for e in products}
+    return {shape for shape in made if width not in shape}
+
+
+@pytest.mark.parametrize(
+    ("op", "platform", "blocks"),
+    [
+        ("token_statistics", "cpu", {(8192, 256)}),
+        ("token_statistics", "gpu", {(8192, 8192)}),
+        ("token_statistics", "tpu", {(8192, 8192)}),
+        ("token_loss", "cpu", {(512, 1024)}),
+        ("token_loss", "gpu", {(1024, 65536)}),
+        ("token_loss", "tpu", {(1024, 65536)}),
+    ],
+)
+def test_blocks_suit_the_platform(monkeypatch, op, platform, blocks):
+    """2 MiB of logits on CPU, 256 MiB where narrow blocks would leave most of the chip idle."""
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    assert logit_blocks(op, 8192, 4096, 131072) == blocks
 
 
 ERRORS = [

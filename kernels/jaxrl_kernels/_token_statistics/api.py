@@ -94,8 +94,9 @@ def token_statistics(
         implementation: "reference" (plain jax.numpy and autodiff, [N, V] in memory), "xla" (blocks), "pallas_tpu" or
             "pallas_mosaic_gpu" (Mosaic kernels for TPU and for Hopper GPUs; bfloat16 or float32), or None: the
             platform's default. A named one is never replaced by another: where it cannot run, that is an error.
-        block: columns per block of "xla" (None: tuned for the device, else about 2 MB of logits) or per tile of
-            "pallas_tpu" (a multiple of 128; None: what fits into vector memory).
+        block: columns per block of "xla" (None: tuned for the device, else 2 MiB of logits on CPU and 256 MiB
+            elsewhere), per tile of "pallas_tpu" (a multiple of 128; None: what fits into vector memory), or per block
+            of the backward pass of "pallas_mosaic_gpu" (a multiple of 64; None: 256 MiB).
 
     Returns:
         TokenStatistics of [N] arrays; what was not computed is None.
@@ -249,7 +250,7 @@ def token_loss(
         if rows == 0:
             return jnp.zeros((), dtype), count
         engine = ENGINES[chosen]
-        tile = xla_loss.tile_rows(rows) if chosen == "xla" else rows
+        tile = xla_loss.tile_rows(rows, jax.default_backend()) if chosen == "xla" else rows
         size = engine.columns(op, block, tile, vocabulary, dtypes)
         layout = Layout(vocabulary_axis, vocabulary, size)
         plan = xla_loss.LossPlan(layout, wanted, tile, checked, soft_cap, top_k, vocabulary_mesh_axis)

@@ -28,6 +28,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxrl_kernels._token_statistics import xla
+from jaxrl_kernels._token_statistics.blocks import ACCELERATOR_BLOCK_BYTES
 from jaxrl_kernels._token_statistics.blocks import Layout
 from jaxrl_kernels._token_statistics.blocks import Logits
 from jaxrl_kernels._token_statistics.blocks import fold
@@ -49,9 +50,6 @@ from jaxrl_kernels._token_statistics.vjp import Plan
 
 COPIED = 2048
 """Columns per block of a head that the kernel cannot read in place."""
-
-BACKWARD_BYTES = 2**28
-"""Logits of one head, in the accumulator's type, that a block of the backward pass holds."""
 
 PARTS = 3
 """bfloat16 numbers that add up to a float32."""
@@ -78,7 +76,7 @@ def columns(op: str, block: int | None, rows: int, vocabulary: int, dtypes: tupl
             f"'xla'."
         )
     if block is None:
-        fitting = BACKWARD_BYTES // (max(rows, 1) * 4)
+        fitting = ACCELERATOR_BLOCK_BYTES // (max(rows, 1) * 4)
         block = max(STEP, fitting // STEP * STEP)
     elif block < 1 or block % STEP:
         raise ValueError(

@@ -4,6 +4,9 @@ Forward: one sweep, one matrix product per head. Backward: the logits of each bl
 the block is closed form, and two more products give the cotangents of hidden states and head. Total variation needs
 both normalisers first and costs a second sweep; `log_min_p` needs the largest logit first and costs one more product
 with the policy's head.
+
+Memory: a few blocks of logits (2 MiB each on CPU, 256 MiB on accelerators: blocks.py), and in the backward pass the
+cotangent of the hidden states in the accumulator's type.
 """
 
 import jax
@@ -34,7 +37,8 @@ from jaxrl_kernels._token_statistics.vjp import without_idle_reference
 def columns(op: str, block: int | None, rows: int, vocabulary: int, dtypes: tuple[jnp.dtype, ...]) -> int:
     """Columns of a block for a given `block` argument."""
     if block is None:
-        return tuned.block(op, rows, vocabulary) or block_size(rows, vocabulary, accumulator(*dtypes).itemsize)
+        size = block_size(rows, vocabulary, accumulator(*dtypes).itemsize, jax.default_backend())
+        return tuned.block(op, rows, vocabulary) or size
     if block < 1:
         raise ValueError(f"{op}: block must be at least 1 column, not {block}.")
     return min(block, vocabulary)

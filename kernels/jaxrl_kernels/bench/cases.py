@@ -127,7 +127,7 @@ def _loss_with_gradient(inputs: Inputs):
 def product_by_blocks(inputs: Inputs) -> Array:
     """One product of the hidden states with the head, block by block and kept nowhere: the ceiling of the sweeps."""
     rows, vocabulary = inputs.hidden.shape[0], inputs.head.shape[1]
-    size = block_size(rows, vocabulary, 4)
+    size = block_size(rows, vocabulary, 4, jax.default_backend())
 
     def body(carry: Array, index: Array) -> tuple[Array, None]:
         block = lax.dynamic_slice_in_dim(inputs.head, index * size, size, axis=1)
