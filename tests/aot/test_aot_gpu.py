@@ -87,6 +87,8 @@ def arrays(size, axis, dtype, *, reference):
         pytest.param(LARGE, 1, ("log_prob", "entropy"), 1, id="one-head"),
         pytest.param(LARGE, 0, FOUR, 1, id="reference-tied"),
         pytest.param((1001, 576, 50304), 1, ALL, 2, id="all-ragged"),
+        # Eight steps of the width, which a compiler likes to unroll.
+        pytest.param((2048, 512, 49152), 1, FOUR, 1, id="eight-steps"),
     ],
 )
 def test_forward_in_bfloat16(compiled, size, axis, names, kernels):
@@ -128,7 +130,9 @@ def test_dense_gradient(compiled, dtype):
 
 
 @pytest.mark.parametrize("gradient", [False, True])
-def test_xla(compiled, gradient):
+def test_xla(compiled, gradient, monkeypatch):
+    """Blocks of the size chosen on a GPU, 256 MiB of logits: wide enough for the chip, a few at a time."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     function = statistics_of(1, ("log_prob", "entropy"), "xla", gradient=gradient)
     held = compiled(function, *arrays(LARGE, 1, jnp.bfloat16, reference=False), kernels=0)
     assert held < 1.5e9

@@ -11,6 +11,7 @@ from jaxrl_kernels import tuned
 from jaxrl_kernels.bench import accuracy
 from jaxrl_kernels.bench import cases
 from jaxrl_kernels.bench import dense
+from jaxrl_kernels.bench import roofline
 from jaxrl_kernels.bench import table
 from jaxrl_kernels.bench import targets
 from tests.kernels.head_oracle import error
@@ -51,6 +52,24 @@ def test_a_missed_promise_is_named(change, sentence):
     found = targets.misses(results(**change))
     assert len(found) == 1
     assert sentence in found[0]
+
+
+def test_roofline_counts_work_and_bytes():
+    """Two heads of 4 x (2 + 8) bytes and twice 1 MiB of temporaries move; two products of 32 flop are done."""
+    programs = {
+        "product": {"temporaries_mib": 0.0, "gflop_per_cpu_second": 9.0},
+        "forward/naive": {"temporaries_mib": 1.0, "gflop_per_cpu_second": 3.0},
+        "gradient/torch eager": {},
+    }
+    product, naive = roofline.points("N2_D1_V8_float32", programs)
+    assert product == ("product", 32 / 40, 9.0)
+    assert naive == ("forward/naive", 64 / (80 + 2**21), 3.0)
+    copied = {"programs": {"copy": {"gb_per_cpu_second": 0.5}}}
+    run = {"device": "a device", "shapes": {"N2_D1_V8_float32": {"programs": programs}, "N2_V8_float32": copied}}
+    (axes,) = roofline.draw(run, "N2_D1_V8_float32").axes
+    flat, slanted = (line.get_xydata().tolist() for line in axes.lines[:2])
+    assert {y for _, y in flat} == {9.0}
+    assert slanted[0][1] == 0.5 * slanted[0][0]
 
 
 def test_table_names_the_device_and_the_ratios():

@@ -206,7 +206,9 @@ def _fill(case: Case, heads: list[Head], ring, full, empty, row, first, last) ->
                 plgpu.copy_gmem_to_smem(source, ring[1].at[slot], full.at[slot], collective_axes="cluster")
                 return count + 1
 
-            count = lax.fori_loop(0, steps, step, count)
+            # A loop known to have eight steps would be unrolled, and then the copying warpgroup spills registers. The
+            # compiler does not know that no count of steps reaches 2^30.
+            count = lax.fori_loop(0, steps + lax.shift_right_logical(count, jnp.int32(30)), step, count)
         return count
 
     count = lax.fori_loop(first, last, fill_tile, jnp.int32(0))

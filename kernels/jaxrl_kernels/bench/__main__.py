@@ -23,6 +23,7 @@ from jaxrl_kernels.bench import accuracy
 from jaxrl_kernels.bench import dense
 from jaxrl_kernels.bench import peers
 from jaxrl_kernels.bench import tune
+from jaxrl_kernels.bench.cases import PRODUCTS
 from jaxrl_kernels.bench.cases import PROGRAMS
 from jaxrl_kernels.bench.cases import Shape
 from jaxrl_kernels.bench.cases import make_inputs
@@ -45,16 +46,6 @@ SHAPES = (
 )
 """Width 0 means logits that exist already."""
 
-FLOPS = {
-    "product": 1,
-    "forward/naive": 2,
-    "forward/token_statistics": 2,
-    "gradient/naive": 4,
-    "gradient/token_statistics": 6,
-    "gradient/token_loss": 4,
-}
-"""Matrix products of one head that each program executes."""
-
 
 def run_shape(shape: Shape, rounds: int, torch: str | None) -> dict:
     """Everything measured for one shape of hidden states and head."""
@@ -64,7 +55,7 @@ def run_shape(shape: Shape, rounds: int, torch: str | None) -> dict:
     gigaflop = 2 * shape.rows * shape.width * shape.vocabulary / 1e9
     for name, program in compiled.items():
         table[name]["temporaries_mib"] = temporaries(program)
-        table[name]["gflop_per_cpu_second"] = round(FLOPS[name] * gigaflop / table[name]["cpu_seconds"], 1)
+        table[name]["gflop_per_cpu_second"] = round(PRODUCTS[name] * gigaflop / table[name]["cpu_seconds"], 1)
     product, forward = (table[name]["cpu_seconds"] for name in ("product", "forward/token_statistics"))
     (_, values), (d_hidden, _) = compiled["gradient/token_statistics"](inputs)
     if torch is not None and shape.dtype == "float32":

@@ -147,3 +147,13 @@ PROGRAMS: dict[str, Callable[[Inputs], object]] = {
     "gradient/token_loss": _loss_with_gradient,
 }
 """Programs of one shape, by name; those of one group before the slash are compared with its naive member."""
+
+PRODUCTS = {
+    "product": 1,
+    "forward/naive": 2,
+    "forward/token_statistics": 2,
+    "gradient/naive": 4,
+    "gradient/token_statistics": 6,
+    "gradient/token_loss": 4,
+}
+"""Matrix products of one head that each program executes."""
