@@ -8,6 +8,7 @@ the slanted one the rate of a copy, if one was measured. matplotlib is needed he
 import json
 import sys
 from pathlib import Path
+from typing import Any
 from typing import NamedTuple
 
 import matplotlib as mpl
@@ -21,7 +22,7 @@ COLOURS = {"naive": "#d55e00", "token_statistics": "#0072b2", "token_loss": "#00
 
 MARKERS = {"forward": "o", "gradient": "s"}
 
-STYLE = {
+STYLE: Any = {
     "figure.constrained_layout.use": True,
     "font.size": 9.5,
     "text.color": INK,
@@ -89,7 +90,7 @@ def draw(results: dict, shape: str) -> Figure:
                 continue
             group, program = point.program.split("/")
             label = f"{program}, {group}: {point.rate:.0f} GFLOP, {point.rate / roof:.0%}"
-            marker = {"marker": MARKERS[group], "markersize": 7, "linestyle": "none", "color": COLOURS[program]}
+            marker: Any = {"marker": MARKERS[group], "markersize": 7, "linestyle": "none", "color": COLOURS[program]}
             axes.plot(point.intensity, point.rate, label=label, **marker)
         axes.legend(loc="lower right", frameon=False, title="rate, and share of the bare product's", fontsize=9)
         axes.set_xlim(low, high)
