@@ -31,7 +31,10 @@ class RunSettings:
         learns: which parameters learn: those of the top layers, low-rank adapters on the top layers, or all.
         top_layers: how many layers from the top take part, for "top_layers" and "lora".
         lora_rank: rank of the adapters, for "lora".
-        mismatch: what the sampler does differently: a name of jaxrl_llm.rollouts.perturb.PERTURBATIONS.
+        mismatch: what the sampler does differently: a name of jaxrl_llm.rollouts.perturb.PERTURBATIONS. With one of
+            its weights, TRM's exact masks and the metrics shift/* and bounds/* compare with the policy that sampled.
+            With one of its cache or logits they cannot: exact masks are refused (recipes with a sampled mask are
+            not), and shift/* and bounds/* compare with the policy before the update, without the perturbation.
         mismatch_strength: scale of the noise, temperature, top_p or top_k; the usual one where None.
         train: sizes, sampling, optimiser and update.
     """

@@ -10,7 +10,8 @@ rollout/dropped_nonfinite               rollouts left out of everything else, as
 rollout_corr/*, training/*              the trainer's policy before the update against the sampler (`diagnostics`)
 shift/*                                 the policy after all optimiser steps (pi) against the one that sampled (mu),
                                         exactly, at every sampled context; mu is the policy before the update unless
-                                        the sampler has perturbed weights
+                                        the sampler has perturbed weights: perturbations of its cache or its logits
+                                        are not in it, and then not in bounds/* either
 bounds/*                                bounds on |J(pi) - J(mu) - L'|, beside sampled estimates of that error
 """
 
