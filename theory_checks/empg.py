@@ -89,6 +89,30 @@ def _measure(step_h: jax.Array, mask: jax.Array, advantages: jax.Array, logits: 
 
 
 WORLD = World(name="empg", draw=_draw, measure=_measure)
+POLICIES = 48
+
+
+def _draw_policies(generator: np.random.Generator, count: int) -> list[Any]:
+    """Sets of policies, from flat to peaked within each set."""
+    spread = generator.uniform(0.3, 4.0, (count, POLICIES, 1))
+    return [(jnp.asarray(spread * generator.normal(size=(count, POLICIES, VOCABULARY))),)]
+
+
+def _rank_correlation(one: jax.Array, other: jax.Array) -> jax.Array:
+    """Spearman's: the correlation of the ranks."""
+    ranks = [jnp.argsort(jnp.argsort(x)).astype(x.dtype) for x in (one, other)]
+    return jnp.corrcoef(*ranks)[0, 1]
+
+
+def _measure_policies(logits: jax.Array) -> dict[str, jax.Array]:
+    mean_square = jax.vmap(_policy)(logits)["mean_square"]
+    return {
+        "rank_renyi": _rank_correlation(mean_square, -jnp.log(categorical.collision(logits))),
+        "rank_shannon": _rank_correlation(mean_square, categorical.entropy(logits)),
+    }
+
+
+POLICY_SETS = World(name="empg_policies", draw=_draw_policies, measure=_measure_policies)
 COOLING, BISECTIONS = 0.1, 50
 """Weight of the entropy of the root that makes the fixed point unique, and how finely it is found."""
 
@@ -157,6 +181,17 @@ CHECKS = [
         lambda m: m["shannon"],
         wrong_left=lambda m: 1.3 * m["mean_square"],
         paper=DERIVED,
+    ),
+    _check(
+        "rank_correlation",
+        "over policies, E|grad_z log pi|^2 has rank correlation 1 with Renyi's H2; with Shannon's H it has not",
+        ("bounds.logit_dynamics.expected_squared_update_norm",),
+        lambda m: m["rank_renyi"],
+        lambda m: np.ones_like(m["rank_renyi"]),
+        wrong_left=lambda m: m["rank_shannon"],
+        world=POLICY_SETS,
+        paper=DERIVED,
+        equality=True,
     ),
     _check(
         "scale_mean_one",

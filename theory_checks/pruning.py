@@ -9,6 +9,7 @@ import numpy as np
 from jaxrl_llm import categorical
 from jaxrl_llm.bounds import pruning as bounds
 from jaxrl_llm.objectives import pruning
+from theory_checks import pruned_training
 from theory_checks import token_trees as trees
 from theory_checks.check import Check
 from theory_checks.check import World
@@ -42,19 +43,8 @@ def _law(policy: Any) -> jax.Array:
     return jnp.exp(trees.sequence_log_probs(policy))
 
 
-def _sequences() -> tuple[jax.Array, list[jax.Array]]:
-    """Tokens of every sequence [V^T, T], and the row of its context at each depth."""
-    grid = np.indices((VOCABULARY,) * HORIZON).reshape(HORIZON, -1).T
-    contexts = [np.zeros(len(grid), int)]
-    for t in range(HORIZON - 1):
-        contexts.append(contexts[-1] * VOCABULARY + grid[:, t])
-    return jnp.asarray(grid), [jnp.asarray(c) for c in contexts]
-
-
 def _token_values(policy: Any) -> tuple[jax.Array, jax.Array]:
-    tokens, contexts = _sequences()
-    each = [pruning.pruned_log_prob(policy[t][contexts[t]], tokens[:, t], log_min_p=LOG_MIN_P) for t in range(HORIZON)]
-    return jnp.stack([x.log_prob for x in each], 1), jnp.stack([x.kept for x in each], 1)
+    return pruned_training.token_values(policy, log_min_p=LOG_MIN_P)
 
 
 def _flat(policy: Any) -> jax.Array:
@@ -141,9 +131,14 @@ def _measure(pi: Any, infer: Any, rewards: jax.Array) -> dict[str, jax.Array]:
 WORLD = World(name="pruning", draw=_draw, measure=_measure)
 
 
-def _check(name, statement, functions, left, right, *, paper=DERIVED, **options) -> Check:
+def _check(name, statement, functions, left, right, *, world=WORLD, paper=DERIVED, **options) -> Check:
     names = " ".join(functions)
-    return compare(f"pruning.{name}", statement, names, left, right, world=WORLD, paper=paper, **options)
+    return compare(f"pruning.{name}", statement, names, left, right, world=world, paper=paper, **options)
+
+
+def _both(m: Any, name: str) -> np.ndarray:
+    """Of every step of the training, without and with pruning."""
+    return np.stack([m[f"{name}_full"], m[f"{name}_pruned"]], axis=1)
 
 
 CHECKS = [
@@ -252,5 +247,41 @@ CHECKS = [
         lambda m: m["token_reachable"],
         wrong=lambda m: m["token_reachable"] / 2,
         equality=True,
+    ),
+    _check(
+        "training_log_ratio",
+        "training on a noisy mu: E_mu sum_t |log ratio| <= 2 E_mu sum_t e(c_t) (1 - min(p_t, p'_t)) at every step",
+        ("bounds.mismatch.two_sided_log_prob_change",),
+        lambda m: m["log_ratio_full"],
+        lambda m: m["log_ratio_bound_full"],
+        wrong=lambda m: m["log_ratio_bound_full"] / 2,
+        world=pruned_training.WORLD,
+    ),
+    _check(
+        "training_value",
+        "|J(pi) - J_S(pi)| <= P_pi(some token leaves) at every step of that training",
+        ("objectives.pruning.pruned_log_prob",),
+        lambda m: np.abs(m["reward_pruned"] - m["pruned_reward_pruned"]),
+        lambda m: m["leaves_pruned"],
+        wrong=lambda m: m["leaves_pruned"] / 2,
+        world=pruned_training.WORLD,
+    ),
+    _check(
+        "training_update",
+        "|expected update - grad J_S| <= sqrt(2 T) TV(mu_S', pi_S), without and with pruning",
+        ("objectives.pruning.pruned_log_prob",),
+        lambda m: _both(m, "update_error"),
+        lambda m: _both(m, "update_bound"),
+        wrong=lambda m: _both(m, "update_bound") / 6,
+        world=pruned_training.WORLD,
+    ),
+    _check(
+        "training_corrected",
+        "with sequence weights it is at most sqrt(T / 2) P_{pi_S}(some token outside S'): 0 where the sets agree",
+        ("objectives.pruning.pruned_sequence_weights",),
+        lambda m: _both(m, "corrected_error"),
+        lambda m: _both(m, "missed"),
+        wrong_left=lambda m: _both(m, "update_error"),
+        world=pruned_training.WORLD,
     ),
 ]

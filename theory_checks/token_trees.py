@@ -27,6 +27,23 @@ def prefix_log_probs(policy):
     return reached
 
 
+def responses(vocabulary, horizon):
+    """Tokens of every response [V^T, T], and the row of its context at each depth, one array per depth."""
+    tokens = np.indices((vocabulary,) * horizon).reshape(horizon, -1).T
+    rows = [np.zeros(len(tokens), int)]
+    for t in range(horizon - 1):
+        rows.append(rows[-1] * vocabulary + tokens[:, t])
+    return jnp.asarray(tokens), [jnp.asarray(row) for row in rows]
+
+
+def token_log_probs(policy):
+    """[V^T, T]: log probability of every token of every response in its context."""
+    tokens, rows = responses(policy[0].shape[-1], len(policy))
+    return jnp.stack(
+        [categorical.log_probs(z)[row, tokens[:, t]] for t, (z, row) in enumerate(zip(policy, rows, strict=True))], 1
+    )
+
+
 def token_log_ratios(pi, mu):
     """[V^T, T]: log pi - log mu of every token of every sequence."""
     horizon, vocabulary = len(pi), pi[0].shape[-1]
