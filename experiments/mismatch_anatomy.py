@@ -227,11 +227,13 @@ def parts(settings: MismatchSettings) -> Parts:
     return named
 
 
-def _numbers(part: dict[str, np.ndarray], settings: MismatchSettings) -> dict[str, Any]:
+def _numbers(part: dict[str, np.ndarray], settings: MismatchSettings, *, own_texts: bool) -> dict[str, Any]:
     real, all_real = part["full_mask"], part["mask"]
     kl, change = part["kl"][real], np.abs(part["log_mu"] - part["log_pi"])[all_real]
     log_ratio = np.where(all_real, part["log_pi"] - part["log_mu"], 0.0)
-    worst = sampled.sampled_worst_surrogate_error(jnp.asarray(log_ratio), jnp.asarray(all_real))
+    # Of an engine's own responses only: a perturbation draws one token in each context of the trainer's texts, and a
+    # product of ratios along those is no ratio of a response.
+    worst = sampled.sampled_worst_surrogate_error(jnp.asarray(log_ratio), jnp.asarray(all_real)) if own_texts else None
     bounds = bounds_of(part, settings.response_length)
     return {
         "tokens": int(all_real.sum()),
@@ -245,7 +247,7 @@ def _numbers(part: dict[str, np.ndarray], settings: MismatchSettings) -> dict[st
         "largest_noise": None if np.isinf(part["noise"][real]).any() else float(part["noise"][real].max()),
         "k2_over_kl": float(part["k2"][real].sum() / kl.sum()),
         "exceeds_printed_law": float(part["above_printed"][real].mean()),
-        "worst_surrogate_error": float(worst.value),
+        "worst_surrogate_error": None if worst is None else float(worst.value),
         "unified_printed": float(bounds.unified_printed),
         "unified_sharp": float(bounds.unified_sharp),
         "vacuous": bool(bounds.vacuous),
@@ -255,7 +257,9 @@ def _numbers(part: dict[str, np.ndarray], settings: MismatchSettings) -> dict[st
 
 def summarise(settings: MismatchSettings, results: Results) -> dict[str, Any]:
     """The numbers of every engine and perturbation."""
-    numbers = {name: _numbers(part, settings) for name, part in results.items()}
+    numbers = {
+        name: _numbers(part, settings, own_texts=name.startswith("engine_")) for name, part in results.items()
+    }
     engines = [f"engine_{name}" for name in settings.engines]
     return {
         "flatness": min(numbers[name]["flatness"] for name in engines),

@@ -71,11 +71,14 @@ def _statistics(log_mu, log_pi, *, buckets: tuple[float, ...]):
 def _pruned(log_mu, log_pi, log_min_p):
     mu, pi = jax.nn.softmax(log_mu), jax.nn.softmax(log_pi)
     keep_mu, keep_pi = (z >= jnp.max(z, axis=-1, keepdims=True) + log_min_p for z in (log_mu, log_pi))
+    # What a pruned side samples: renormalised on its own set.
+    safe_mu, safe_pi = (jnp.where(keep, p, 0.0) for keep, p in ((keep_mu, mu), (keep_pi, pi)))
+    safe_mu, safe_pi = (p / jnp.sum(p, axis=-1, keepdims=True) for p in (safe_mu, safe_pi))
     return {
         "pruned_mass": jnp.sum(jnp.where(keep_pi, 0.0, pi), axis=-1),
         "flips": jnp.sum(keep_mu != keep_pi, axis=-1),
-        "missing_mass": jnp.sum(jnp.where(keep_pi & ~keep_mu, pi, 0.0), axis=-1),
-        "wasted_mass": jnp.sum(jnp.where(keep_mu & ~keep_pi, mu, 0.0), axis=-1),
+        "missing_mass": jnp.sum(jnp.where(keep_mu, 0.0, safe_pi), axis=-1),
+        "wasted_mass": jnp.sum(jnp.where(keep_pi, 0.0, safe_mu), axis=-1),
     }
 
 

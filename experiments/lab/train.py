@@ -21,6 +21,7 @@ from jaxrl_llm import categorical
 from jaxrl_llm.bounds import bound_inputs_from_tokens
 from jaxrl_llm.bounds import sampled_surrogate_error
 from jaxrl_llm.bounds import surrogate_error_bounds
+from jaxrl_llm.bounds.sampled import LOG_RATIO_LIMIT
 from jaxrl_llm.masked import masked_mean
 from jaxrl_llm.masked import masked_sum
 from jaxrl_llm.masked import safe_divide
@@ -94,6 +95,11 @@ def on_tokens(
     )
 
 
+def log_ratio_of(both: OnTokens) -> Float[Array, "B T"]:
+    """log pi - log mu of the sampled tokens [nats]; pi prunes a token it does not keep: ratio 0 (to the clamp), not 1."""
+    return jnp.where(both.kept, both.log_prob - both.log_prob_mu, -LOG_RATIO_LIMIT)
+
+
 def _loss_of(recipe: Recipe) -> Callable[[OnTokens, Sampled], tuple[Array, dict[str, Array]]]:
     """The recipe's loss, and which share of sequences and tokens it takes out of the update."""
 
@@ -124,7 +130,7 @@ def _metrics(world: World, sampled: Sampled, both: OnTokens, exact: Exact) -> di
     """Numbers of one step, before its update."""
     mask = sampled.mask & both.kept
     gap = jnp.where(mask, both.log_prob - both.log_prob_mu, 0.0)
-    error = sampled_surrogate_error(gap, sampled.mask, sampled.rewards, group_ids=None, baseline=0.5)
+    error = sampled_surrogate_error(log_ratio_of(both), sampled.mask, sampled.rewards, group_ids=None, baseline=0.5)
     visited = bound_inputs_from_tokens(both.kl, both.tv, sampled.mask, horizon=world.horizon)
     bounds = surrogate_error_bounds(
         visited if exact.inputs is None else exact.inputs,

@@ -104,6 +104,19 @@ def test_pruning_prunes_both_sides(trained):
     np.testing.assert_allclose(trained("tis")["reward"], weak["reward"], atol=1e-4)  # there is nothing to prune
 
 
+def test_a_pruned_token_has_the_ratio_zero():
+    """The sampled error of the surrogate is that of enumeration where the trainer does not keep what was sampled."""
+    world = ladder(jax.random.key(0), horizon=3, rungs=RUNGS, vocabulary=VOCABULARY, traps=1, answers=20_000)
+    noise = perturbation("gaussian_noise", 0.5).logits
+    trainer = Trainer(
+        world, Mismatch(noise, 0), [arm("dvp", mask_maximum=1, mask_average=1)], steps=1, learning_rate=0.1
+    )
+    part = jax.device_get(trainer.train("dvp", log_min_p=-0.2, seeds=2, key=jax.random.key(5)))
+    assert part["wasted"].min() > 0.05
+    np.testing.assert_array_less(np.abs(part["error_sampled"] - part["error"]), 4 * part["error_sampled_se"])
+    # With the ratio 1 there, which counts the token as kept, both seeds are more than 10 standard errors off.
+
+
 def test_exact_rewards_of_sums_are_those_of_samples():
     world = sums(prompts=50, group_size=40, width=16, layers=1, imitation_steps=200)
     state = jax.jit(world.init)(jax.random.key(0))

@@ -235,6 +235,13 @@ def test_names(logits, keys):
         perturb.perturbation("fp8_weights", 2.0)
 
 
+def test_two_noises_of_a_chain_are_independent(keys):
+    noise, nothing = perturb.perturbation("gaussian_noise", 1.0), jnp.zeros((*keys.shape, 4000))
+    both = np.asarray(perturb.combine(noise, noise).logits(nothing, keys))
+    # The same noise twice would have a standard deviation of 2.
+    np.testing.assert_allclose(both.std(), 2**0.5, rtol=0.05)
+
+
 def test_combined_perturbations_act_in_order(logits, keys):
     first, second = perturb.perturbation("bounded_noise", 0.4), perturb.perturbation("top_k", 5)
     both = perturb.combine(first, second, perturb.perturbation("int8_cache"))

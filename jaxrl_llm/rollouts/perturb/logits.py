@@ -27,6 +27,9 @@ from jaxrl_llm.typing import PRNGKey
 LogitPerturbation = Callable[[Array, Array], Array]
 """(logits [*batch, V], keys [*batch]) -> logits [*batch, V]."""
 
+LINK = 2**30
+"""Folded into a key, with the place in a chain, for every perturbation but the first: far above any token."""
+
 BF16_ROUNDOFF = 2.0**-8
 """Largest relative error of rounding to bfloat16."""
 
@@ -82,7 +85,7 @@ def gaussian_noise(
         logits: of each context.
         keys: of each context.
         scale: standard deviation [nats].
-        seed: of this noise; two noises in one chain need different ones to be independent.
+        seed: of this noise; another seed is another noise.
 
     Returns:
         the logits of the perturbed policy.
@@ -177,11 +180,15 @@ def top_k_slip(logits: Float[Array, "*batch V"], keys: Key[Array, "*batch"], *, 
 
 
 def chain_logits(*perturbations: LogitPerturbation) -> LogitPerturbation:
-    """One after the other, the first one first, all with the keys of the context; without any, the identity."""
+    """One after the other, the first one first; without any, the identity.
+
+    The first has the keys of the context, each later one keys of its own, so that two noises of one law and one seed
+    are independent.
+    """
 
     def chained(logits: Array, keys: Array) -> Array:
-        for perturbation in perturbations:
-            logits = perturbation(logits, keys)
+        for place, perturbation in enumerate(perturbations):
+            logits = perturbation(logits, keys if place == 0 else next_keys(keys, jnp.full(keys.shape, place + LINK)))
         return logits
 
     return chained
