@@ -257,9 +257,7 @@ def _numbers(part: dict[str, np.ndarray], settings: MismatchSettings, *, own_tex
 
 def summarise(settings: MismatchSettings, results: Results) -> dict[str, Any]:
     """The numbers of every engine and perturbation."""
-    numbers = {
-        name: _numbers(part, settings, own_texts=name.startswith("engine_")) for name, part in results.items()
-    }
+    numbers = {name: _numbers(part, settings, own_texts=name.startswith("engine_")) for name, part in results.items()}
     engines = [f"engine_{name}" for name in settings.engines]
     return {
         "flatness": min(numbers[name]["flatness"] for name in engines),

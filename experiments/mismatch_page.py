@@ -358,9 +358,9 @@ def mismatch_page(settings: Any, results: Results, summary: Mapping[str, Any]) -
             Section(
                 "Which estimators and masks misjudge?",
                 [
-                    "Exact moments under the engine's distribution, in the contexts that were visited. Where the engine "
-                    "can sample every token k3 is unbiased for KL(mu‖pi), as k1 always is; k2 is not. Under top-p or "
-                    "top-k, k3 misses the trainer's mass on what is never sampled."
+                    "Exact moments under the engine's distribution, in the contexts that were visited. Where the "
+                    "engine can sample every token k3 is unbiased for KL(mu‖pi), as k1 always is; k2 is not. Under "
+                    "top-p or top-k, k3 misses the trainer's mass on what is never sampled."
                 ],
                 [later[1]],
                 estimators(engines | perturbed),

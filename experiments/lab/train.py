@@ -96,7 +96,7 @@ def on_tokens(
 
 
 def log_ratio_of(both: OnTokens) -> Float[Array, "B T"]:
-    """log pi - log mu of the sampled tokens [nats]; pi prunes a token it does not keep: ratio 0 (to the clamp), not 1."""
+    """log pi - log mu of the sampled tokens [nats]; a token that pi prunes has ratio 0 (to the clamp), not 1."""
     return jnp.where(both.kept, both.log_prob - both.log_prob_mu, -LOG_RATIO_LIMIT)
 
 

@@ -179,6 +179,10 @@ def top_k_slip(logits: Float[Array, "*batch V"], keys: Key[Array, "*batch"], *, 
     return categorical.restrict(logits, logits >= threshold)
 
 
+def _link_keys(keys: Key[Array, "*batch"], place: int) -> Key[Array, "*batch"]:
+    return next_keys(keys.reshape(-1), jnp.full(keys.size, place + LINK)).reshape(keys.shape)
+
+
 def chain_logits(*perturbations: LogitPerturbation) -> LogitPerturbation:
     """One after the other, the first one first; without any, the identity.
 
@@ -188,7 +192,7 @@ def chain_logits(*perturbations: LogitPerturbation) -> LogitPerturbation:
 
     def chained(logits: Array, keys: Array) -> Array:
         for place, perturbation in enumerate(perturbations):
-            logits = perturbation(logits, keys if place == 0 else next_keys(keys, jnp.full(keys.shape, place + LINK)))
+            logits = perturbation(logits, keys if place == 0 else _link_keys(keys, place))
         return logits
 
     return chained
