@@ -101,7 +101,7 @@ def _draw_policies(generator: np.random.Generator, count: int) -> list[Any]:
 def _rank_correlation(one: jax.Array, other: jax.Array) -> jax.Array:
     """Spearman's: the correlation of the ranks."""
     ranks = [jnp.argsort(jnp.argsort(x)).astype(x.dtype) for x in (one, other)]
-    return jnp.corrcoef(*ranks)[0, 1]
+    return jnp.corrcoef(jnp.stack(ranks))[0, 1]
 
 
 def _measure_policies(logits: jax.Array) -> dict[str, jax.Array]:
