@@ -77,11 +77,11 @@ class ModerationSettings:
         rounds: T, posts that arrive, one at a time.
         seeds: runs, each with its own order and reviews; every agent meets the same ones.
         index_dimension: M of the hypermodel, members of the ensemble.
-        prior_scale: of the weights' prior.
+        prior_scale: standard deviation of the weights' prior.
         noise_scale: sigma, standard deviation of the perturbation of a reward.
         learning_rate: of Adam, for the heads.
         tuned_learning_rate: of Adam, for the adapters of smollm2_tuned.
-        weight_decay: beta.
+        weight_decay: beta, the weight of |theta|^2 in the loss.
         batch: reviews per gradient step.
         every: rounds between two gradient steps.
         warm_rounds: rounds before the first step of the agent greedy_warm.
@@ -89,8 +89,8 @@ class ModerationSettings:
         shift: whether the second half of the rounds brings other posts than the first (split by the first principal
             component).
         tuned_layers: last layers with adapters, for smollm2_tuned.
-        rank: of these adapters.
-        agents: who plays.
+        rank: of the adapters of those layers.
+        agents: who plays; names of agents.
         seed: seed of all random numbers.
     """
 

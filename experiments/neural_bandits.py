@@ -72,22 +72,22 @@ class NeuralBanditSettings:
     Attributes:
         bandits: which; names of `BANDITS`, vector_quadratic among them.
         agents: which; names of `AGENTS`, hyperagent and greedy among them.
-        dimension: features of an action.
+        dimension: d, features of an action.
         actions: how many actions a bandit has.
         shown: how many of them a round shows.
-        rounds: T.
+        rounds: T, how many actions are taken in each bandit.
         seeds: bandits of each kind, each with its own noise; every agent meets the same ones.
         index_dimension: M of hypermodels, epinet and ensemble.
         other_sizes: further M at which the vector-quadratic bandit is played, for regret against parameters.
         hidden: units of each of the two hidden layers.
-        learning_rate: of Adam.
+        learning_rate: step size of Adam.
         batch: data per gradient step; one step per round.
         start: rounds before the first step.
-        noise_scale: sigma of the perturbations.
-        weight_decay: beta.
+        noise_scale: sigma, standard deviation of the perturbations.
+        weight_decay: beta, the weight of |theta|^2 in the loss.
         prior_scale: of the fixed priors of hypermodels and epinet; members of Ensemble+ have priors of scale 1.
-        langevin_step: step size of LMC-TS.
-        temperature: of LMC-TS.
+        langevin_step: step size of LMC-TS agents.
+        temperature: by which LMC-TS scales its noise.
         epsilon: share of random actions of the epsilon-greedy agent.
         seed: seed of all random numbers.
     """
@@ -235,7 +235,7 @@ TINY = dataclasses.replace(
 
 EXPERIMENT = Study(
     name="neural_bandits",
-    claim="A hypermodel of one network explores a vector-quadratic bandit with less regret than the network by itself.",
+    claim="A hypermodel explores bandits whose rewards are not linear, at the price of one network.",
     cost="12 to 21 s of processor time per part on a 2-core Intel Xeon (AMX, AVX-512), 23 parts",
     settings=SETTINGS,
     tiny=TINY,

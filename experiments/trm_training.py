@@ -1,4 +1,4 @@
-"""Trust Region Masking under a controlled mismatch: what it buys, what it costs, when its certificate says anything.
+"""Trust Region Masking prevents collapses of training whose sampler is stale and noisy.
 
 Claim      With a stale and noisy sampler, training on sums without a correction collapses in most seeds, and Trust
            Region Masking prevents most of these collapses.
@@ -171,10 +171,7 @@ TINY = dataclasses.replace(
 
 EXPERIMENT = Study(
     name="trm_training",
-    claim=(
-        "With a stale and noisy sampler, training on sums without a correction collapses in most seeds, and Trust "
-        "Region Masking prevents most of these collapses."
-    ),
+    claim="Trust Region Masking prevents collapses of training whose sampler is stale and noisy.",
     cost="about 7 minutes of computing on a 2-core Intel Xeon (AMX, AVX-512)",
     settings=SETTINGS,
     tiny=TINY,

@@ -27,10 +27,10 @@ class WorldSettings:
     """One world, how its sampler is wrong, and how it is trained.
 
     Attributes:
-        steps: updates.
+        steps: updates of the policy.
         noise: standard deviation of the noise of each logit of the sampler, new at every step. [nats]
         lag: steps that the sampler's weights are old.
-        learning_rate: of Adam.
+        learning_rate: step size of Adam.
         mask_maximum: largest KL of one token that TRM accepts. [nats]
         mask_average: largest mean KL per token that TRM accepts. [nats]
     """
@@ -53,22 +53,27 @@ class LabSettings:
         seed: seed of all random numbers.
         log_min_p: threshold of pruning, relative to the most likely token. [nats]
         ladder_horizon: T of the ladder. [tokens]
-        ladder_rungs: states of the ladder.
-        ladder_vocabulary: tokens of the ladder.
+        ladder_rungs: states of the ladder, the ground included.
+        ladder_vocabulary: how many tokens the ladder has.
         ladder_traps: tokens of each rung that fall to the ground.
         ladder_answers: responses per batch on the ladder.
-        ladder_steps: updates.
+        ladder_steps: updates of the policy on the ladder.
         ladder_noise: standard deviation of the sampler's noise in each logit. [nats]
         ladder_lag: steps that the sampler's weights are old.
-        ladder_learning_rate: of Adam.
+        ladder_learning_rate: step size of Adam on the ladder.
         ladder_mask_maximum: largest KL of one token that TRM accepts. [nats]
         ladder_mask_average: largest mean KL per token that TRM accepts. [nats]
         sums_prompts: problems per batch of sums.
-        sums_group_size: responses per problem.
-        sums_width: of the transformer.
-        sums_layers: of the transformer.
+        sums_group_size: responses to each problem of sums.
+        sums_width: width of the transformer for sums.
+        sums_layers: layers of the transformer for sums.
         sums_imitation_steps: updates on right answers before reinforcement learning.
-        sums_steps, sums_noise, sums_lag, sums_learning_rate, sums_mask_maximum, sums_mask_average: as of the ladder.
+        sums_steps: updates of the policy on sums.
+        sums_noise: standard deviation of the sampler's noise in each logit. [nats]
+        sums_lag: steps that the sampler's weights are old.
+        sums_learning_rate: step size of Adam on sums.
+        sums_mask_maximum: largest KL of one token that TRM accepts. [nats]
+        sums_mask_average: largest mean KL per token that TRM accepts. [nats]
     """
 
     arms: Literal["default", "all"] = "default"

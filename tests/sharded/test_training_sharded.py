@@ -63,7 +63,8 @@ def test_loss_gradient_and_updated_parameters_equal_those_of_one_device(tiny_run
     rollout, gradient, loss, state, shift, _ = on_one_device
     mesh = make_mesh(**MESHES[shape])
     _, got_gradient, got_loss, got_state, got_shift, traces = one_batch(tiny_run, mesh, rollout)
-    np.testing.assert_allclose(got_loss[0] / got_loss[1], loss[0] / loss[1], rtol=1e-5)
+    # Losses of the tokens are of the size of their advantages, about 1, and cancel to 0.015.
+    np.testing.assert_allclose(got_loss[0] / got_loss[1], loss[0] / loss[1], rtol=0, atol=1e-6)
 
     def close(got, expected, tolerance):
         got, expected = np.asarray(got), np.asarray(expected)
