@@ -223,9 +223,8 @@ def backward(
 ) -> tuple[Array, Array | None]:
     """Cotangents of hidden and (if asked for) head."""
     logits = without_idle_reference(logits, cotangent)
-    rows = {
-        "constants": constants, "cotangent": cotangent, "inverse": _scales(logits), "live": live_rows(cotangent)
-    }  # fmt: skip
+    live = live_rows(constants, cotangent)
+    rows = {"constants": constants, "cotangent": cotangent, "inverse": _scales(logits), "live": live}
     operands = _operands(logits, targets, rows)
     d_hidden = _hidden_cotangent(choose(plan, logits, "hidden"), operands, rows)
     return d_hidden, _head_cotangent(choose(plan, logits, "head"), operands, rows) if head_gradient else None

@@ -54,9 +54,9 @@ def finite_rows(constants: Constants) -> Bool[Array, " N"]:
     return jnp.all(jnp.stack([jnp.isfinite(value) for value in sums]), axis=0)
 
 
-def live_rows(cotangent: dict[str, Array]) -> Bool[Array, " N"]:
-    """Rows with a cotangent that is not zero. The others are out of the gradient even if they hold NaN or inf."""
-    return jnp.any(jnp.stack([value != 0 for value in cotangent.values()]), axis=0)
+def live_rows(constants: Constants, cotangent: dict[str, Array]) -> Bool[Array, " N"]:
+    """Finite rows with a cotangent that is not zero. The others are out of the gradient, whatever they hold."""
+    return finite_rows(constants) & jnp.any(jnp.stack([value != 0 for value in cotangent.values()]), axis=0)
 
 
 def without_idle_reference(logits: Logits, cotangent: dict[str, Array]) -> Logits:
@@ -115,8 +115,6 @@ def _backward_rule(engine: Engine, plan: Plan, residuals, cotangents: TokenStati
     if not cotangent:
         return (None,) * 6
     logits = logits._replace(soft_cap=plan.soft_cap)
-    finite = finite_rows(constants)
-    cotangent = {name: jnp.where(finite, value, jnp.zeros_like(value)) for name, value in cotangent.items()}
     d_hidden, d_head = engine.backward(plan, logits, targets, constants, cotangent, head_gradient=marker is not None)
     return d_hidden, d_head, None, None, None, None
 

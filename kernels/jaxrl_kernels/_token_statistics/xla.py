@@ -79,7 +79,7 @@ def backward(
     layout, axis = plan.layout, plan.layout.vocabulary_axis
     hidden, head = logits.hidden, logits.head
     logits = without_idle_reference(logits, cotangent)
-    row = live_rows(cotangent)[:, None]
+    row = live_rows(constants, cotangent)[:, None]
     hidden_t = jnp.where(row, hidden, jnp.zeros((), hidden.dtype)).T
 
     def step(start: int | Array, size: int) -> tuple[Array, Array | None]:
