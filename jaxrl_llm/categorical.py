@@ -51,9 +51,18 @@ def collision(logits: Float[Array, "*batch V"]) -> Float[Array, "*batch"]:
 def kl(logits: Float[Array, "*batch V"], logits_ref: Float[Array, "*batch V"]) -> Float[Array, "*batch"]:
     """KL(p || q) = sum_k p_k (log p_k - log q_k) [nats], p from `logits`, q from `logits_ref`; +inf where p_k > 0 =
     q_k.
+
+    Summed as p_k (l_k + exp(-l_k) - 1), which adds sum_k (q_k - p_k) = 0: each term is non-negative and of second order
+    in l_k, so that digits are not lost to terms of first order that cancel when p is near q.
     """
     log_p, log_q = log_probs(logits), log_probs(logits_ref)
-    return jnp.sum(jnp.exp(log_p) * (_finite(log_p, log_p) - _finite(log_q, log_p)), axis=-1)
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    log_ratio = _finite(log_p, log_p) - _finite(log_q, log_p)
+    # Where p is far below q there is nothing to cancel, and exp(-l) may overflow.
+    near = log_ratio > -1
+    close = p * (log_ratio + jnp.expm1(-jnp.where(near, log_ratio, jnp.zeros((), log_ratio.dtype))))
+    terms = jnp.where(near, close, p * log_ratio + (q - p))
+    return jnp.sum(jnp.where(jnp.isneginf(log_p), q, terms), axis=-1)
 
 
 def total_variation(logits: Float[Array, "*batch V"], logits_ref: Float[Array, "*batch V"]) -> Float[Array, "*batch"]:
