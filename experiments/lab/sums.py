@@ -34,6 +34,9 @@ PROMPT, RESPONSE = 4, 3
 
 PROBLEMS = 100
 
+IMITATION_RATE = 3e-3
+"""Step size of Adam before reinforcement learning."""
+
 
 def problems(tokenizer: ByteTokenizer) -> tuple[Int[np.ndarray, "100 7"], Bool[np.ndarray, "100 7"]]:
     """Every problem with its answer and the end, and which tokens are real."""
@@ -45,6 +48,114 @@ def problems(tokenizer: ByteTokenizer) -> tuple[Int[np.ndarray, "100 7"], Bool[n
     width = PROMPT + RESPONSE
     tokens = np.array([row + [tokenizer.pad_id] * (width - len(row)) for row in rows], np.int32)
     return tokens, np.array([[True] * len(row) + [False] * (width - len(row)) for row in rows])
+
+
+def _config(tokenizer: ByteTokenizer, *, width: int, layers: int) -> TransformerConfig:
+    return TransformerConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=width,
+        num_layers=layers,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=width // 2,
+        intermediate_size=3 * width,
+        max_positions=PROMPT + RESPONSE,
+    )
+
+
+class _Sums:
+    """What the functions of the world share; each method is a field of `World` or a part of one."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        tokenizer: ByteTokenizer,
+        *,
+        prompts: int,
+        group_size: int,
+        imitation_steps: int,
+    ) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        self.prompts, self.group_size, self.imitation_steps = prompts, group_size, imitation_steps
+        self.graphdef = nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+        self.tokens, self.mask = (jnp.asarray(array) for array in problems(tokenizer))
+        self.right, self.right_mask = self.tokens[:, PROMPT:], self.mask[:, PROMPT:]
+
+    def response_logits(self, state: PyTree, tokens: Array, mask: Array) -> Array:
+        """Logits of every response token [rows, R, V]."""
+        model = nnx.merge(self.graphdef, state)
+        return model.logits(predicting(model(tokens, mask), RESPONSE))
+
+    def log_probs_of_the_right(self, state: PyTree, transform: LogitPerturbation, keys: Array) -> Array:
+        """log p of each token of the right answers [100, R]; 0 at padding."""
+        logits = transform(self.response_logits(state, self.tokens, self.mask), keys)
+        return jnp.where(self.right_mask, categorical.log_prob(logits, self.right), 0.0)
+
+    def init(self, key: PRNGKey) -> PyTree:
+        """A policy that has imitated right answers for some steps."""
+        state = nnx.state(Transformer(self.config, rngs=nnx.Rngs(key)))
+        optimizer = optax.adam(IMITATION_RATE)
+
+        def loss(state: PyTree) -> Array:
+            log_probs = categorical.log_prob(self.response_logits(state, self.tokens, self.mask), self.right)
+            return -jnp.mean(jnp.where(self.right_mask, log_probs, 0.0))
+
+        def imitate(carry: tuple[PyTree, PyTree], _: None) -> tuple[tuple[PyTree, PyTree], None]:
+            state, opt_state = carry
+            changes, opt_state = optimizer.update(jax.grad(loss)(state), opt_state)
+            return (optax.apply_updates(state, changes), opt_state), None
+
+        return jax.lax.scan(imitate, (state, optimizer.init(state)), length=self.imitation_steps)[0][0]
+
+    def sample(self, state: PyTree, transform: LogitPerturbation, key: PRNGKey, noise_key: PRNGKey) -> Sampled:
+        """Groups of responses to some problems."""
+        choice_key, key = jax.random.split(key)
+        chosen = jax.random.choice(choice_key, PROBLEMS, (self.prompts,), replace=False)
+        generate = make_generate(
+            self.graphdef,
+            max_new_tokens=RESPONSE,
+            group_size=self.group_size,
+            sampling=SamplingSettings(),
+            eos_id=self.tokenizer.eos_id,
+            pad_id=self.tokenizer.pad_id,
+            perturb_logits=transform,
+        )
+        prompts = self.tokens[chosen, :PROMPT], self.mask[chosen, :PROMPT]
+        rollout = generate(state, *prompts, key, 0, chosen, noise_key=noise_key)
+        answers = rollout.tokens[:, PROMPT:]
+        wanted = jnp.repeat(self.right[chosen], self.group_size, axis=0)
+        return Sampled(
+            tokens=answers,
+            mask=rollout.response_mask[:, PROMPT:],
+            rewards=jnp.all(answers == wanted, axis=1).astype(jnp.float32),
+            group_ids=rollout.group_ids,
+            texts=(rollout.tokens, rollout.token_mask),
+            keys=context_keys(noise_key, rollout.tokens, rollout.token_mask)[:, PROMPT:].reshape(-1),
+            row=jnp.arange(answers.size).reshape(answers.shape),
+        )
+
+    def logits(self, state: PyTree, sampled: Sampled) -> Array:
+        """One row per sampled token."""
+        return self.response_logits(state, *sampled.texts).reshape(-1, self.config.vocab_size)
+
+    def exact(
+        self,
+        pi: PyTree,
+        pi_transform: LogitPerturbation,
+        mu: PyTree,
+        mu_transform: LogitPerturbation,
+        noise_key: PRNGKey,
+    ) -> Exact:
+        """J and L' as sums over the problems; the inputs of the bounds are left to samples."""
+        keys = context_keys(noise_key, self.tokens, self.mask)[:, PROMPT:]
+        log_pi = self.log_probs_of_the_right(pi, pi_transform, keys)
+        log_mu = self.log_probs_of_the_right(mu, mu_transform, keys)
+        probability_mu = jnp.exp(jnp.sum(log_mu, axis=1))
+        # A right answer that mu cannot sample is in no expectation under mu.
+        possible = probability_mu > 0
+        moved = jnp.where(possible[:, None], jnp.expm1(log_pi - jnp.where(possible[:, None], log_mu, 0.0)), 0.0)
+        gain = jnp.mean(probability_mu * jnp.sum(moved, axis=1))
+        return Exact(jnp.mean(jnp.exp(jnp.sum(log_pi, axis=1))), jnp.mean(probability_mu), gain, None)
 
 
 def sums(*, prompts: int, group_size: int, width: int, layers: int, imitation_steps: int) -> World:
@@ -67,85 +178,6 @@ def sums(*, prompts: int, group_size: int, width: int, layers: int, imitation_st
     if width < 4 or width % 4:
         raise ValueError(f"width is {width}; it must be a multiple of 4.")
     tokenizer = ByteTokenizer()
-    config = TransformerConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=width,
-        num_layers=layers,
-        num_heads=2,
-        num_kv_heads=2,
-        head_dim=width // 2,
-        intermediate_size=3 * width,
-        max_positions=PROMPT + RESPONSE,
-    )
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
-    tokens, mask = (jnp.asarray(array) for array in problems(tokenizer))
-    right, right_mask = tokens[:, PROMPT:], mask[:, PROMPT:]
-
-    def response_logits(state: PyTree, tokens: Array, mask: Array) -> Array:
-        model = nnx.merge(graphdef, state)
-        return model.logits(predicting(model(tokens, mask), RESPONSE))
-
-    def init(key: PRNGKey) -> PyTree:
-        state = nnx.state(Transformer(config, rngs=nnx.Rngs(key)))
-        optimizer = optax.adam(3e-3)
-
-        def loss(state: PyTree) -> Array:
-            log_probs = categorical.log_prob(response_logits(state, tokens, mask), right)
-            return -jnp.mean(jnp.where(right_mask, log_probs, 0.0))
-
-        def imitate(carry: tuple[PyTree, PyTree], _: None) -> tuple[tuple[PyTree, PyTree], None]:
-            state, opt_state = carry
-            changes, opt_state = optimizer.update(jax.grad(loss)(state), opt_state)
-            return (optax.apply_updates(state, changes), opt_state), None
-
-        return jax.lax.scan(imitate, (state, optimizer.init(state)), length=imitation_steps)[0][0]
-
-    def sample(state: PyTree, transform: LogitPerturbation, key: PRNGKey, noise_key: PRNGKey) -> Sampled:
-        choice_key, key = jax.random.split(key)
-        chosen = jax.random.choice(choice_key, PROBLEMS, (prompts,), replace=False)
-        generate = make_generate(
-            graphdef,
-            max_new_tokens=RESPONSE,
-            group_size=group_size,
-            sampling=SamplingSettings(),
-            eos_id=tokenizer.eos_id,
-            pad_id=tokenizer.pad_id,
-            perturb_logits=transform,
-        )
-        rollout = generate(state, tokens[chosen, :PROMPT], mask[chosen, :PROMPT], key, 0, chosen, noise_key=noise_key)
-        answers = rollout.tokens[:, PROMPT:]
-        wanted = jnp.repeat(right[chosen], group_size, axis=0)
-        return Sampled(
-            tokens=answers,
-            mask=rollout.response_mask[:, PROMPT:],
-            rewards=jnp.all(answers == wanted, axis=1).astype(jnp.float32),
-            group_ids=rollout.group_ids,
-            texts=(rollout.tokens, rollout.token_mask),
-            keys=context_keys(noise_key, rollout.tokens, rollout.token_mask)[:, PROMPT:].reshape(-1),
-            row=jnp.arange(answers.size).reshape(answers.shape),
-        )
-
-    def exact(
-        pi: PyTree, pi_transform: LogitPerturbation, mu: PyTree, mu_transform: LogitPerturbation, noise_key: PRNGKey
-    ) -> Exact:
-        keys = context_keys(noise_key, tokens, mask)[:, PROMPT:]
-
-        def of_the_right_answers(state: PyTree, transform: LogitPerturbation) -> Array:
-            log_probs = categorical.log_prob(transform(response_logits(state, tokens, mask), keys), right)
-            return jnp.where(right_mask, log_probs, 0.0)
-
-        log_pi, log_mu = of_the_right_answers(pi, pi_transform), of_the_right_answers(mu, mu_transform)
-        probability_mu = jnp.exp(jnp.sum(log_mu, axis=1))
-        # A right answer that mu cannot sample is in no expectation under mu.
-        possible = probability_mu > 0
-        moved = jnp.where(possible[:, None], jnp.expm1(log_pi - jnp.where(possible[:, None], log_mu, 0.0)), 0.0)
-        gain = jnp.mean(probability_mu * jnp.sum(moved, axis=1))
-        return Exact(jnp.mean(jnp.exp(jnp.sum(log_pi, axis=1))), jnp.mean(probability_mu), gain, None)
-
-    return World(
-        horizon=RESPONSE,
-        init=init,
-        sample=sample,
-        logits=lambda state, sampled: response_logits(state, *sampled.texts).reshape(-1, config.vocab_size),
-        exact=exact,
-    )
+    config = _config(tokenizer, width=width, layers=layers)
+    own = _Sums(config, tokenizer, prompts=prompts, group_size=group_size, imitation_steps=imitation_steps)
+    return World(horizon=RESPONSE, init=own.init, sample=own.sample, logits=own.logits, exact=own.exact)
