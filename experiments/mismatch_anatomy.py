@@ -98,7 +98,7 @@ class MismatchSettings:
     engines: tuple[str, ...] = (*SYNCED, SHIPPED)
     perturbations: tuple[str, ...] = tuple(name for name in PERTURBATIONS if name != "none")
     sequences: int = 24
-    full_sequences: int = 8
+    full_sequences: int = 16
     response_length: int = 16
     delta: float = 0.05
     seed: int = 0

@@ -15,13 +15,28 @@ from jaxrl_llm.bounds import mismatch
 EDGES = np.array([1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 0.5, 0.7, 0.9])
 """Edges of the buckets of p = pi(a): below the first, between, above the last."""
 
+SMALLEST_REST = 1e-30
+"""Stands in for 1 - p where p is 1 to the last bit of the sum over the others."""
+
 LOG_MIN_P = np.arange(-18.0, -1.9, 1.0)
 """Thresholds of the safe set."""
 
 
+def precise_log_probs(log_p):
+    """(log softmax, 1 - p), both to a relative precision near p = 1 too, where log p itself is lost in rounding.
+
+    With S the sum of p_j / p_max over the others: log p_max = -log(1 + S) and 1 - p_max = S / (1 + S).
+    """
+    top = jax.nn.one_hot(jnp.argmax(log_p, axis=-1), log_p.shape[-1], dtype=bool)
+    shifted = log_p - jnp.max(log_p, axis=-1, keepdims=True)
+    others = jnp.sum(jnp.where(top, 0.0, jnp.exp(shifted)), axis=-1, keepdims=True)
+    normalised = shifted - jnp.log1p(others)
+    return normalised, jnp.where(top, others / (1 + others), -jnp.expm1(normalised))
+
+
 @functools.partial(jax.jit, static_argnames="buckets")
 def _statistics(log_mu, log_pi, *, buckets: tuple[float, ...]):
-    log_mu, log_pi = jax.nn.log_softmax(log_mu), jax.nn.log_softmax(log_pi)
+    (log_mu, _), (log_pi, rest) = precise_log_probs(log_mu), precise_log_probs(log_pi)
     mu, pi = jnp.exp(log_mu), jnp.exp(log_pi)
     possible = jnp.isfinite(log_mu)
     x = jnp.where(possible, log_mu - log_pi, 0.0)
@@ -30,7 +45,7 @@ def _statistics(log_mu, log_pi, *, buckets: tuple[float, ...]):
     kl = jnp.sum(jnp.where(possible, mu * k3, pi), axis=-1)
     expected = functools.partial(jnp.sum, axis=-1)
     collision = expected(pi * pi)
-    rest = jnp.maximum(-jnp.expm1(log_pi), 1e-7)
+    rest = jnp.maximum(rest, SMALLEST_REST)
     range_ = (jnp.max(x, axis=-1) - jnp.min(x, axis=-1)) / 2
     noise = jnp.where(jnp.all(possible, axis=-1), range_, jnp.inf)
     printed = mismatch.first_order_log_prob_change(pi, max_noise=1.0) * noise[..., None]

@@ -72,6 +72,20 @@ def test_a_small_divergence_is_not_lost_in_rounding() -> None:
     assert np.abs(plain / kl - 1).max() > 0.05
 
 
+def test_the_law_is_measured_where_p_is_one_but_for_rounding() -> None:
+    """1 - p is 1e-8 here, below the spacing of float32 at 1."""
+    generator = np.random.default_rng(0)
+    log_pi = np.concatenate([np.full((1, 40, 1), 22.0), generator.normal(size=(1, 40, 59))], axis=-1).astype(np.float32)
+    log_mu = log_pi + generator.normal(scale=0.05, size=log_pi.shape).astype(np.float32)
+    # Of the most likely token: log p = -log1p(S), with S the sum over the others.
+    rest_mu, rest_pi = (np.exp((side - side[..., :1])[..., 1:].astype(np.float64)).sum(-1) for side in (log_mu, log_pi))
+    expected = np.abs(np.log1p(rest_pi) - np.log1p(rest_mu)) / (rest_pi / (1 + rest_pi))
+    found = exact_statistics(log_mu, log_pi)
+    np.testing.assert_allclose(found["bucket_ratio"][..., -1], expected, rtol=1e-3)
+    plain = np.asarray(jax.nn.log_softmax(log_mu) - jax.nn.log_softmax(log_pi))[..., 0]
+    assert (plain == 0).all()
+
+
 def test_gaussian_noise_obeys_its_laws_and_a_wrong_one_is_seen() -> None:
     scale = 0.05
     narrow, _ = distributions(scale, rows=20)
