@@ -100,14 +100,17 @@ def ladder(key: PRNGKey, *, horizon: int, rungs: int, vocabulary: int, traps: in
     follows = moves(key, rungs=rungs, vocabulary=vocabulary, traps=traps)
 
     def sample(table: Array, transform: LogitPerturbation, key: PRNGKey, noise_key: PRNGKey) -> Sampled:
-        mu = categorical.log_probs(transformed(table, transform, noise_key))
+        mu = jnp.exp(categorical.log_probs(transformed(table, transform, noise_key)))
+        # Sum of the first tokens' probabilities: the first above a uniform number is the token, never one of mass 0.
+        cumulated = jnp.cumsum(mu, axis=-1)
 
-        def step(states: Array, step_key: PRNGKey) -> tuple[Array, tuple[Array, Array]]:
-            tokens = jax.random.categorical(step_key, mu[states])
+        def step(states: Array, uniforms: Array) -> tuple[Array, tuple[Array, Array]]:
+            levels = cumulated[states]
+            tokens = jnp.sum(levels <= (uniforms * levels[:, -1])[:, None], axis=-1)
             return follows[states, tokens], (states, tokens)
 
         first = jnp.zeros(answers, jnp.int32)
-        last, (states, tokens) = jax.lax.scan(step, first, jax.random.split(key, horizon))
+        last, (states, tokens) = jax.lax.scan(step, first, jax.random.uniform(key, (horizon, answers)))
         return Sampled(
             tokens=tokens.T,
             mask=jnp.ones((answers, horizon), bool),

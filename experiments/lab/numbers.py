@@ -7,6 +7,8 @@ import numpy as np
 
 from experiments.bands import half_width
 from experiments.bands import standard_error
+from experiments.intervals import Estimate
+from experiments.intervals import paired_difference
 from experiments.study import Arrays
 
 TAIL = 10
@@ -100,3 +102,9 @@ def summary_of_arm(part: Arrays) -> Mapping[str, float]:
 def difference_at_the_end(part: Arrays, other: Arrays) -> Interval:
     """Reward at the end minus that of another arm, paired by seed: both arms start from the same policies."""
     return over_seeds(at_the_end(part["reward"]) - at_the_end(other["reward"]))
+
+
+def collapses_prevented(part: Arrays, other: Arrays) -> Estimate:
+    """Share of the seeds that collapsed in another arm minus that in this one, paired by seed."""
+    ours, theirs = (collapsed(arm["reward"]).astype(float) for arm in (part, other))
+    return paired_difference(ours, theirs)

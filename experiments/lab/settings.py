@@ -77,7 +77,7 @@ class LabSettings:
     """
 
     arms: Literal["default", "all"] = "default"
-    seeds: int = 5
+    seeds: int = 16
     seed: int = 0
     log_min_p: float = -6.0
     ladder_horizon: int = 512

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from experiments.lab.world import Exact
@@ -171,6 +172,7 @@ class Trainer:
         self._names = [recipe.name for recipe in recipes]
         self._optimizer = optax.adam(learning_rate)
         self._init = jax.jit(jax.vmap(world.init))
+        self._starts: dict[tuple[int, bytes], PyTree] = {}
         self._run = jax.jit(jax.vmap(self._train, in_axes=(0, 0, None, None)))
 
     def train(self, arm: str, *, log_min_p: float | None, seeds: int, key: PRNGKey) -> Mapping[str, Array]:
@@ -179,10 +181,17 @@ class Trainer:
         One step: sample with the perturbed policy of `lag` steps ago, score under the trained one, one Adam update of
         the recipe's loss. An arm that prunes has its sampler prune too, on the safe set of its own logits.
         """
-        init_key, key = jax.random.split(key)
-        params = self._init(jax.random.split(init_key, seeds))
+        start_key, key = jax.random.split(key)
+        params = self._start(seeds, start_key)
         threshold = jnp.asarray(NO_PRUNING if log_min_p is None else log_min_p)
         return self._run(params, jax.random.split(key, seeds), jnp.asarray(self._names.index(arm)), threshold)
+
+    def _start(self, seeds: int, key: PRNGKey) -> PyTree:
+        """The policies before training: made once, for all arms."""
+        name = seeds, np.asarray(jax.random.key_data(key)).tobytes()
+        if name not in self._starts:
+            self._starts[name] = self._init(jax.random.split(key, seeds))
+        return self._starts[name]
 
     def _train(self, params: PyTree, key: PRNGKey, arm: Array, log_min_p: Array) -> dict[str, Array]:
         def step(carry: Any, index: Array) -> tuple[Any, dict[str, Array]]:

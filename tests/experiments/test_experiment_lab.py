@@ -135,6 +135,15 @@ def test_collapse_is_a_fall_from_the_best_window():
     assert numbers.collapsed(np.stack([broken, rises]))[0]
 
 
+def test_prevented_collapses_are_paired_by_seed():
+    rises, falls = np.linspace(0, 1, 50), np.concatenate([np.linspace(0, 1, 25), np.linspace(1, 0.3, 25)])
+    mine, other = {"reward": np.stack([rises] * 5 + [falls])}, {"reward": np.stack([falls] * 4 + [rises] * 2)}
+    fewer = numbers.collapses_prevented(mine, other)
+    assert fewer.value == pytest.approx(4 / 6 - 1 / 6)
+    assert fewer.low < 0 < fewer.value < fewer.high  # six seeds do not tell four fewer and one more from chance
+    assert numbers.collapses_prevented(other, mine).value == -fewer.value
+
+
 def test_intervals_are_those_of_student():
     interval = numbers.over_seeds(np.array([1.0, 2.0, 3.0, 4.0, 5.0]))
     assert interval.mean == 3
