@@ -19,7 +19,7 @@ MACHINE = ("processor", "processor_cores", "device", "python", "git_commit", "st
 
 
 def keep(run: RunFolder, results: Path = RESULTS) -> Path:
-    """Write the result file of a complete run; it replaces that of an earlier run of the same experiment.
+    """Write the result file of a complete run; it replaces that of an earlier run with the same settings changed.
 
     Raises:
         UserError: the run is not complete, or is a tiny one, which claims nothing.
@@ -29,9 +29,19 @@ def keep(run: RunFolder, results: Path = RESULTS) -> Path:
         raise UserError(f"Run {run.label} is a tiny one; results are of runs that claim something.")
     machine = {name: environment[name] for name in MACHINE} | {"jax": environment["packages"]["jax"]}
     results.mkdir(exist_ok=True)
-    path = results / f"{run.experiment}.json"
-    write_json(path, {"summary": summary, "machine": machine, "settings": read_json(run.config)["settings"]})
+    settings = read_json(run.config)["settings"]
+    # A run with other settings than the claim's stands beside that of the claim, under a name of its own.
+    changes = [re.sub(r"[^\w.-]+", "_", f"{name}_{settings.get(name)}") for name in summary["changed_settings"]]
+    path = results / f"{'.'.join([run.experiment, *changes])}.json"
+    write_json(path, {"summary": summary, "machine": machine, "settings": settings})
     return path
+
+
+def _named(result: Mapping[str, Any]) -> str:
+    """The experiment, and what was changed."""
+    summary, settings = result["summary"], result["settings"]
+    changes = [f" --{name.replace('_', '-')} {settings.get(name)}" for name in summary["changed_settings"]]
+    return f"`{summary['experiment']}{''.join(changes)}`"
 
 
 def table(results: Path = RESULTS) -> str:
@@ -58,14 +68,14 @@ def _row(result: Mapping[str, Any]) -> Sequence[str]:
     gain = f"{words.points(summary['accuracy_gain'])} ({words.point_interval(summary['accuracy_gain_interval'])})"
     claim = ("met" if summary["claim_met"] else "missed") + f": at least {100 * summary['expected']['at_least']:+.0f}"
     duration = words.duration(summary["seconds_training"])
-    return f"`{summary['experiment']}`", *accuracy, gain, claim, duration, _where(machine)
+    return _named(result), *accuracy, gain, claim, duration, _where(machine)
 
 
 def _study_row(result: Mapping[str, Any]) -> Sequence[str]:
     summary = result["summary"]
     quantity, least = summary["expected"]["quantity"], summary["expected"]["at_least"]
     return (
-        f"`{summary['experiment']}`",
+        _named(result),
         " ".join(summary["claim"].split()).replace("|", "\\|"),
         quantity.replace("_", " "),
         words.number(summary[quantity]),

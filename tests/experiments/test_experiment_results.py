@@ -33,6 +33,23 @@ def test_tables_are_made_from_kept_results(tmp_path) -> None:
     assert readme.endswith("after\n")
 
 
+def test_a_run_with_changed_settings_stands_beside_that_of_the_claim(tmp_path) -> None:
+    run = write_synthetic_run(tmp_path / "runs" / "sums" / "one")
+    summary, config = (json.loads(path.read_text()) for path in (run.summary, run.config))
+    environment = json.loads(run.environment.read_text()) | {"python": "3.12", "git_commit": "abc", "started": "now"}
+    run.environment.write_text(json.dumps(environment))
+    results = tmp_path / "results"
+    keep(run, results)
+    run.summary.write_text(json.dumps(summary | {"changed_settings": ["mismatch", "top_layers"]}))
+    run.config.write_text(
+        json.dumps(config | {"settings": config["settings"] | {"mismatch": "int8_weights", "top_layers": 4}})
+    )
+    assert keep(run, results) == results / "sums.mismatch_int8_weights.top_layers_4.json"
+    write_tables(results, tmp_path)
+    rows = [line for line in (tmp_path / "docs" / "results.md").read_text().splitlines() if line.startswith("| `sums")]
+    assert [row.split("|")[1].strip() for row in rows] == ["`sums`", "`sums --mismatch int8_weights --top-layers 4`"]
+
+
 def test_a_tiny_run_is_no_result(finished_runs, tmp_path) -> None:
     with pytest.raises(UserError, match="is a tiny one"):
         keep(RunFolder(finished_runs / "from_scratch" / "first"), tmp_path)
