@@ -1,9 +1,14 @@
 """Rollouts with numbers that are none: found, counted and left out, so that no mean ever contains them."""
 
+import dataclasses
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from jaxrl_llm.training.step import UpdateBatch
+from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Bool
 from jaxrl_llm.typing import Float
 
@@ -57,3 +62,23 @@ def find_finite(
     )
     reward = np.isfinite(rewards)
     return Finite(sampler & trainer & reward, *(int((~sound).sum()) for sound in (sampler, trainer, reward)))
+
+
+def finite_states(hidden: Float[Array, "n slots R D"]) -> Bool[np.ndarray, " n"]:
+    """Packed rows whose states are all finite. In the others every answer shares the broken forward pass."""
+    return np.asarray(jnp.all(jnp.isfinite(hidden), axis=(1, 2, 3)))
+
+
+def without_broken_rows(batch: UpdateBatch, sound: Bool[np.ndarray, " n"]) -> UpdateBatch:
+    """The batch with a sound row, without a response token, in the place of each row that is not.
+
+    A mask on the loss would not do: the backward pass multiplies its zeros with what the forward pass made of the row,
+    and 0 * NaN is NaN.
+
+    Args:
+        batch: in which no response token of a broken row counts.
+        sound: which packed rows have finite states, at least one of them.
+    """
+    rows = np.where(sound, np.arange(len(sound)), np.argmax(sound))
+    replaced = jax.tree.map(lambda leaf: leaf[rows], batch)
+    return dataclasses.replace(replaced, response_mask=batch.response_mask)

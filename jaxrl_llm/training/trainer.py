@@ -21,6 +21,8 @@ from jaxrl_llm.rollouts import Rollout
 from jaxrl_llm.rollouts import make_generate
 from jaxrl_llm.training.finite import Finite
 from jaxrl_llm.training.finite import find_finite
+from jaxrl_llm.training.finite import finite_states
+from jaxrl_llm.training.finite import without_broken_rows
 from jaxrl_llm.training.minibatches import Minibatch
 from jaxrl_llm.training.minibatches import plan_minibatches
 from jaxrl_llm.training.optimizer import make_optimizer
@@ -177,7 +179,8 @@ class Trainer:
         packed = self._place(pack(rollout.tokens, rollout.token_mask, rollout.group_ids, layout))
         targets = rows(rollout.tokens)
         scores = self.scorer.score(state.params, self.frozen, packed, targets)
-        finite = self._find_finite(rollout, scores, rewards)
+        states = finite_states(scores.hidden)
+        finite = self._find_finite(rollout, scores, states, rewards)
         advantages = self._finite_advantages(rewards, np.asarray(rollout.group_ids), finite)
         batch = UpdateBatch(
             packed=packed,
@@ -202,6 +205,8 @@ class Trainer:
             # Never donated, so the reference's own head can be used as it lies.
             model = self.policy.model(self._reference, self.frozen)
             heads = dataclasses.replace(heads, ref=model.head()[0] if exact and self.policy.trains_head else None)
+        if states.any() and not states.all():
+            batch = self._place(without_broken_rows(batch, states))
         per_prompt = np.abs(advantages).reshape(self.settings.prompts, -1)
         kept = (per_prompt > 0).any(axis=1) | (not update.skip_equal_groups)
         key = jax.random.fold_in(jax.random.fold_in(state.key, ORDER), index)
@@ -210,9 +215,10 @@ class Trainer:
         entropy = np.asarray(scores.entropy).reshape(-1, layout.response_length)
         return Prepared(batch, heads, plan, kept, entropy, finite)
 
-    def _find_finite(self, rollout: Rollout, scores: Scores, rewards: np.ndarray) -> Finite:
+    def _find_finite(self, rollout: Rollout, scores: Scores, states: np.ndarray, rewards: np.ndarray) -> Finite:
         width = self.layout.prompt_length
-        old = np.asarray(scores.log_prob).reshape(-1, self.layout.response_length)
+        old = np.where(states[:, None, None], np.asarray(scores.log_prob), np.nan)
+        old = old.reshape(-1, self.layout.response_length)
         behaviour, mask = (np.asarray(x)[:, width:] for x in (rollout.log_prob_behaviour, rollout.response_mask))
         return find_finite(behaviour, old, mask, rewards)
 

@@ -7,9 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxrl_llm import categorical
 from jaxrl_llm.environments import Score
+from jaxrl_llm.models.config import tiny
+from jaxrl_llm.models.tokenizers import ByteTokenizer
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.rollouts import perturb
 from jaxrl_llm.training import NonFiniteError
 from jaxrl_llm.training import train
@@ -84,6 +88,71 @@ def test_a_broken_rollout_changes_nothing_but_its_own_absence(cause, trainer, sa
     for got, without in zip(gradient(prepared.batch), gradient(clean), strict=True):
         assert np.isfinite(got).all()
         np.testing.assert_array_equal(got, without)
+
+
+def gradients(trainer):
+    """(state, prepared) -> the gradient of all rows at once, by parameter, and the tokens that it counts."""
+    jitted = jax.jit(trainer.update.gradient, static_argnums=5)
+
+    def gradient(state, prepared) -> tuple[dict[str, np.ndarray], float]:
+        # One row of padding as well, which reads row 0.
+        rows = jnp.append(jnp.arange(prepared.batch.packed.tokens.shape[0]), -1)[None]
+        found, terms = jitted(state.params, trainer.frozen, prepared.batch, prepared.heads, rows, 1)
+        paths = jax.tree_util.tree_leaves_with_path(found)
+        return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in paths}, float(terms.loss[1])
+
+    return gradient
+
+
+@pytest.mark.parametrize(("recipe", "share_prompts"), [("dapo", True), ("trm", False)])
+def test_a_broken_row_of_the_trainer_leaves_the_gradient_finite(recipe, share_prompts, tiny_run):
+    """One token has an embedding of NaN: the rollout that contains it, and the answers in its row, are as if absent."""
+    settings = dataclasses.replace(
+        tiny_run.SETTINGS,
+        prompts=2,
+        response_length=3,
+        update=dataclasses.replace(tiny_run.SETTINGS.update, minibatches=1, share_prompts=share_prompts),
+    )
+    tokenizer = ByteTokenizer()
+    config = tiny(vocab_size=tokenizer.vocab_size, num_layers=1, tie_embeddings=False)
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    trainer = Trainer(tiny_run.make_parts(recipe, model=model), settings, (256,))
+    state = trainer.initial_state()
+    rollout = trainer.sample(state, 0, ["1>", "2>"])
+    tokens, width, unused = np.array(rollout.tokens), settings.prompt_length, 7
+    tokens[tokens == unused] = 8
+    tokens[5, width] = unused
+    mask = np.array(rollout.response_mask)
+    mask[5, width:] = True
+    rollout = dataclasses.replace(rollout, tokens=tokens, response_mask=mask, token_mask=rollout.token_mask | mask)
+    rewards = np.linspace(0, 1, 16, dtype=np.float32)
+
+    def poison(path, leaf):
+        return leaf.at[unused].set(jnp.nan) if jax.tree_util.keystr(path).startswith("['embedding']") else leaf
+
+    broken = dataclasses.replace(state, params=jax.tree_util.tree_map_with_path(poison, state.params))
+    prepared = trainer.prepare(broken, 0, rollout, rewards)
+    slots = trainer.layout.slots
+    assert (slots > 1) == share_prompts
+    first = 5 // slots * slots
+    out = np.isin(np.arange(16), np.arange(first, first + slots))
+    np.testing.assert_array_equal(prepared.finite.rows, ~out)
+    assert (prepared.finite.sampler, prepared.finite.trainer, prepared.finite.reward) == (0, slots, 0)
+    assert f"(the trainer's: {slots})" in prepared.finite.sentence(0)
+    gradient = gradients(trainer)
+    found, count = gradient(broken, prepared)
+
+    log_probs = np.where(out[:, None], np.nan, rollout.log_prob_behaviour)  # the sampler's fault drops the same rows
+    absent = trainer.prepare(state, 0, dataclasses.replace(rollout, log_prob_behaviour=log_probs), rewards)
+    expected, expected_count = gradient(state, absent)
+    assert count == expected_count > 0
+    assert max(np.abs(leaf).max() for leaf in expected.values()) > 1e-3
+    for name, leaf in expected.items():
+        np.testing.assert_allclose(found[name], leaf, atol=1e-6, err_msg=name)
+
+    improved, updates = trainer.improve(broken, prepared)
+    assert [float(update["skipped"][0]) for update in updates] == [0.0]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(improved.params["layers"]))
 
 
 class SometimesNone:
