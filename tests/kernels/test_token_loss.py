@@ -300,3 +300,20 @@ def test_errors_name_the_argument(own_messages):
         token_loss(*given, lambda s, a, b: s.entropy, sides[0], sides[1][:4])
     with pytest.raises(ValueError, match=r"per_token_loss returned shape \(\); it must return one loss per row"):
         token_loss(*given, lambda s: jnp.sum(s.entropy))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_bfloat16_runs_on_any_cpu(axis):
+    """A product whose result is wanted transposed fails at run time on CPUs without bfloat16 instructions."""
+    inputs = oracle.make_inputs(rows=24, width=32, vocabulary=96, axis=axis)
+    low, targets = inputs.arrays(jnp.bfloat16), inputs.tokens
+
+    def total(hidden, head):
+        return token_loss(hidden, head, targets, lambda s: s.log_prob, vocabulary_axis=axis, statistics=("log_prob",))[
+            0
+        ]
+
+    gradients = jax.jit(jax.grad(total, (0, 1)))(*low[:2])
+    wanted = oracle.expected_gradient(inputs, {"log_prob": np.ones(24)})
+    for value, right in zip(gradients, wanted, strict=True):
+        assert oracle.error(value.astype(jnp.float32), right) < 2e-2

@@ -12,7 +12,7 @@ from jaxrl_kernels import Reference
 from jaxrl_kernels import ReferenceLogits
 from jaxrl_kernels import token_loss
 from jaxrl_kernels import token_statistics
-from jaxrl_kernels._token_statistics import mosaic_gpu_sweep as sweep
+from jaxrl_kernels._token_statistics import mosaic_gpu_tiles as tiles
 from jaxrl_kernels._token_statistics import pallas_mosaic_gpu
 from tests.kernels import head_oracle as oracle
 
@@ -34,7 +34,7 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    monkeypatch.setattr(sweep, "TILES", SMALL)
+    monkeypatch.setattr(tiles, "TILES", SMALL)
     with plgpu.force_gpu_interpret_mode():
         yield
 
@@ -51,8 +51,7 @@ def both(arrays, targets, cotangents, axis, options):
             reference=oracle.reference(arrays),
             vocabulary_axis=axis,
             implementation="pallas_mosaic_gpu",
-            block=128,
-            **dict(options),
+            **({"block": 128} | dict(options)),
         )
         return oracle.weighted(values, cotangents), values
 
@@ -130,8 +129,8 @@ def test_close_policies_and_bad_rows():
 )
 def test_bfloat16_inputs_lose_nothing_but_their_own_rounding(monkeypatch, rows, width, vocabulary, axis, names, scales):
     rng = np.random.default_rng(0)
-    monkeypatch.setattr(sweep, "TILES", {1: (256, 4), 2: (64, 3)})  # that of the GPU for one head
-    monkeypatch.setattr(sweep, "SHORTEST", 4)
+    monkeypatch.setattr(tiles, "TILES", {1: (256, 4), 2: (64, 3)})  # that of the GPU for one head
+    monkeypatch.setattr(tiles, "SHORTEST", 4)
 
     @jax.jit
     def values_of(arrays, targets):
@@ -178,6 +177,46 @@ def test_float32_blocks_and_a_reference_of_another_width(monkeypatch):
     assert oracle.error(oracle.expected(rounded).log_prob, wanted.log_prob) > 1e-4
 
 
+@pytest.mark.parametrize(
+    ("shape", "options", "block"),
+    [
+        pytest.param({"rows": 20, "vocabulary": 320, "width": 16, "axis": 1}, {}, 128, id="ragged-rows"),
+        pytest.param(
+            {"rows": 257, "vocabulary": 152, "width": 64, "axis": 0},
+            {"temperature": 2.0, "log_min_p": -1.5, "soft_cap": 2.0},
+            None,
+            id="pruned-capped-tied",
+        ),
+    ],
+)
+def test_gradients_of_bfloat16_heads_in_place(shape, options, block):
+    """The kernel's own gradient, as near to float64 as rounding the gradient of the logits to bfloat16 lets it."""
+    names = [name for name in oracle.WITH_GRADIENT if not (name == "kl_reverse" and "log_min_p" in options)]
+    inputs = oracle.make_inputs(**shape, near=0.3)
+    low = inputs.arrays(jnp.bfloat16)
+    inputs = inputs._replace(**dict(zip(("hidden", "head", "hidden_ref", "head_ref"), _exact(low), strict=True)))
+    cotangents = oracle.draw_cotangents(shape["rows"], names)
+    broken = inputs._replace(hidden=inputs.hidden.copy())
+    broken.hidden[1] = np.nan
+    dead = {name: np.where(np.arange(shape["rows"]) == 1, 0, value) for name, value in cotangents.items()}
+    right = oracle.expected_gradient(inputs, dead, **options)
+    for given in (inputs, broken):
+        used = {
+            name: jnp.asarray(value, jnp.float32) for name, value in (dead if given is inputs else cotangents).items()
+        }
+        settings = tuple((options | {"block": block}).items())
+        _, gradients = both(given.arrays(jnp.bfloat16), inputs.tokens, used, inputs.axis, settings)
+        for value, wanted in zip(gradients, right, strict=True):
+            assert value.dtype == jnp.bfloat16
+            value = np.asarray(value.astype(jnp.float32))
+            assert oracle.error(value, wanted) < 8e-3
+            assert oracle.error(-value, wanted) > 0.5
+
+
+def _exact(arrays):
+    return [np.asarray(x.astype(jnp.float32), np.float64) for x in arrays]
+
+
 def test_token_loss_and_a_mask():
     """The other op through the same kernel: masked rows may hold anything."""
     inputs = oracle.make_inputs(rows=11, vocabulary=60, near=0.3)
@@ -214,10 +253,10 @@ def test_no_rows():
 @pytest.mark.parametrize(("clusters", "vocabulary"), [(1, 40), (1, 4000), (3, 131072), (11, 3000), (32, 131072)])
 def test_every_tile_of_every_row_is_swept_once(clusters, vocabulary):
     """The kernel's own arithmetic of blocks and segments, on integers."""
-    case = sweep.Case(1, vocabulary, clusters * 256, (64,), ((0, 0),), None)
+    case = tiles.Case(1, vocabulary, clusters * 256, (64,), ((0, 0),), None)
     items, segments = case.clusters * case.segments, case.segments
     seen = np.zeros((clusters, case.tiles), int)
-    places = jax.jit(jax.vmap(lambda item: sweep.place(case, item)))(jnp.arange(items, dtype=jnp.int32))
+    places = jax.jit(jax.vmap(lambda item: tiles.place(case, item)))(jnp.arange(items, dtype=jnp.int32))
     for block, segment in zip(*(x.tolist() for x in places), strict=True):
         seen[block, segment * case.tiles // segments : (segment + 1) * case.tiles // segments] += 1
     np.testing.assert_array_equal(seen, 1)

@@ -29,7 +29,7 @@ SWIZZLE = 128
 """Bytes of a row of a block in shared memory; with this swizzle it is read without bank conflicts."""
 
 STEPS = 4
-"""Blocks in flight. Not measured on a GPU."""
+"""Blocks in flight. Two to six take the same time on an H200."""
 
 _VERSION = tuple(int(part) for part in jax.__version__.split(".")[:2])
 
@@ -37,7 +37,11 @@ _VERSION = tuple(int(part) for part in jax.__version__.split(".")[:2])
 def _kernel(body, out, scratch, blocks: int) -> Any:
     # The names of these arguments changed in jax 0.11.
     shape, types = ("out_type", "scratch_types") if _VERSION >= (0, 11) else ("out_shape", "scratch_shapes")
-    return plgpu.kernel(body, grid=(blocks,), grid_names=("rows",), **{shape: out, types: scratch})
+    # The fast exponential (ex2.approx) is right to 2^-22 by PTX's manual.
+    fast = plgpu.CompilerParams(approx_math=True)
+    return plgpu.kernel(
+        body, grid=(blocks,), grid_names=("rows",), compiler_params=fast, **{shape: out, types: scratch}
+    )
 
 
 def _load(ref, layout) -> Array:

@@ -21,6 +21,7 @@ from jaxrl_kernels._token_statistics import vjp
 from jaxrl_kernels._token_statistics import xla
 from jaxrl_kernels._token_statistics import xla_loss
 from jaxrl_kernels._token_statistics.blocks import Layout
+from jaxrl_kernels._token_statistics.blocks import Logits
 from jaxrl_kernels._token_statistics.blocks import accumulator
 from jaxrl_kernels._token_statistics.blocks import vary_together
 from jaxrl_kernels._token_statistics.types import WITH_REFERENCE
@@ -92,11 +93,12 @@ def token_statistics(
             count from the first token of all. Statistics are those of the whole vocabulary, the same on every device
             of the axis; hidden states that are the same there get the sum of the devices' cotangents. "xla" only.
         implementation: "reference" (plain jax.numpy and autodiff, [N, V] in memory), "xla" (blocks), "pallas_tpu" or
-            "pallas_mosaic_gpu" (Mosaic kernels for TPU and for Hopper GPUs; bfloat16 or float32), or None: the
-            platform's default. A named one is never replaced by another: where it cannot run, that is an error.
+            "pallas_mosaic_gpu" (Mosaic kernels for TPU and for Hopper GPUs; bfloat16 or float32), or None:
+            "pallas_mosaic_gpu" for bfloat16 [D, V] heads on one Hopper GPU (V % 64 = D % 8 = 0), else "xla". A named
+            one is never replaced by another: where it cannot run, that is an error.
         block: columns per block of "xla" (None: tuned for the device, else 2 MiB of logits on CPU and 256 MiB
             elsewhere), per tile of "pallas_tpu" (a multiple of 128; None: what fits into vector memory), or per block
-            of the backward pass of "pallas_mosaic_gpu" (a multiple of 64; None: 256 MiB).
+            of the backward pass of "pallas_mosaic_gpu" (a multiple of 64; None: 256 MiB of bfloat16).
 
     Returns:
         TokenStatistics of [N] arrays; what was not computed is None.
@@ -113,6 +115,9 @@ def token_statistics(
     targets = targets if mask is None else jnp.where(mask, targets, jnp.zeros((), targets.dtype))
     wanted = checks.wanted(op, statistics, reference is not None, log_min_p is not None, top_k, vocabulary)
     chosen = _dispatch.resolve(op, implementation, IMPLEMENTATIONS, jax.default_backend())
+    plain_case = implementation is None and top_k is None and vocabulary_mesh_axis is None
+    if plain_case and pallas_mosaic_gpu.preferred(Logits(hidden, head, reference, None), vocabulary_axis):
+        chosen = "pallas_mosaic_gpu"
     checks.supported(op, chosen, soft_cap, top_k, vocabulary_mesh_axis)
     checks.target_range(op, targets, across_devices.whole_vocabulary(vocabulary, vocabulary_mesh_axis))
     dtypes = _dtypes(hidden, head, reference)
@@ -196,8 +201,8 @@ def token_loss(
         side_arrays: arrays with a leading axis N: advantages, old log-probs, weights.
         mask: [N] rows that count; None means all. Rows outside may hold anything, NaN included.
         statistics: names that per_token_loss reads; None means all that apply. The others are None, and cost nothing.
-        implementation: as for `token_statistics`. A Pallas one runs the kernels of `token_statistics` and makes the
-            gradient in the backward pass: six matrix products.
+        implementation: as for `token_statistics`, but None is always "xla". A Pallas one runs the kernels of
+            `token_statistics` and makes the gradient in the backward pass: six matrix products.
 
     Returns:
         (sum, count), scalars in the wider of float32 and the inputs' dtypes.
@@ -250,7 +255,7 @@ def token_loss(
         if rows == 0:
             return jnp.zeros((), dtype), count
         engine = ENGINES[chosen]
-        tile = xla_loss.tile_rows(rows, jax.default_backend()) if chosen == "xla" else rows
+        tile = xla_loss.tile_rows(rows, vocabulary, jax.default_backend()) if chosen == "xla" else rows
         size = engine.columns(op, block, tile, vocabulary, dtypes)
         layout = Layout(vocabulary_axis, vocabulary, size)
         plan = xla_loss.LossPlan(layout, wanted, tile, checked, soft_cap, top_k, vocabulary_mesh_axis)

@@ -7,6 +7,7 @@ never needs a neutral element.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 from typing import TypeVar
 
@@ -82,16 +83,22 @@ def matmul(
 ) -> Float[Array, "_ _"]:
     """Product of two matrices over one axis of each, accumulated and returned in `dtype`.
 
-    float32 operands ask for full precision by name: accelerators otherwise round them to fewer bits.
+    float32 operands ask for full precision by name: accelerators otherwise round them to fewer bits. On CPU bfloat16
+    and float16 operands become float32 first, which loses nothing: where the CPU has no instructions for them, XLA 0.11
+    fails at run time on those of their products whose result it wants transposed.
     """
+
+    def product(x: Array, y: Array, operands: jnp.dtype, precision: lax.Precision) -> Array:
+        dimensions = (((contract[0],), (contract[1],)), ((), ()))
+        x, y = x.astype(operands), y.astype(operands)
+        return lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=dtype)
+
     narrow = promoted(x.dtype, y.dtype)
-    precision = lax.Precision.DEFAULT if narrow in (jnp.bfloat16, jnp.float16) else lax.Precision.HIGHEST
-    return lax.dot_general(
-        x.astype(narrow),
-        y.astype(narrow),
-        (((contract[0],), (contract[1],)), ((), ())),
-        precision=precision,
-        preferred_element_type=dtype,
+    if narrow not in (jnp.bfloat16, jnp.float16):
+        return product(x, y, narrow, lax.Precision.HIGHEST)
+    wide = partial(product, operands=jnp.dtype(jnp.float32), precision=lax.Precision.HIGHEST)
+    return lax.platform_dependent(
+        x, y, cpu=wide, default=partial(product, operands=narrow, precision=lax.Precision.DEFAULT)
     )
 
 

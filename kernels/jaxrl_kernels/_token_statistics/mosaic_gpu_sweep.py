@@ -1,23 +1,11 @@
 # Pallas passes references where its stubs say arrays.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAssignmentType=false, reportAbstractUsage=false
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
-"""One sweep over the vocabulary on a Hopper GPU: products on the tensor cores, and what their tiles contribute.
-
-A thread block holds two warpgroups that compute and one that copies. The computing ones share a tile of 128 rows by 256
-columns (64 rows each; with a reference 128 columns of both heads), summed over the width in steps of 64; the copying
-one keeps a ring of such steps filled by TMA, also across tiles, so that the next product is loading while a tile's sums
-are taken. Two blocks with neighbouring rows form a cluster and load each part of the head once for both. Every block
-sweeps one segment of the vocabulary and writes what it carried; the segments are joined outside.
-
-What lies outside the arrays is read as zero, and columns beyond the vocabulary get a logit that no weight survives. A
-slot of the ring is full when both copies into it arrived, and empty when both computing warpgroups of both blocks of
-the cluster have read it, since either block's copy writes into both.
-"""
+"""What the tiles of mosaic_gpu_tiles.py are for: sums over the vocabulary, and the gradient of a block of logits."""
 
 import math
 from collections.abc import Callable
 from typing import Any
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,23 +14,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from jaxrl_kernels._token_statistics.elementary import across
-
-ROWS = 64
-"""Rows of a computing warpgroup: those of one tensor core instruction."""
-
-GROUPS = 2
-"""Computing warpgroups of a block; one more copies."""
-
-CLUSTER = 2
-"""Blocks that share what they load of the head."""
-
-STEP = 64
-"""Width of a step: 128 bytes of bfloat16, the swizzle that is read without bank conflicts."""
-
-TILES = {1: (256, 4), 2: (128, 6)}
-"""Per number of heads: columns of a tile and steps in flight. 128 accumulator registers a thread and 192 KiB of shared
-memory either way."""
+from jaxrl_kernels._token_statistics import mosaic_gpu_tiles as tiles
+from jaxrl_kernels._token_statistics.mosaic_gpu_tiles import ROWS
+from jaxrl_kernels._token_statistics.mosaic_gpu_tiles import Case
+from jaxrl_kernels._token_statistics.mosaic_gpu_tiles import Head
+from jaxrl_kernels._token_statistics.mosaic_gpu_tiles import Part
 
 SLICE = 64
 """Columns whose sums are taken together. With a reference the compiler spills registers at 128, not at 64."""
@@ -50,273 +26,40 @@ SLICE = 64
 FEW = 10
 """Sums a row may carry for that; with more (14 for all statistics) registers spill unless slices are half as wide."""
 
-PROCESSORS = 132
-"""Multiprocessors that the vocabulary is cut into segments for (H100 SXM)."""
-
-TOGETHER = 8
-"""Clusters of rows that run side by side: their hidden states, 16 MB at D = 4096, stay in the L2 cache."""
-
-SHORTEST = 8
-"""Tiles of a segment at least, so that what the segments write stays below 2 % of the logits."""
-
-NOTHING = -1e30
-"""Logit of a column beyond the vocabulary: e^(NOTHING - m) is 0, and nothing that multiplies it is infinite."""
-
-
-class Head(NamedTuple):
-    """One product of the kernel: arrays outside, references inside. The parts of float32 lie side by side along D."""
-
-    hidden: Any  # [N, parts D]
-    head: Any  # [parts D, V] or [V, parts D]
-
-
-class Case(NamedTuple):
-    """Static description of one kernel call."""
-
-    axis: int
-    vocabulary: int
-    count: int  # rows
-    widths: tuple[int, ...]  # of one part, per head
-    products: tuple[tuple[int, int], ...]
-    soft_cap: float | None
-
-    @property
-    def columns(self) -> int:
-        """Columns of a tile."""
-        return TILES[len(self.widths)][0]
-
-    @property
-    def stages(self) -> int:
-        """Steps in flight."""
-        return TILES[len(self.widths)][1]
-
-    @property
-    def tiles(self) -> int:
-        """Tiles side by side."""
-        return math.ceil(self.vocabulary / self.columns)
-
-    @property
-    def clusters(self) -> int:
-        """Clusters one above the other."""
-        return math.ceil(self.count / (CLUSTER * GROUPS * ROWS))
-
-    @property
-    def padded(self) -> int:
-        """Rows of all clusters."""
-        return self.clusters * CLUSTER * GROUPS * ROWS
-
-    @property
-    def segments(self) -> int:
-        """Segments of the vocabulary: as many as should leave the fewest processors idle."""
-
-        def rounds(segments: int) -> float:
-            waves = math.ceil(self.clusters * segments / (PROCESSORS // CLUSTER))
-            return waves * (math.ceil(self.tiles / segments) + 0.1)
-
-        return min(range(1, max(1, self.tiles // SHORTEST) + 1), key=rounds)
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        """Steps along the width per head and tile, all products together."""
-        return tuple(math.ceil(width / STEP) * len(self.products) for width in self.widths)
-
-
-def _kernel(case: Case, tile: Callable, join: Callable, like: Any, rows: Any) -> Callable:
-    """The kernel's body for `tile` and `join` as in `_swept`."""
-
-    def body(*refs) -> None:
-        heads = [Head(*refs[2 * k : 2 * k + 2]) for k in range(len(case.widths))]
-        targets, constants, out, ring, kept, full, empty, ready = refs[2 * len(heads) :]
-        block, segment = place(case, lax.axis_index("item"))
-        first, last = (lax.div((segment + k) * case.tiles, case.segments) for k in (0, 1))
-        row = (block * CLUSTER + lax.axis_index("cluster")) * (GROUPS * ROWS)
-        group = lax.axis_index("group")
-
-        @pl.when(group == GROUPS)
-        def _copy() -> None:
-            plgpu.set_max_registers(40, action="decrease")
-            given = pl.ds(row, GROUPS * ROWS)
-            plgpu.copy_gmem_to_smem(targets.at[given], kept[0], ready)
-            plgpu.copy_gmem_to_smem(constants.at[:, given], kept[1], ready)
-            _fill(case, heads, ring, full, empty, row, first, last)
-
-        @pl.when(group < GROUPS)
-        def _compute() -> None:
-            plgpu.set_max_registers(232, action="increase")
-            plgpu.barrier_wait(ready)
-            mine, wide = pl.ds(group * ROWS, ROWS), plgpu.Layout.WGMMA.reduce(1)
-            own_targets = plgpu.load(kept[0].at[mine], layout=wide)
-            leaves, structure = jax.tree.flatten(rows)
-            given = [plgpu.load(kept[1].at[k, mine], layout=wide) for k in range(len(leaves))]
-            given = jax.tree.unflatten(structure, given)
-
-            def part(z, z_ref, start):
-                return tile(z, z_ref, own_targets, start, given)
-
-            state = _carry(case, part, join, like, given, ring, full, empty, first, last)
-            for k, value in enumerate(state):
-                kept[2][group, k] = value
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(kept[2].at[group], out.at[:, segment, pl.ds(row + group * ROWS, ROWS)])
-            plgpu.wait_smem_to_gmem(0)
-
-    return body
-
-
-def place(case: Case, item: Array) -> tuple[Array, Array]:
-    """(cluster of rows, segment) of the item-th cluster: TOGETHER clusters of rows, then the next segment."""
-    height = min(TOGETHER, case.clusters)
-    band = lax.div(item, height * case.segments)
-    inside = item - band * (height * case.segments)
-    here = lax.min(height, case.clusters - band * height)
-    segment = lax.div(inside, here)
-    return band * height + (inside - segment * here), segment
-
-
-def _part_of(case: Case, which: int, product: Array) -> Array | int:
-    """Part of the hidden states (0) or of the head (1) in the given product; two bits each of a number known
-    beforehand, as a kernel has no tables."""
-    if len(case.products) == 1:
-        return 0
-    packed = sum(parts[which] << (2 * k) for k, parts in enumerate(case.products))
-    return lax.bitwise_and(lax.shift_right_logical(jnp.int32(packed), 2 * product), jnp.int32(3))
-
-
-def _fill(case: Case, heads: list[Head], ring, full, empty, row, first, last) -> None:
-    """Keep the ring filled, step after step and tile after tile."""
-
-    def fill_tile(j: Array, count: Array) -> Array:
-        columns = pl.ds(j * case.columns, case.columns)
-        for (hidden, head), width, steps in zip(heads, case.widths, case.steps, strict=True):
-            deep = math.ceil(width / STEP)
-
-            def step(k, count, hidden=hidden, head=head, deep=deep):
-                slot, product = lax.rem(count, case.stages), lax.div(k, deep)
-                at, head_at = (
-                    pl.ds((k + (_part_of(case, which, product) - product) * deep) * STEP, STEP) for which in (0, 1)
-                )
-
-                @pl.when(count >= case.stages)
-                def _free() -> None:
-                    plgpu.barrier_wait(empty.at[slot])
-
-                source = hidden.at[pl.ds(row, GROUPS * ROWS), at]
-                plgpu.copy_gmem_to_smem(source, ring[0].at[slot], full.at[slot])
-                source = head.at[head_at, columns] if case.axis == 1 else head.at[columns, head_at]
-                plgpu.copy_gmem_to_smem(source, ring[1].at[slot], full.at[slot], collective_axes="cluster")
-                return count + 1
-
-            # A loop known to have eight steps would be unrolled, and then the copying warpgroup spills registers. The
-            # compiler does not know that no count of steps reaches 2^30.
-            count = lax.fori_loop(0, steps + lax.shift_right_logical(count, jnp.int32(30)), step, count)
-        return count
-
-    count = lax.fori_loop(first, last, fill_tile, jnp.int32(0))
-
-    # A block must not end while its neighbour may still signal to it.
-    def drained(step: Array, _) -> None:
-        plgpu.barrier_wait(empty.at[lax.rem(step, case.stages)])
-
-    lax.fori_loop(lax.max(count - case.stages, 0), count, drained, None)
-
-
-def _product(case: Case, steps: int, count: Array, ring, full, empty) -> Array:
-    """The next `steps` steps of the ring, summed: 64 rows of one head's logits."""
-    mine = pl.ds(lax.axis_index("group") * ROWS, ROWS)
-
-    def release(step: Array) -> None:
-        plgpu.barrier_arrive(empty.at[lax.rem(step, case.stages)])
-
-    def multiply(accumulator):
-        def step(k: Array, _) -> None:
-            slot = lax.rem(count + k, case.stages)
-            plgpu.barrier_wait(full.at[slot])
-            head = ring[1].at[slot]
-            plgpu.wgmma(accumulator, ring[0].at[slot, mine], head if case.axis == 1 else head.T)
-            # One product stays in flight, so the step before this one has been read.
-            plgpu.wgmma_wait(1)
-            pl.when(k > 0)(lambda: release(count + k - 1))
-
-        lax.fori_loop(0, steps, step, None)
-        z = accumulator[...]
-        release(count + steps - 1)
-        return z
-
-    return pl.run_scoped(multiply, plgpu.ACC((ROWS, case.columns), jnp.float32))
-
-
-def _carry(case: Case, part: Callable, join: Callable, like: Any, given: dict, ring, full, empty, first, last) -> list:
-    """Leaves of what the tiles from `first` to `last` contribute together."""
-    structure, inverse = jax.tree.structure(like), given.get("inverse")
-    wide = SLICE if structure.num_leaves <= FEW else SLICE // 2
-
-    def one_tile(j: Array, carried: tuple[Array, list[Array]]) -> tuple[Array, list[Array]]:
-        count, state = carried
-        blocks = []
-        for steps in case.steps:
-            blocks.append(_product(case, steps, count, ring, full, empty))
-            count = count + steps
-        for at in range(0, case.columns, wide):
-            start, pair = j * case.columns + at, []
-            for block in blocks:
-                z = lax.slice(block, (0, at), (ROWS, at + wide))
-                if case.soft_cap is not None:
-                    # tanh, to a rounding of the cap; the GPU's own spills registers, its fast one errs by 2^-11.
-                    z = case.soft_cap - 2 * case.soft_cap / (jnp.exp(z * (2 / case.soft_cap)) + 1)
-                z = z if inverse is None else z * across(inverse, z)
-                if case.vocabulary % case.columns:
-                    beyond = lax.broadcasted_iota(jnp.int32, z.shape, 1) >= case.vocabulary - start
-                    z = jnp.where(beyond, jnp.full_like(z, NOTHING), z)
-                pair.append(z)
-            piece = part(pair[0], pair[1] if pair[1:] else None, start)
-            joined = jax.tree.leaves(join(jax.tree.unflatten(structure, state), piece))
-            if at == 0:
-                # There is no neutral state to join the first tile with.
-                fresh = lax.broadcast(j - first, (ROWS,)) == 0
-                joined = [jnp.where(fresh, a, b) for a, b in zip(jax.tree.leaves(piece), joined, strict=True)]
-            state = joined
-        return count, state
-
-    zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
-    return lax.fori_loop(first, last, one_tile, (jnp.int32(0), [zero] * structure.num_leaves))[1]
-
 
 def sweep(case: Case, heads: list[Head], targets: Array, rows: Any, tile: Callable, join: Callable, like: Any) -> Any:
-    """`like` with [N] arrays, over the columns of the given heads."""
-    leaves, fields = jax.tree.leaves(rows), len(jax.tree.leaves(like))
-    missing = case.padded - case.count
-    constants = jnp.stack(leaves or [jnp.zeros((case.count,), jnp.float32)])
-    arrays = (*(x for pair in heads for x in pair), jnp.pad(targets, (0, missing)))
-    arrays = (*arrays, jnp.pad(constants, ((0, 0), (0, missing))))
-    swizzled = plgpu.TilingTransform((8, STEP)), plgpu.SwizzleTransform(2 * STEP)
-    of_head = (STEP, case.columns) if case.axis == 1 else (case.columns, STEP)
-    ring = [
-        plgpu.SMEM((case.stages, *shape), jnp.bfloat16, transforms=swizzled)
-        for shape in ((GROUPS * ROWS, STEP), of_head)
-    ]
-    kept = [
-        plgpu.SMEM((GROUPS * ROWS,), jnp.int32),
-        plgpu.SMEM((constants.shape[0], GROUPS * ROWS), jnp.float32),
-        plgpu.SMEM((GROUPS, fields, ROWS), jnp.float32),
-    ]
-    full = plgpu.Barrier(num_arrivals=2, num_barriers=case.stages)
-    empty = plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=GROUPS, num_barriers=case.stages)
-    out = plgpu.kernel(
-        _kernel(case, tile, join, like, rows),
-        out_type=jax.ShapeDtypeStruct(
-            (fields, case.segments, case.padded), jnp.float32, manual_axis_type=jax.typeof(arrays[0]).manual_axis_type
-        ),
-        scratch_types=[ring, kept, full, empty, plgpu.Barrier(num_arrivals=2)],
-        grid=(case.clusters * case.segments,),
-        grid_names=("item",),
-        cluster=(CLUSTER,),
-        cluster_names=("cluster",),
-        num_threads=GROUPS + 1,
-        thread_name="group",
-        # The only function of the kernel is exp, whose fast form (ex2.approx) is right to 2^-22 by PTX's manual.
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        kernel_name=f"token_statistics_{type(like).__name__.lower()}",
-    )(*arrays)
+    """`like` with [N] arrays, over the columns of the given heads.
+
+    Every warpgroup carries what the tiles of its segment contribute; the segments are joined outside.
+    """
+    structure = jax.tree.structure(like)
+    fields = structure.num_leaves
+    wide = SLICE if fields <= FEW else SLICE // 2
+
+    def work(part: Part, out, staged) -> None:
+        def one_tile(j: Array, carried: tuple[Array, list[Array]]) -> tuple[Array, list[Array]]:
+            count, state = carried
+            count, slices = part.logits(j, count)
+            for at in range(0, case.columns, wide):
+                piece = tile(*slices(at, wide), part.targets, j * case.columns + at, part.rows)
+                joined = jax.tree.leaves(join(jax.tree.unflatten(structure, state), piece))
+                if at == 0:
+                    # There is no neutral state to join the first tile with.
+                    fresh = lax.broadcast(j - part.first, (ROWS,)) == 0
+                    joined = [jnp.where(fresh, a, b) for a, b in zip(jax.tree.leaves(piece), joined, strict=True)]
+                state = joined
+            return count, state
+
+        zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
+        state = lax.fori_loop(part.first, part.last, one_tile, (jnp.int32(0), [zero] * fields))[1]
+        for k, value in enumerate(state):
+            staged[k] = value
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(staged, out.at[:, part.segment, pl.ds(part.row, ROWS)])
+
+    shape = jax.ShapeDtypeStruct((fields, case.segments, case.padded), jnp.float32)
+    staged = plgpu.SMEM((tiles.GROUPS, fields, ROWS), jnp.float32)
+    out = tiles.launch(case, heads, targets, rows, work, shape, staged, type(like).__name__.lower())
     return _over_segments(case, out, join, like)
 
 
@@ -334,3 +77,30 @@ def _over_segments(case: Case, out: Array, join: Callable, like: Any) -> Any:
 
     fields = out[:, :, : case.count].reshape(out.shape[0], -1)
     return joined(jax.tree.unflatten(jax.tree.structure(like), list(fields)), case.segments)
+
+
+def gradient(case: Case, heads: list[Head], targets: Array, rows: Any, tile: Callable) -> Array:
+    """tile(z, z_ref, targets, start, row constants) of all columns, in bfloat16: [rows of all clusters, V].
+
+    V is that of the given heads. Rows beyond the last have zeros for constants."""
+    wide = tiles.STEP
+
+    def work(part: Part, out, staged) -> None:
+        def one_tile(j: Array, count: Array) -> Array:
+            count, slices = part.logits(j, count)
+            for at in range(0, case.columns, wide):
+                start = j * case.columns + at
+                value = tile(*slices(at, wide), part.targets, start, part.rows).astype(jnp.bfloat16)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the previous slice has left
+                staged[...] = value
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(staged, out.at[pl.ds(part.row, ROWS), pl.ds(start, wide)])
+            return count
+
+        lax.fori_loop(part.first, part.last, one_tile, jnp.int32(0))
+
+    columns = math.ceil(case.vocabulary / case.columns) * case.columns
+    shape = jax.ShapeDtypeStruct((case.padded, columns), jnp.bfloat16)
+    staged = plgpu.SMEM((tiles.GROUPS, ROWS, wide), jnp.bfloat16, transforms=tiles.SWIZZLED)
+    out = tiles.launch(case, heads, targets, rows, work, shape, staged, "gradient")
+    return out[:, : case.vocabulary]

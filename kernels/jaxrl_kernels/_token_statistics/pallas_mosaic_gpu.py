@@ -1,8 +1,9 @@
 """token_statistics forward as a Mosaic GPU kernel (Hopper, jax 0.11 or newer): logits live in the accumulators of the
-tensor cores and never reach memory. The backward pass is the closed form on wide blocks of logits, in XLA.
+tensor cores and never reach memory. Backward a second kernel makes the gradient of wide blocks of logits the same way,
+and XLA the two products with it.
 
-mosaic_gpu_sweep.py holds the kernel; what a tile contributes, and how contributions join, are the functions of
-streaming.py and closed_form.py.
+mosaic_gpu_tiles.py and mosaic_gpu_sweep.py hold the kernels; what a tile contributes, how contributions join, and the
+gradient are the functions of streaming.py and closed_form.py.
 
 Precision: bfloat16 products accumulate in float32. The tensor cores have no float32 product (theirs would be TF32, with
 11 bits), so float32 operands are cut into three bfloat16 parts that hold all 24 bits, and six of the nine products of
@@ -11,12 +12,6 @@ parts are summed, the small ones first: what is left out is below 2^-24 of a ter
 The kernel reads bfloat16 heads in place, [D, V] and [V, D] alike, if they consist of whole tiles of shared memory: the
 second axis divisible by 64, the first by 8. Other heads are copied block by block of the vocabulary; hidden states are
 copied as a whole.
-
-Estimate (not measured): N=8192, D=4096, V=131072 in bfloat16 is 8.8 TFLOP, 8.9 ms at the 989 TFLOP/s that the data
-sheet of an H100 SXM gives and 12.7 ms at 692, the rate of a good matrix product. A tile needs 36 us of tensor core and
-about 2 us of sums, part of which hides because the two warpgroups may drift apart by the steps in flight. A block reads
-2 MB per tile from the L2 cache, half of what it needs of the head: 5.4 TB/s in all at that rate. The blocks that run
-together are 16 blocks of rows by 8 segments, so memory gives 0.4 TB/s of its 3.35.
 """
 
 from collections.abc import Callable
@@ -28,25 +23,35 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxrl_kernels._token_statistics import xla
-from jaxrl_kernels._token_statistics.blocks import ACCELERATOR_BLOCK_BYTES
 from jaxrl_kernels._token_statistics.blocks import Layout
 from jaxrl_kernels._token_statistics.blocks import Logits
 from jaxrl_kernels._token_statistics.blocks import fold
 from jaxrl_kernels._token_statistics.closed_form import Constants
 from jaxrl_kernels._token_statistics.closed_form import Variation
+from jaxrl_kernels._token_statistics.closed_form import logit_gradient
 from jaxrl_kernels._token_statistics.closed_form import variation
-from jaxrl_kernels._token_statistics.mosaic_gpu_sweep import ROWS
+from jaxrl_kernels._token_statistics.elementary import across
 from jaxrl_kernels._token_statistics.mosaic_gpu_sweep import SLICE
-from jaxrl_kernels._token_statistics.mosaic_gpu_sweep import STEP
-from jaxrl_kernels._token_statistics.mosaic_gpu_sweep import Case
-from jaxrl_kernels._token_statistics.mosaic_gpu_sweep import Head
+from jaxrl_kernels._token_statistics.mosaic_gpu_sweep import gradient
 from jaxrl_kernels._token_statistics.mosaic_gpu_sweep import sweep
+from jaxrl_kernels._token_statistics.mosaic_gpu_tiles import ROWS
+from jaxrl_kernels._token_statistics.mosaic_gpu_tiles import STEP
+from jaxrl_kernels._token_statistics.mosaic_gpu_tiles import TILES
+from jaxrl_kernels._token_statistics.mosaic_gpu_tiles import Case
+from jaxrl_kernels._token_statistics.mosaic_gpu_tiles import Head
+from jaxrl_kernels._token_statistics.mosaic_gpu_tiles import padded_rows
 from jaxrl_kernels._token_statistics.streaming import Summary
 from jaxrl_kernels._token_statistics.streaming import combine
 from jaxrl_kernels._token_statistics.streaming import summarise
 from jaxrl_kernels._token_statistics.types import Reference
+from jaxrl_kernels._token_statistics.types import ReferenceLogits
 from jaxrl_kernels._token_statistics.vjp import Engine
 from jaxrl_kernels._token_statistics.vjp import Plan
+from jaxrl_kernels._token_statistics.vjp import live_rows
+from jaxrl_kernels._token_statistics.vjp import without_idle_reference
+
+BLOCK_BYTES = 256 * 2**20
+"""bfloat16 gradients of logits that a block of the backward pass holds."""
 
 COPIED = 2048
 """Columns per block of a head that the kernel cannot read in place."""
@@ -63,6 +68,19 @@ NEEDS = (0, 11)
 _VERSION = tuple(int(part) for part in jax.__version__.split(".")[:2])
 
 
+def preferred(logits: Logits, vocabulary_axis: int) -> bool:
+    """Whether this is what runs by default here: bfloat16 heads read in place, on the one Hopper GPU of the process.
+
+    On an H200 it is then a sixth faster than "xla" forward and a tenth forward and backward. float32, at six products
+    for one, is slower. Over several GPUs the compiler shards "xla" as it does everything else, and a kernel it cannot.
+    """
+    devices = jax.devices()
+    alone = len(devices) == 1 and getattr(devices[0], "compute_capability", "") == "9.0" and _VERSION >= NEEDS
+    if not alone or vocabulary_axis != 1 or isinstance(logits.reference, ReferenceLogits):
+        return False
+    return _in_place(_pairs(logits))
+
+
 def columns(op: str, block: int | None, rows: int, vocabulary: int, dtypes: tuple[Any, ...]) -> int:
     """Columns of a block of the backward pass for a given `block` argument; raise on what the kernel cannot do."""
     if _VERSION < NEEDS:
@@ -76,8 +94,8 @@ def columns(op: str, block: int | None, rows: int, vocabulary: int, dtypes: tupl
             f"'xla'."
         )
     if block is None:
-        fitting = ACCELERATOR_BLOCK_BYTES // (max(rows, 1) * 4)
-        block = max(STEP, fitting // STEP * STEP)
+        widest = TILES[1][0]
+        block = max(widest, BLOCK_BYTES // (max(rows, 1) * 2) // widest * widest)
     elif block < 1 or block % STEP:
         raise ValueError(
             f"{op}: block must be a multiple of {STEP} columns for implementation 'pallas_mosaic_gpu', not {block}."
@@ -114,11 +132,22 @@ def _parts(x: Array, axis: int, count: int) -> Array:
     return jnp.concatenate(parts, axis)
 
 
+def _in_place(pairs: list[Head]) -> bool:
+    """Whether the kernel reads these heads where they are."""
+    narrow = all(x.dtype == jnp.bfloat16 for pair in pairs for x in pair)
+    return narrow and all(pair.head.shape[0] % 8 == 0 and pair.head.shape[1] % STEP == 0 for pair in pairs)
+
+
+def _with_inverse(rows: dict, logits: Logits) -> dict:
+    inverse = logits.inverse_temperature
+    if inverse is not None:
+        inverse = jnp.broadcast_to(inverse, (logits.hidden.shape[0], 1))[:, 0]
+    return rows | {"inverse": inverse}
+
+
 def _swept(plan: Plan, logits: Logits, targets: Array, rows: Any, tile: Callable, join: Callable) -> Any:
     """Fold tile(z, z_ref, targets, start, row constants) over the vocabulary with `join`."""
-    rows = rows | {"inverse": logits.inverse_temperature}
-    if rows["inverse"] is not None:
-        rows["inverse"] = jnp.broadcast_to(rows["inverse"], (logits.hidden.shape[0], 1))[:, 0]
+    rows = _with_inverse(rows, logits)
     z, count = jax.ShapeDtypeStruct((ROWS, SLICE), jnp.float32), logits.hidden.shape[0]
     row, token = (jax.ShapeDtypeStruct((ROWS,), dtype) for dtype in (jnp.float32, jnp.int32))
     z_ref = None if logits.reference is None else z
@@ -127,11 +156,11 @@ def _swept(plan: Plan, logits: Logits, targets: Array, rows: Any, tile: Callable
         return jax.tree.map(lambda _: jnp.zeros((0,), jnp.float32), like)
     axis, pairs, targets = plan.layout.vocabulary_axis, _pairs(logits), targets.astype(jnp.int32)
     widths = tuple(pair.hidden.shape[1] for pair in pairs)
-    narrow = all(x.dtype == jnp.bfloat16 for pair in pairs for x in pair)
-    if narrow and all(pair.head.shape[0] % 8 == 0 and pair.head.shape[1] % STEP == 0 for pair in pairs):
+    if _in_place(pairs):
         case = Case(axis, plan.layout.vocabulary, count, widths, ((0, 0),), plan.soft_cap)
         heads = [Head(_padded(pair.hidden), pair.head) for pair in pairs]
         return sweep(case, heads, targets, rows, tile, join, like)
+    narrow = all(x.dtype == jnp.bfloat16 for pair in pairs for x in pair)
     parts, products = (1, ((0, 0),)) if narrow else (PARTS, PRODUCTS)
     hidden = [_parts(pair.hidden, 1, parts) for pair in pairs]
 
@@ -166,4 +195,49 @@ def total_variation(plan: Plan, logits: Logits, constants: Constants) -> Variati
     return _swept(plan, logits, targets, {"constants": constants}, tile, join)
 
 
-ENGINE = Engine(columns, summary, total_variation, xla.backward)
+def backward(
+    plan: Plan,
+    logits: Logits,
+    targets: Array,
+    constants: Constants,
+    cotangent: dict[str, Array],
+    *,
+    head_gradient: bool,
+) -> tuple[Array, Array | None]:
+    """Cotangents of hidden and (if asked for) head: a kernel makes the gradient of a block of logits from the products
+    in its accumulators, XLA the two products with it."""
+    logits = without_idle_reference(logits, cotangent)
+    pairs, count = _pairs(logits), logits.hidden.shape[0]
+    if count == 0 or not _in_place(pairs):
+        return xla.backward(plan, logits, targets, constants, cotangent, head_gradient=head_gradient)
+    axis, targets, cap = plan.layout.vocabulary_axis, targets.astype(jnp.int32), plan.soft_cap
+    live = live_rows(constants, cotangent)
+    rows = {"constants": constants, "cotangent": cotangent, "live": live.astype(jnp.float32)}
+    rows = _with_inverse(rows, logits)
+
+    def tile(z, z_ref, targets, start, given) -> Array:
+        g = logit_gradient(z, z_ref, targets, start, given["constants"], given["cotangent"])
+        inverse = given["inverse"]
+        if cap is not None:
+            capped = z if inverse is None else z / across(inverse, z)
+            g = g * (1 - (capped / cap) * (capped / cap))
+        g = g if inverse is None else g * across(inverse, g)
+        return jnp.where(across(given["live"], g) > 0, g, jnp.zeros_like(g))
+
+    heads = [Head(_padded(pair.hidden), pair.head) for pair in pairs]
+    widths = tuple(pair.hidden.shape[1] for pair in pairs)
+
+    def block_gradient(start: int | Array, size: int) -> Array:
+        case = Case(axis, size, count, widths, ((0, 0),), cap)
+        blocks = [Head(x.hidden, lax.dynamic_slice_in_dim(x.head, start, size, axis=axis)) for x in heads]
+        return gradient(case, blocks, targets - start, rows, tile)
+
+    hidden = jnp.where(live[:, None], logits.hidden, jnp.zeros((), logits.hidden.dtype))
+    filled = jnp.pad(hidden, ((0, padded_rows(count) - count), (0, 0)))
+    d_hidden, d_head = xla.pulled_back(
+        plan, filled, logits.head, block_gradient, logits.dtype, head_gradient=head_gradient
+    )
+    return d_hidden[:count], d_head
+
+
+ENGINE = Engine(columns, summary, total_variation, backward)

@@ -9,6 +9,8 @@ Memory: a few blocks of logits (2 MiB each on CPU, 256 MiB on accelerators: bloc
 cotangent of the hidden states in the accumulator's type.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -37,7 +39,10 @@ from jaxrl_kernels._token_statistics.vjp import without_idle_reference
 def columns(op: str, block: int | None, rows: int, vocabulary: int, dtypes: tuple[jnp.dtype, ...]) -> int:
     """Columns of a block for a given `block` argument."""
     if block is None:
-        size = block_size(rows, vocabulary, accumulator(*dtypes).itemsize, jax.default_backend())
+        platform = jax.default_backend()
+        if op == "token_loss" and platform != "cpu":
+            return vocabulary  # a tile of rows is one block there: xla_loss.py
+        size = block_size(rows, vocabulary, accumulator(*dtypes).itemsize, platform)
         return tuned.block(op, rows, vocabulary) or size
     if block < 1:
         raise ValueError(f"{op}: block must be at least 1 column, not {block}.")
@@ -76,21 +81,41 @@ def backward(
     head_gradient: bool,
 ) -> tuple[Array, Array | None]:
     """Cotangents of hidden and (if asked for) head."""
-    layout, axis = plan.layout, plan.layout.vocabulary_axis
-    hidden, head = logits.hidden, logits.head
     logits = without_idle_reference(logits, cotangent)
     row = live_rows(constants, cotangent)[:, None]
-    hidden_t = jnp.where(row, hidden, jnp.zeros((), hidden.dtype)).T
+
+    def gradient(start: int | Array, size: int) -> Array:
+        z, z_ref = logits.block(plan.layout, start, size)
+        g = logits.pulled(logit_gradient(z, z_ref, targets, start, constants, cotangent), z)
+        return jnp.where(row, g, jnp.zeros((), g.dtype)).astype(logits.hidden.dtype)
+
+    hidden = jnp.where(row, logits.hidden, jnp.zeros((), logits.hidden.dtype))
+    return pulled_back(plan, hidden, logits.head, gradient, logits.dtype, head_gradient=head_gradient)
+
+
+def pulled_back(
+    plan: Plan,
+    hidden: Array,
+    head: Array,
+    gradient: Callable[[int | Array, int], Array],
+    dtype: jnp.dtype,
+    *,
+    head_gradient: bool,
+) -> tuple[Array, Array | None]:
+    """Cotangents of hidden and (if asked for) head from gradient(start, size): that of a block of logits, [N, size].
+
+    Rows of `hidden` that have no gradient must be finite: they are multiplied by zeros.
+    """
+    layout, axis = plan.layout, plan.layout.vocabulary_axis
+    hidden_t = hidden.T
 
     def step(start: int | Array, size: int) -> tuple[Array, Array | None]:
-        z, z_ref = logits.block(layout, start, size)
-        g = logits.pulled(logit_gradient(z, z_ref, targets, start, constants, cotangent), z)
-        g = jnp.where(row, g, jnp.zeros((), g.dtype)).astype(hidden.dtype)
+        g = gradient(start, size)
         block = lax.dynamic_slice_in_dim(head, start, size, axis=axis)
-        d_hidden = matmul(g, block, (1, axis), logits.dtype)
+        d_hidden = matmul(g, block, (1, axis), dtype)
         if not head_gradient:
             return d_hidden, None
-        return d_hidden, head_cotangent(hidden_t, g, axis, logits.dtype).astype(head.dtype)
+        return d_hidden, head_cotangent(hidden_t, g, axis, dtype).astype(head.dtype)
 
     last, size = layout.last
     d_hidden, d_last = step(last, size)

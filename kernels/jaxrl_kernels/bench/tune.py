@@ -45,7 +45,9 @@ def tune(device: str, rounds: int) -> dict:
             times = time_all(compile_all(programs, inputs), inputs, rounds)
             seconds = {block: float(str(found["cpu_seconds"])) for block, found in times.items()}
             best = min(seconds, key=lambda block: seconds[block])
-            rows = tile_rows(shape.rows, jax.default_backend()) if op == "token_loss" else shape.rows
+            rows = shape.rows
+            if op == "token_loss":
+                rows = tile_rows(shape.rows, shape.vocabulary, jax.default_backend())
             entries.append(
                 {"op": op, "rows": rows, "width": shape.width, "vocabulary": shape.vocabulary, "dtype": shape.dtype,
                  "block": int(best), "cpu_seconds": seconds}
