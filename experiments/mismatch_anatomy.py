@@ -23,11 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments.mismatch_page import FLAT_BUCKETS
 from experiments.mismatch_page import bounds_of
-from experiments.mismatch_page import flatness
 from experiments.mismatch_page import mismatch_page
+from experiments.mismatch_statistics import FLAT_BUCKETS
 from experiments.mismatch_statistics import exact_statistics
+from experiments.mismatch_statistics import flat_means
+from experiments.mismatch_statistics import flatness
+from experiments.mismatch_statistics import flatness_interval
 from experiments.mismatch_statistics import noise_scale
 from experiments.registry import Expectation
 from experiments.study import Parts
@@ -240,6 +242,8 @@ def _numbers(part: dict[str, np.ndarray], settings: MismatchSettings, *, own_tex
         "mean_change": float(change.mean()),
         "largest_change": float(change.max()),
         "flatness": flatness(part),
+        "flatness_interval": list(flatness_interval(part)),
+        "flat_means": [float(mean) if np.isfinite(mean) else None for mean in flat_means(part)],
         "mean_kl": float(kl.mean()),
         "largest_kl": float(kl.max()),
         "mean_tv": float(part["tv"][real].mean()),

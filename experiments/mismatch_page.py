@@ -15,9 +15,12 @@ from experiments import words
 from experiments.bands import HALF
 from experiments.figures import legend
 from experiments.mismatch_statistics import EDGES
+from experiments.mismatch_statistics import FLAT_BUCKETS
 from experiments.mismatch_statistics import LOG_MIN_P
 from experiments.mismatch_statistics import bucket_errors
 from experiments.mismatch_statistics import bucket_means
+from experiments.mismatch_statistics import flat_means
+from experiments.mismatch_statistics import flatness
 from experiments.mismatch_statistics import noise_scale
 from experiments.study import Page
 from experiments.study import Results
@@ -33,25 +36,8 @@ from jaxrl_llm.objectives import masks
 
 COLOURS = (style.BLUE, style.SKY, style.GREEN, style.ORANGE, style.VERMILION, style.PURPLE, style.MUTED)
 MARKS = "osD^vPX"
-FLAT_BUCKETS = ("p < 0.1", "0.1 to 0.5", "0.5 to 0.9", "p > 0.9")
-FLAT_STARTS = (0, 6, 8, 10)
-"""First fine bucket of each of these."""
 DELTAS = np.geomspace(1e-7, 1.0, 60)
 CENTRES = np.sqrt(np.append(EDGES[0] / 10, EDGES) * np.append(EDGES, 1.0))
-
-
-def flat_means(part: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Mean of |d| / (1 - p) over the tokens that the engine samples, in the four wide buckets."""
-    total, mass = (part[f"bucket_{name}"][part["full_mask"]].sum(axis=0) for name in ("ratio", "mass"))
-    total, mass = (np.add.reduceat(array, FLAT_STARTS) for array in (total, mass))
-    return np.where(mass > 1e-3, total / np.maximum(mass, 1e-30), np.nan)
-
-
-def flatness(part: Mapping[str, np.ndarray]) -> float:
-    """Smallest over largest of `flat_means`; 1 is the (1 - p) law, 0 its failure."""
-    means = flat_means(part)
-    means = means[np.isfinite(means)]
-    return float(means.min() / means.max()) if means.max() > 0 else 1.0
 
 
 def bounds_of(part: Mapping[str, np.ndarray], horizon: int) -> SurrogateErrorBounds:

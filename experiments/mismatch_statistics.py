@@ -5,6 +5,7 @@ that an expectation over sampled tokens has no sampling noise. mu(a) may be 0 (t
 """
 
 import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,10 @@ EDGES = np.array([1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 0.5, 0.7, 0.9])
 
 SMALLEST_REST = 1e-30
 """Stands in for 1 - p where p is 1 to the last bit of the sum over the others."""
+
+FLAT_BUCKETS = ("p < 0.1", "0.1 to 0.5", "0.5 to 0.9", "p > 0.9")
+FLAT_STARTS = (0, 6, 8, 10)
+"""First fine bucket of each of these."""
 
 LOG_MIN_P = np.arange(-18.0, -1.9, 1.0)
 """Thresholds of the safe set."""
@@ -140,3 +145,37 @@ def noise_scale(part: dict[str, np.ndarray]) -> float:
     """s of the Gaussian model, from E KL = s^2 (1 - C) / 2 over all contexts."""
     real = part["full_mask"]
     return float(np.sqrt(2 * part["kl"][real].sum() / (1 - part["collision"][real]).sum()))
+
+
+def _flat_sums(part: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of |d| / (1 - p) and of mass in the four wide buckets, [responses, 4] each."""
+    real = part["full_mask"][..., None]
+    sums = [np.where(real, part[f"bucket_{name}"], 0).sum(axis=1) for name in ("ratio", "mass")]
+    total, mass = (np.add.reduceat(one, FLAT_STARTS, axis=1) for one in sums)
+    return total, mass
+
+
+def _flat(total: np.ndarray, mass: np.ndarray) -> tuple[np.ndarray, float]:
+    means = np.where(mass > 1e-3, total / np.maximum(mass, 1e-30), np.nan)
+    largest = np.nanmax(means)
+    return means, float(np.nanmin(means) / largest) if largest > 0 else 1.0
+
+
+def flat_means(part: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Mean of |d| / (1 - p) over the tokens that the engine samples, in the four wide buckets."""
+    return _flat(*(one.sum(axis=0) for one in _flat_sums(part)))[0]
+
+
+def flatness(part: Mapping[str, np.ndarray]) -> float:
+    """Smallest over largest of `flat_means`; 1 is the (1 - p) law, 0 its failure."""
+    return _flat(*(one.sum(axis=0) for one in _flat_sums(part)))[1]
+
+
+def flatness_interval(part: Mapping[str, np.ndarray], *, draws: int = 2000) -> tuple[float, float]:
+    """95 % interval of the flatness, by bootstrap over responses: tokens of one response depend on each other."""
+    total, mass = _flat_sums(part)
+    generator, count = np.random.default_rng(0), len(total)
+    chosen = generator.integers(0, count, (draws, count))
+    found = [_flat(total[rows].sum(axis=0), mass[rows].sum(axis=0))[1] for rows in chosen]
+    low, high = np.quantile(found, [0.025, 0.975])
+    return float(low), float(high)

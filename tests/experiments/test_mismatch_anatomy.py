@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from experiments.cli import main
-from experiments.mismatch_page import flatness
 from experiments.mismatch_statistics import EDGES
 from experiments.mismatch_statistics import LOG_MIN_P
 from experiments.mismatch_statistics import bucket_means
 from experiments.mismatch_statistics import exact_statistics
+from experiments.mismatch_statistics import flatness
+from experiments.mismatch_statistics import flatness_interval
 from experiments.mismatch_statistics import noise_scale
 from experiments.run_folder import RunFolder
 from experiments.study import read_results
@@ -99,6 +100,8 @@ def test_gaussian_noise_obeys_its_laws_and_a_wrong_one_is_seen() -> None:
     assert np.abs(bucket_means(part, "bias")[known] / scale**2 - bucket_means(part, "law")[known]).max() < 3
     assert (part["largest_two_sided"] <= 1 + 1e-3).all()
     assert flatness(part) > 0.6
+    low, high = flatness_interval(part)
+    assert 0.5 < low < flatness(part) <= high < 1
 
 
 def test_noise_that_is_not_of_the_logits_is_not_flat() -> None:
@@ -107,6 +110,7 @@ def test_noise_that_is_not_of_the_logits_is_not_flat() -> None:
     part = exact_statistics(*narrow) | {"full_mask": np.ones((4, 100), bool)}
     constant = part | {"bucket_ratio": part["bucket_mass"] * np.append(np.ones(10), 30.0)}
     assert flatness(constant) < 0.2
+    assert flatness_interval(constant)[1] < 0.2
 
 
 def test_truncation_has_no_finite_noise() -> None:
