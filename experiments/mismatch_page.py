@@ -303,7 +303,15 @@ def _reading(settings: Any, results: Results, summary: Mapping[str, Any]) -> Seq
     two_sided = max(float(part["largest_two_sided"][part["full_mask"]].max()) for part in engines.values())
     printed = max(float(part["largest_printed"][part["full_mask"]].max()) for part in engines.values())
     scales = ", ".join(f"{name} {summary[f'engine_{name}']['noise_scale']:.2g}" for name in engines)
+    flats = []
+    for name in engines:
+        numbers = summary[f"engine_{name}"]
+        low, high = numbers["flatness_interval"]
+        means = ", ".join("-" if mean is None else f"{mean:.2g}" for mean in numbers["flat_means"])
+        flats.append(f"{name} {numbers['flatness']:.2f} ({low:.2f} to {high:.2f}; means {means})")
     return [
+        "Smallest over largest mean of |d| / (1 - p) in the four buckets, with 95 % intervals by bootstrap over "
+        f"responses: {'; '.join(flats)}.",
         f"The largest |d| over 2 e (1 - p) of any entry of the vocabulary is {printed:.3f}, and over the two-sided "
         f"bound 2 e (1 - min(p, p')) it is {two_sided:.3f}, which a theorem keeps at 1.",
         f"The logit noise that the mean KL speaks of, as a standard deviation s [nats]: {scales}. A hard e is several "
