@@ -1,24 +1,39 @@
-"""Which implementation of an op runs: chosen by platform, or named by the caller and then never replaced by another."""
+"""Which implementation of an op runs: a default, or named by the caller and then never replaced by another."""
 
-DEFAULTS = {"cpu": "xla", "gpu": "xla", "cuda": "xla", "rocm": "xla", "tpu": "xla"}
-"""Implementation per platform when the caller names none."""
+import jax
+
+NEEDS = (0, 11)
+"""First jax whose Mosaic GPU has what the kernels use."""
+
+VERSION = tuple(int(part) for part in jax.__version__.split(".")[:2])
+
+DEFAULT = "xla"
+"""Implementation when the caller names none. On one Hopper GPU an op may know a better one."""
 
 
-def resolve(op: str, implementation: str | None, available: tuple[str, ...], platform: str) -> str:
+def resolve(op: str, implementation: str | None, available: tuple[str, ...]) -> str:
     """Name of the implementation of `op` that will run.
 
     Args:
         op: name of the public function, for messages.
-        implementation: the caller's choice, or None for the platform's default.
+        implementation: the caller's choice, or None for the default.
         available: implementations that exist for this op.
-        platform: platform that the program is traced for, as `jax.default_backend()` names it.
 
     Raises:
         ValueError: the name is not an implementation.
     """
     choices = ", ".join(repr(name) for name in available)
     if implementation is None:
-        return DEFAULTS.get(platform, "xla")
+        return DEFAULT
     if implementation in available:
         return implementation
     raise ValueError(f"{op}: implementation must be None or one of {choices}, not {implementation!r}.")
+
+
+def one_hopper() -> bool:
+    """Whether the process computes on one Hopper GPU, with a jax that has what the kernels need.
+
+    Over several GPUs the compiler shards an XLA program by itself, and a kernel it cannot.
+    """
+    devices = jax.devices()
+    return len(devices) == 1 and getattr(devices[0], "compute_capability", None) == "9.0" and VERSION >= NEEDS

@@ -10,6 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxrl_kernels import Reference
 from jaxrl_kernels import ReferenceLogits
+from jaxrl_kernels import dense_kl
 from jaxrl_kernels import token_loss
 from jaxrl_kernels import token_statistics
 from jaxrl_kernels._token_statistics import mosaic_gpu_tiles as tiles
@@ -310,3 +311,39 @@ def test_where_it_cannot_run_it_says_so():
     for block in (0, 100):
         with pytest.raises(ValueError, match=f"block must be a multiple of 64 columns .*, not {block}"):
             call(block=block)
+
+
+def test_one_hopper_runs_it_by_default(monkeypatch):
+    """bfloat16 that needs no copy, nothing that the kernels cannot do; a name is never replaced."""
+
+    class Device:
+        platform, compute_capability = "cpu", "9.0"
+
+    def kernels(function, *arrays) -> int:
+        return str(jax.make_jaxpr(function)(*arrays)).count("mpmd_map")
+
+    def of(shape, dtype=jnp.bfloat16, axis=1, **options):
+        hidden, targets = jnp.ones((8, shape[1 - axis]), dtype), jnp.zeros(8, jnp.int32)
+        options = {"statistics": ("log_prob",), "vocabulary_axis": axis} | options
+        return kernels(lambda head: token_statistics(hidden, head, targets, **options), jnp.ones(shape, dtype))
+
+    def dense(shape, dtype=jnp.bfloat16, **options):
+        logits = jnp.ones(shape, dtype)
+        return kernels(lambda z: dense_kl(z, logits, **options), logits)
+
+    for devices, runs in (([Device()], 1), ([Device()] * 2, 0), (jax.devices(), 0)):
+        monkeypatch.setattr(jax, "devices", lambda devices=devices: devices)
+        assert of((16, 128)) == of((128, 64), axis=0) == runs
+        assert dense((16, 128)) == runs
+    monkeypatch.setattr(jax, "devices", lambda: [Device()])
+    assert not of((16, 100))
+    assert not of((16, 128), jnp.float32)
+    assert not of((16, 128), statistics=("top_k_mass",), top_k=2)
+    assert not of((16, 128), implementation="xla")
+    reference = ReferenceLogits(jnp.zeros((8, 128), jnp.bfloat16))
+    assert not of((16, 128), reference=reference, statistics=("kl",))
+    assert not dense((16, 100))
+    assert not dense((10, 128))
+    assert not dense((16, 128), jnp.float32)
+    assert not dense((16, 128), top_k=3)
+    assert not dense((16, 128), implementation="xla")

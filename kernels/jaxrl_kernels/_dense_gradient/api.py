@@ -45,7 +45,8 @@ def dense_kl(
         top_k: if given, KL between the two renormalised on the policy's top_k most likely tokens of each row. It says
             nothing about the mass outside them; the choice carries no gradient.
         implementation: "reference" (plain jax.numpy and autodiff), "xla", "pallas_tpu", "pallas_mosaic_gpu", or None:
-            the platform's default. The Pallas ones run on their own platform, and elsewhere only interpreted
+            "pallas_mosaic_gpu" on one Hopper GPU for bfloat16 whose V is a multiple of 64 and N of 8, else "xla". The
+            Pallas ones run on their own platform, and elsewhere only interpreted
             (`pltpu.force_tpu_interpret_mode`, `plgpu.force_gpu_interpret_mode`).
 
     Returns:
@@ -58,7 +59,7 @@ def dense_kl(
     """
     op = "dense_kl"
     _check(op, logits, logits_ref, top_k)
-    chosen = _dispatch.resolve(op, implementation, IMPLEMENTATIONS, jax.default_backend())
+    chosen = _chosen(op, implementation, logits, logits_ref, top_k)
     with jax.named_scope(f"{op}.{chosen}"):
         if top_k is not None:
             index = _top(logits, top_k)
@@ -100,7 +101,7 @@ def dense_gradient(
     """
     op = "dense_gradient"
     _check(op, logits, logits_ref, top_k)
-    chosen = _dispatch.resolve(op, implementation, IMPLEMENTATIONS, jax.default_backend())
+    chosen = _chosen(op, implementation, logits, logits_ref, top_k)
     dtype = _dtype(logits, logits_ref)
     rows = logits.shape[0]
     if weights is None:
@@ -117,6 +118,13 @@ def dense_gradient(
         kl, part = _both(chosen, *(_gather(x, index) for x in arguments[:2]), arguments[2])  # pyright: ignore[reportCallIssue]
         whole = jnp.put_along_axis(jnp.zeros_like(arguments[0]), index, part, axis=1, inplace=False)
         return DenseGradient(kl, whole)
+
+
+def _chosen(op: str, implementation: str | None, logits: Array, logits_ref: Array, top_k: int | None) -> str:
+    free = implementation is None and top_k is None
+    if free and _dispatch.one_hopper() and pallas_mosaic_gpu.preferred(logits, logits_ref):
+        return "pallas_mosaic_gpu"
+    return _dispatch.resolve(op, implementation, IMPLEMENTATIONS)
 
 
 def _both(chosen: str, logits: Array, logits_ref: Array, weights: Array) -> DenseGradient:

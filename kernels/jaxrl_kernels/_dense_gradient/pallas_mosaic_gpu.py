@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 from jaxtyping import Float
 
+from jaxrl_kernels import _dispatch
 from jaxrl_kernels._dense_gradient import streaming
 from jaxrl_kernels._dense_gradient.streaming import State
 
@@ -31,12 +32,22 @@ SWIZZLE = 128
 STEPS = 4
 """Blocks in flight. Two to six take the same time on an H200."""
 
-_VERSION = tuple(int(part) for part in jax.__version__.split(".")[:2])
+
+def preferred(logits: Array, logits_ref: Array) -> bool:
+    """Whether this is what runs by default on one Hopper GPU: bfloat16 that needs no copy.
+
+    On an H200 at N=8192 V=131072 `dense_kl` then takes 0.45 of the time of "xla" and `dense_gradient` 0.75, and neither
+    holds anything beside its results.
+    """
+    narrow = logits.dtype == logits_ref.dtype == jnp.bfloat16
+    return narrow and logits.shape[0] % 8 == 0 and logits.shape[1] % _columns(logits.dtype) == 0
 
 
 def _kernel(body, out, scratch, blocks: int) -> Any:
     # The names of these arguments changed in jax 0.11.
-    shape, types = ("out_type", "scratch_types") if _VERSION >= (0, 11) else ("out_shape", "scratch_shapes")
+    shape, types = (
+        ("out_type", "scratch_types") if _dispatch.VERSION >= _dispatch.NEEDS else ("out_shape", "scratch_shapes")
+    )
     # The fast exponential (ex2.approx) is right to 2^-22 by PTX's manual.
     fast = plgpu.CompilerParams(approx_math=True)
     return plgpu.kernel(
@@ -45,7 +56,7 @@ def _kernel(body, out, scratch, blocks: int) -> Any:
 
 
 def _load(ref, layout) -> Array:
-    if _VERSION >= (0, 11):
+    if _dispatch.VERSION >= _dispatch.NEEDS:
         return plgpu.load(ref, layout=layout)
     return plgpu.load(ref, (), layout=layout)
 

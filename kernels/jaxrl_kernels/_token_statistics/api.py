@@ -94,8 +94,8 @@ def token_statistics(
             of the axis; hidden states that are the same there get the sum of the devices' cotangents. "xla" only.
         implementation: "reference" (plain jax.numpy and autodiff, [N, V] in memory), "xla" (blocks), "pallas_tpu" or
             "pallas_mosaic_gpu" (Mosaic kernels for TPU and for Hopper GPUs; bfloat16 or float32), or None:
-            "pallas_mosaic_gpu" for bfloat16 [D, V] heads on one Hopper GPU (V % 64 = D % 8 = 0), else "xla". A named
-            one is never replaced by another: where it cannot run, that is an error.
+            "pallas_mosaic_gpu" on one Hopper GPU for bfloat16 heads whose second axis is a multiple of 64 and the first
+            of 8, else "xla". A named one is never replaced by another: where it cannot run, that is an error.
         block: columns per block of "xla" (None: tuned for the device, else 2 MiB of logits on CPU and 256 MiB
             elsewhere), per tile of "pallas_tpu" (a multiple of 128; None: what fits into vector memory), or per block
             of the backward pass of "pallas_mosaic_gpu" (a multiple of 64; None: 256 MiB of bfloat16).
@@ -114,9 +114,9 @@ def token_statistics(
     checks.rows(op, mask, hidden.shape[0])
     targets = targets if mask is None else jnp.where(mask, targets, jnp.zeros((), targets.dtype))
     wanted = checks.wanted(op, statistics, reference is not None, log_min_p is not None, top_k, vocabulary)
-    chosen = _dispatch.resolve(op, implementation, IMPLEMENTATIONS, jax.default_backend())
-    plain_case = implementation is None and top_k is None and vocabulary_mesh_axis is None
-    if plain_case and pallas_mosaic_gpu.preferred(Logits(hidden, head, reference, None), vocabulary_axis):
+    chosen = _dispatch.resolve(op, implementation, IMPLEMENTATIONS)
+    free = implementation is None and top_k is None and vocabulary_mesh_axis is None
+    if free and _dispatch.one_hopper() and pallas_mosaic_gpu.preferred(Logits(hidden, head, reference, None)):
         chosen = "pallas_mosaic_gpu"
     checks.supported(op, chosen, soft_cap, top_k, vocabulary_mesh_axis)
     checks.target_range(op, targets, across_devices.whole_vocabulary(vocabulary, vocabulary_mesh_axis))
@@ -218,7 +218,7 @@ def token_loss(
     mask = jnp.ones((rows,), bool) if mask is None else mask
     targets = jnp.where(mask, targets, jnp.zeros((), targets.dtype))
     wanted = checks.wanted(op, statistics, reference is not None, log_min_p is not None, top_k, vocabulary)
-    chosen = _dispatch.resolve(op, implementation, IMPLEMENTATIONS, jax.default_backend())
+    chosen = _dispatch.resolve(op, implementation, IMPLEMENTATIONS)
     checks.supported(op, chosen, soft_cap, top_k, vocabulary_mesh_axis)
     checks.target_range(op, targets, across_devices.whole_vocabulary(vocabulary, vocabulary_mesh_axis))
     dtypes = _dtypes(hidden, head, reference)
