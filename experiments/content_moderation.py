@@ -50,6 +50,7 @@ from jaxrl_llm.environments.moderation import THRESHOLD
 from jaxrl_llm.environments.moderation import moderation_rewards
 from jaxrl_llm.exploration import Features
 from jaxrl_llm.exploration import play_contexts
+from jaxrl_llm.exploration import require_sound
 from jaxrl_llm.exploration import rows_of
 from jaxrl_llm.models.files import cache_folder
 
@@ -211,7 +212,7 @@ def _played(name: str, settings: ModerationSettings) -> Mapping[str, Any]:
     kept = np.unique(np.linspace(0, settings.rounds - 1, min(POINTS, settings.rounds)).round().astype(int))
     tenth = max(1, settings.rounds // 10)
 
-    def one(key: jax.Array) -> dict[str, jax.Array]:
+    def one(key: jax.Array) -> tuple[dict[str, jax.Array], Any]:
         run = play_contexts(player.agent, bandit, key, rounds=settings.rounds)
         right = run.actions == bandit.best_actions[run.contexts]
         values = player.mean_values(run.state, held)
@@ -222,10 +223,12 @@ def _played(name: str, settings: ModerationSettings) -> Mapping[str, Any]:
             "late_published": jnp.mean(run.actions[-tenth:] == PUBLISH),
             "late_accuracy": jnp.mean(right[-tenth:]),
             "held_published": values[:, PUBLISH] > values[:, BLOCK],
-        }
+        }, run.state
 
     seeds = jax.random.split(jax.random.key(settings.seed), settings.seeds)
-    made = {key: np.asarray(value) for key, value in jax.jit(jax.vmap(one))(seeds).items()}
+    numbers, states = jax.jit(jax.vmap(one))(seeds)
+    require_sound(states)
+    made = {key: np.asarray(value) for key, value in numbers.items()}
     held_out = [_scores(world.harmless[world.held_out], row) for row in made.pop("held_published")]
     return {
         "rounds": kept + 1,

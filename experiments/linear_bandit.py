@@ -33,6 +33,7 @@ from jaxrl_llm.exploration import greedy
 from jaxrl_llm.exploration import hyperagent
 from jaxrl_llm.exploration import lin_ucb
 from jaxrl_llm.exploration import play
+from jaxrl_llm.exploration import require_sound
 from jaxrl_llm.exploration import thompson_sampling
 from jaxrl_llm.exploration.indices import CENTRED_ISOTROPIC
 from jaxrl_llm.exploration.indices import SPHERE
@@ -72,15 +73,16 @@ class LinearBanditSettings:
     seed: int = 0
 
 
-def _played(agent: Agent, settings: LinearBanditSettings, dimension: int) -> dict[str, jax.Array]:
-    """Cumulative regret of every seed: at the end, and as a curve with its standard error."""
+def _played(agent: Agent, settings: LinearBanditSettings, dimension: int) -> dict[str, Any]:
+    """Cumulative regret of every seed, at the end and as a curve with its standard error; the states, to be checked."""
 
-    def one(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def one(key: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
         bandit_key, play_key = jax.random.split(key)
         bandit = box_bandit(bandit_key, dimension=dimension, actions=settings.actions, prior_scale=PRIOR_SCALE)
-        return jnp.cumsum(play(agent, bandit, play_key, rounds=settings.rounds).regrets), bandit.parameter
+        played = play(agent, bandit, play_key, rounds=settings.rounds)
+        return jnp.cumsum(played.regrets), bandit.parameter, played.state
 
-    curves, parameters = jax.vmap(one)(jax.random.split(jax.random.key(settings.seed), settings.seeds))
+    curves, parameters, states = jax.vmap(one)(jax.random.split(jax.random.key(settings.seed), settings.seeds))
     kept = np.unique(np.linspace(0, settings.rounds - 1, min(POINTS, settings.rounds)).round().astype(int))
     return {
         "rounds": jnp.asarray(kept + 1),
@@ -88,7 +90,18 @@ def _played(agent: Agent, settings: LinearBanditSettings, dimension: int) -> dic
         "mean": jnp.mean(curves, axis=0)[kept],
         "error": (jnp.std(curves, axis=0) / settings.seeds**0.5)[kept],
         "norm": jnp.linalg.norm(parameters, axis=1),
+        "state": states,
     }
+
+
+def _kept(played: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of `_played`: everything but the states, whose posteriors must be sound.
+
+    Raises:
+        PosteriorError: one of them is not.
+    """
+    require_sound(played.pop("state"))
+    return jax.device_get(played)
 
 
 def _baseline(name: str, settings: LinearBanditSettings) -> Mapping[str, Any]:
@@ -98,19 +111,19 @@ def _baseline(name: str, settings: LinearBanditSettings) -> Mapping[str, Any]:
         "greedy": greedy,
     }
     agent = agents[name](settings.dimension, prior_scale=PRIOR_SCALE)
-    return jax.jit(lambda: _played(agent, settings, settings.dimension))()
+    return _kept(jax.jit(lambda: _played(agent, settings, settings.dimension))())
 
 
 def _ensemble(size: int, settings: LinearBanditSettings) -> Mapping[str, Any]:
     agent = ensemble_sampling(settings.dimension, members=size, prior_scale=PRIOR_SCALE)
-    return jax.jit(lambda: _played(agent, settings, settings.dimension))()
+    return _kept(jax.jit(lambda: _played(agent, settings, settings.dimension))())
 
 
 def _pairs(size: int, settings: LinearBanditSettings) -> Mapping[str, Any]:
     """All pairs of reference (first axis) and perturbation (second axis), by one program."""
 
     @jax.jit
-    def one(pair: jax.Array) -> dict[str, jax.Array]:
+    def one(pair: jax.Array) -> dict[str, Any]:
         agent = hyperagent(
             settings.dimension,
             index_dimension=size,
@@ -121,7 +134,7 @@ def _pairs(size: int, settings: LinearBanditSettings) -> Mapping[str, Any]:
         return _played(agent, settings, settings.dimension)
 
     count = len(CENTRED_ISOTROPIC)
-    rows = [jax.device_get(one(jnp.asarray([first, second]))) for first in range(count) for second in range(count)]
+    rows = [_kept(one(jnp.asarray([first, second]))) for first in range(count) for second in range(count)]
     return {
         name: np.stack([row[name] for row in rows]).reshape(count, count, -1) for name in ("final", "mean", "error")
     }
@@ -144,7 +157,7 @@ def _other_dimension(dimension: int, settings: LinearBanditSettings) -> Mapping[
     sizes = [size for size in settings.index_dimensions if size <= 64]
 
     @jax.jit
-    def one(size: jax.Array) -> dict[str, jax.Array]:
+    def one(size: jax.Array) -> dict[str, Any]:
         law = _first_coordinates(size)
         agent = hyperagent(
             dimension,
@@ -157,8 +170,8 @@ def _other_dimension(dimension: int, settings: LinearBanditSettings) -> Mapping[
         return _played(agent, settings, dimension)
 
     exact = thompson_sampling(dimension, prior_scale=PRIOR_SCALE)
-    thompson = jax.device_get(jax.jit(lambda: _played(exact, settings, dimension))())
-    rows = [jax.device_get(one(jnp.asarray(size))) for size in sizes]
+    thompson = _kept(jax.jit(lambda: _played(exact, settings, dimension))())
+    rows = [_kept(one(jnp.asarray(size))) for size in sizes]
     return {
         "sizes": np.array(sizes),
         "thompson": thompson["final"],

@@ -25,6 +25,7 @@ from experiments.run_folder import write_json
 from experiments.settings import changed_settings
 from experiments.settings import flat_settings
 from experiments.style import Picture
+from jaxrl_llm.exploration import PosteriorError
 
 Arrays = dict[str, np.ndarray]
 Parts = Mapping[str, Callable[[], Mapping[str, Any]]]
@@ -143,7 +144,11 @@ def get_parts(study: Study, settings: Any) -> Parts:
 
 
 def run_parts(run: RunFolder, parts: Parts) -> bool:
-    """Compute the parts that are missing, and keep each; returns whether all are there now (Ctrl-C: not)."""
+    """Compute the parts that are missing, and keep each; returns whether all are there now (Ctrl-C: not).
+
+    Raises:
+        UserError: the folder cannot be written, or an agent's posterior is none any more.
+    """
     (run.path / "parts").mkdir(exist_ok=True)
     missing = {name: part for name, part in parts.items() if not _path(run, name).exists()}
     done = len(parts) - len(missing)
@@ -162,6 +167,8 @@ def run_parts(run: RunFolder, parts: Parts) -> bool:
                 reporter.finish_step(number, {}, {"total": seconds})
     except OSError as error:
         raise UserError(f"Cannot write into {run.path / 'parts'}: {error.strerror}.") from error
+    except PosteriorError as error:
+        raise UserError(f"The posterior of an agent broke: {error}") from error
     except KeyboardInterrupt:
         return False
     return True

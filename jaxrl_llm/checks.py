@@ -97,6 +97,46 @@ def require_between(name: str, value: float, low: float, high: float) -> None:
         raise ValueError(f"{name} is {value}; it must lie in [{low}, {high}].")
 
 
+def require_positive(name: str, value: float) -> None:
+    """The Python number `value` must be positive and finite.
+
+    Raises:
+        ValueError: if it is not, NaN included.
+    """
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} is {value}; it must be a positive number.")
+
+
+def require_not_negative(name: str, value: float) -> None:
+    """The Python number `value` must be at least 0 and finite.
+
+    Raises:
+        ValueError: if it is not, NaN included.
+    """
+    if not (value >= 0 and math.isfinite(value)):
+        raise ValueError(f"{name} is {value}; it must be a number that is not negative.")
+
+
+def require_at_least(name: str, value: int, least: int) -> None:
+    """The Python number `value` must be at least `least`.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if value < least:
+        raise ValueError(f"{name} is {value}; it must be at least {least}.")
+
+
+def require_sizes(**sizes: int) -> None:
+    """Every given Python number must be at least 1.
+
+    Raises:
+        ValueError: naming the first one that is not.
+    """
+    for name, size in sizes.items():
+        require_at_least(name, size, 1)
+
+
 def require_numbers(low: float, high: float, **values: object) -> None:
     """Every given Python number must lie in [low, high]; arrays, whose values jit may not know, are let through.
 

@@ -16,6 +16,7 @@ from jaxrl_llm.bounds.inputs import safe_sqrt
 from jaxrl_llm.checks import checked
 from jaxrl_llm.checks import require_numbers
 from jaxrl_llm.checks import require_rank
+from jaxrl_llm.tabular import value_ranges
 
 ANTI_CONCENTRATION = {"gaussian": 0.0856, "sphere": 0.0664, "cube": 7 / 64}
 """Lower bounds on P(<xi, v> >= 1) for a unit vector v, by the law of the index xi (coordinate: 1 / (2 M)).
@@ -25,10 +26,6 @@ The cube is often quoted with 7/32, the bound on both sides together (errata F9.
 
 SMALLEST = 1e-30
 """The least probability that an argument may be: their logarithms and reciprocals are taken."""
-
-
-def _value_ranges(horizon: int) -> Float[Array, " H"]:
-    return jnp.arange(horizon - 1, -1, -1, dtype=jnp.result_type(float))
 
 
 @checked
@@ -73,7 +70,7 @@ def psrl_bayes_regret(
     horizon, dimension = prior_covariances.shape[:2]
     potential = psrl_potential(prior_covariances, episodes=episodes, feature_ratio=feature_ratio)
     return jnp.sum(
-        _value_ranges(horizon).astype(potential.dtype)
+        value_ranges(horizon).astype(potential.dtype)
         * safe_sqrt(potential * dimension * jnp.asarray(episodes, potential.dtype))
     )
 
@@ -182,7 +179,7 @@ def psrl_bayes_regret_sharp(
         raise ValueError(f"rank is {rank}; it must be at least 1 and at most the dimension {dimension}.")
     potential = psrl_potential_sharp(prior_covariances, episodes=episodes, feature_ratio=feature_ratio)
     return jnp.sum(
-        _value_ranges(horizon).astype(potential.dtype)
+        value_ranges(horizon).astype(potential.dtype)
         * safe_sqrt(potential * rank * jnp.asarray(episodes, potential.dtype))
     )
 

@@ -6,6 +6,8 @@ import jax
 from jaxtyping import Array
 from jaxtyping import Float
 
+from jaxrl_llm.checks import require_positive
+from jaxrl_llm.checks import require_sizes
 from jaxrl_llm.typing import PRNGKey
 
 
@@ -56,13 +58,10 @@ def box_bandit(
     Raises:
         ValueError: if a size is below 1 or a scale is not positive.
     """
-    for name, size in (("dimension", dimension), ("actions", actions)):
-        if size < 1:
-            raise ValueError(f"{name} is {size}; it must be at least 1.")
-    for name, scale in (("prior_scale", prior_scale), ("noise_scale", noise_scale), ("half_width", half_width)):
-        if scale is not None and not scale > 0:
-            raise ValueError(f"{name} is {scale}; it must be a positive number.")
+    require_sizes(dimension=dimension, actions=actions)
     width = dimension**-0.5 if half_width is None else half_width
+    for name, scale in (("prior_scale", prior_scale), ("noise_scale", noise_scale), ("half_width", width)):
+        require_positive(name, scale)
     feature_key, parameter_key = jax.random.split(key)
     features = jax.random.uniform(feature_key, (actions, dimension), minval=-width, maxval=width)
     return LinearBandit(features, prior_scale * jax.random.normal(parameter_key, (dimension,)), noise_scale)

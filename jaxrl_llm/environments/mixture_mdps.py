@@ -6,6 +6,8 @@ from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import ScalarLike
 
+from jaxrl_llm.checks import require_positive
+from jaxrl_llm.checks import require_sizes
 from jaxrl_llm.tabular import LinearMixture
 from jaxrl_llm.typing import PRNGKey
 
@@ -15,17 +17,6 @@ MEDIUM, GOOD, BAD = 0, 1, 2
 STATE_REWARDS = (0.55, 1.0, 0.0)
 CHANCES = (0.05, 0.95)
 """Probabilities of the good state that a base kernel of `risky_mixture` may give a risky action."""
-
-
-def _require_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} is {size}; it must be at least 1.")
-
-
-def _require_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name} is {value}; it must be a positive number.")
 
 
 def random_mixture(
@@ -50,10 +41,10 @@ def random_mixture(
         the mixture.
 
     Raises:
-        ValueError: if a size is below 1 or the concentration is not positive.
+        ValueError: if a size is below 1 or the concentration is not a positive number.
     """
-    _require_sizes(states=states, actions=actions, horizon=horizon, dimension=dimension)
-    _require_positive("concentration", concentration)
+    require_sizes(states=states, actions=actions, horizon=horizon, dimension=dimension)
+    require_positive("concentration", concentration)
     kernel_key, reward_key = jax.random.split(key)
     rows = jax.random.dirichlet(kernel_key, jnp.full(states, concentration), (dimension, states, actions))
     rewards = jax.random.uniform(reward_key, (horizon, states, actions))
@@ -77,7 +68,7 @@ def risky_mixture(key: PRNGKey, *, actions: int = 6, horizon: int = 5, dimension
     Raises:
         ValueError: if a size is below 1, or there is no risky action.
     """
-    _require_sizes(horizon=horizon, dimension=dimension)
+    require_sizes(horizon=horizon, dimension=dimension)
     if actions < 2:
         raise ValueError(f"actions is {actions}; it must be at least 2, a sure and a risky one.")
     states = len(STATE_REWARDS)
@@ -107,8 +98,8 @@ def simplex_atoms(
     Raises:
         ValueError: if a size is below 1, the concentration is not positive or the width not in (0, 1].
     """
-    _require_sizes(horizon=horizon, atoms=atoms, dimension=dimension)
-    _require_positive("concentration", concentration)
+    require_sizes(horizon=horizon, atoms=atoms, dimension=dimension)
+    require_positive("concentration", concentration)
     if isinstance(width, (int, float)) and not 0 < width <= 1:
         raise ValueError(f"width is {width}; it must be above 0 and at most 1.")
     draws = jax.random.dirichlet(key, jnp.full(dimension, concentration), (horizon, atoms))
@@ -120,7 +111,7 @@ def segment_atoms(key: PRNGKey, *, horizon: int, atoms: int, dimension: int) -> 
 
     Args, Returns, Raises as `simplex_atoms`; dimension must be at least 2.
     """
-    _require_sizes(horizon=horizon, atoms=atoms)
+    require_sizes(horizon=horizon, atoms=atoms)
     if dimension < 2:
         raise ValueError(f"dimension is {dimension}; it must be at least 2.")
     corner_key, place_key = jax.random.split(key)

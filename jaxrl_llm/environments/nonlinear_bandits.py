@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 from jaxtyping import Float
 
+from jaxrl_llm.checks import require_positive
+from jaxrl_llm.checks import require_sizes
 from jaxrl_llm.typing import PRNGKey
 
 NEURAL_UNITS = (50, 50)
@@ -60,15 +62,6 @@ class BernoulliBandit(NamedTuple):
         return (noise < mean).astype(mean.dtype)
 
 
-def _require(dimension: int, actions: int, **scales: float) -> None:
-    for name, size in (("dimension", dimension), ("actions", actions)):
-        if size < 1:
-            raise ValueError(f"{name} is {size}; it must be at least 1.")
-    for name, scale in scales.items():
-        if not scale > 0:
-            raise ValueError(f"{name} is {scale}; it must be a positive number.")
-
-
 def _on_sphere(key: PRNGKey, shape: tuple[int, ...]) -> Array:
     normal = jax.random.normal(key, shape)
     return normal / jnp.linalg.norm(normal, axis=-1, keepdims=True)
@@ -91,7 +84,8 @@ def quadratic_bandit(
     Raises:
         ValueError: if a size is below 1 or noise_scale is not positive.
     """
-    _require(dimension, actions, noise_scale=noise_scale)
+    require_sizes(dimension=dimension, actions=actions)
+    require_positive("noise_scale", noise_scale)
     feature_key, parameter_key = jax.random.split(key)
     features = _on_sphere(feature_key, (actions, dimension))
     theta = jax.random.normal(parameter_key, (dimension, dimension))
@@ -105,7 +99,8 @@ def vector_quadratic_bandit(
 
     Args, Returns, Raises as `quadratic_bandit`; means are near 10 / D.
     """
-    _require(dimension, actions, noise_scale=noise_scale)
+    require_sizes(dimension=dimension, actions=actions)
+    require_positive("noise_scale", noise_scale)
     feature_key, parameter_key = jax.random.split(key)
     features = _on_sphere(feature_key, (actions, dimension))
     theta = _on_sphere(parameter_key, (dimension,))
@@ -131,7 +126,8 @@ def neural_bandit(
     Raises:
         ValueError: if a size is below 1 or temperature is not positive.
     """
-    _require(dimension, actions, temperature=temperature)
+    require_sizes(dimension=dimension, actions=actions)
+    require_positive("temperature", temperature)
     feature_key, *layer_keys = jax.random.split(key, 4)
     features = units = _on_sphere(feature_key, (actions, dimension))
     widths = (dimension, *NEURAL_UNITS, 2)

@@ -35,6 +35,7 @@ from jaxrl_llm.exploration.index_losses import separated_loss as separated_loss
 from jaxrl_llm.exploration.indices import IndexLaw as IndexLaw
 from jaxrl_llm.exploration.indices import get_law as get_law
 from jaxrl_llm.exploration.indices import update_indices as update_indices
+from jaxrl_llm.exploration.inputs import PosteriorError as PosteriorError
 from jaxrl_llm.exploration.inputs import require_positive_definite as require_positive_definite
 from jaxrl_llm.exploration.linear import ensemble_sampling as ensemble_sampling
 from jaxrl_llm.exploration.linear import greedy as greedy

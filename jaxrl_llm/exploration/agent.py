@@ -12,11 +12,13 @@ from typing import runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Int
 
-from jaxrl_llm.exploration.inputs import require_at_least
+from jaxrl_llm.checks import require_at_least
+from jaxrl_llm.exploration.posteriors import require_sound
 from jaxrl_llm.typing import PRNGKey
 
 LONGEST_BLOCK = 128
@@ -61,16 +63,6 @@ class Bandit(Protocol):
     @property
     def noise_scale(self) -> Float[Array, ""] | float:  # noqa: D102
         ...
-
-
-def first_maximum(values: Float[Array, " X"]) -> Int[Array, ""]:
-    """The smallest index of the largest value, as argmax; NaN everywhere gives X - 1.
-
-    XLA compiles argmax for CPU as a loop over single numbers; two vector reductions take an eighth of its time.
-    """
-    places = jnp.arange(values.shape[0])
-    last = values.shape[0] - 1
-    return jnp.min(jnp.where(values == jnp.max(values), places, last))
 
 
 def scan_blocks(
@@ -132,6 +124,8 @@ def play(agent: Agent, bandit: Bandit, key: PRNGKey, *, rounds: int) -> Play:
 
     Raises:
         ValueError: if rounds is below 1, or the agent was made for another dimension.
+        PosteriorError: if the agent's posterior is none any more; known outside jit, vmap and grad only, so that what
+            comes out of these should be given to `require_sound`.
     """
     require_at_least("rounds", rounds, 1)
     features, means = bandit.features, bandit.mean_rewards
@@ -148,4 +142,6 @@ def play(agent: Agent, bandit: Bandit, key: PRNGKey, *, rounds: int) -> Play:
         return agent.update(state, to_update, features[action], mean + round_noise), (best - mean, action)
 
     state, (regrets, actions) = scan_blocks(step, agent.init(init_key), agent.draw, rounds_key, noise)
+    if not isinstance(regrets, Tracer):
+        require_sound(state)
     return Play(regrets, actions, state)

@@ -15,20 +15,20 @@ from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Int
 
+from jaxrl_llm.checks import require_at_least
+from jaxrl_llm.checks import require_not_negative
+from jaxrl_llm.checks import require_positive
 from jaxrl_llm.checks import require_rank
 from jaxrl_llm.exploration import indices
-from jaxrl_llm.exploration.agent import first_maximum
 from jaxrl_llm.exploration.features import Features
 from jaxrl_llm.exploration.gaussian import Gaussian
 from jaxrl_llm.exploration.gaussian import Hypermodel
 from jaxrl_llm.exploration.gaussian import isotropic_prior
 from jaxrl_llm.exploration.gaussian import posterior_update
 from jaxrl_llm.exploration.indices import IndexLaw
-from jaxrl_llm.exploration.inputs import require_at_least
-from jaxrl_llm.exploration.inputs import require_not_negative
-from jaxrl_llm.exploration.inputs import require_positive
 from jaxrl_llm.exploration.linear import hyperagent
 from jaxrl_llm.exploration.neural import NeuralAgent
+from jaxrl_llm.tabular import first_maxima
 from jaxrl_llm.typing import PRNGKey
 
 
@@ -153,7 +153,7 @@ def independent_linear(
         variances = jnp.einsum("bp,opq,bq->bo", phi, state.covariance, phi)
         draws = jax.random.normal(key, means.shape, means.dtype)
         # Rounding can leave a variance of -1e-9 where the posterior is sure.
-        return first_maximum((means + inflation * jnp.sqrt(jnp.maximum(variances, 0.0)) * draws).reshape(-1))
+        return first_maxima((means + inflation * jnp.sqrt(jnp.maximum(variances, 0.0)) * draws).reshape(-1))
 
     def update(state: Gaussian, key: PRNGKey, chosen: Array, output: Any, reward: Any) -> Gaussian:
         one = jax.tree.map(lambda leaf: leaf[output], state)
@@ -207,7 +207,7 @@ def independent_hyperagent(
 
     def act(state: Hypermodel, key: PRNGKey, inputs: Array) -> Int[Array, ""]:
         index = law.reference(key, (index_dimension,))
-        return first_maximum((features.apply((), inputs) @ (state.posterior.mean + state.factor @ index).T).reshape(-1))
+        return first_maxima((features.apply((), inputs) @ (state.posterior.mean + state.factor @ index).T).reshape(-1))
 
     def update(state: Hypermodel, key: PRNGKey, chosen: Array, output: Any, reward: Any) -> Hypermodel:
         stored = law.perturbation(key, (index_dimension,))

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from jaxtyping import Int
 
 from jaxrl_llm import tabular
-from jaxrl_llm.exploration.inputs import require_at_least
+from jaxrl_llm.checks import require_at_least
 from jaxrl_llm.tabular import Plan
 from jaxrl_llm.tabular import TabularMdp
 from jaxrl_llm.typing import PRNGKey

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 from jaxtyping import Float
 
-from jaxrl_llm.exploration.inputs import require_at_least
+from jaxrl_llm.checks import require_at_least
 from jaxrl_llm.exploration.inputs import require_input_shape
 from jaxrl_llm.typing import PRNGKey
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 from jaxtyping import Float
 
-from jaxrl_llm.exploration.inputs import require_positive
+from jaxrl_llm.checks import require_positive
 from jaxrl_llm.exploration.inputs import require_width
 
 HIGHEST = jax.lax.Precision.HIGHEST

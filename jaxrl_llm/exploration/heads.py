@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from jaxtyping import Array
 from jaxtyping import Float
 
+from jaxrl_llm.checks import require_at_least
 from jaxrl_llm.checks import require_choice
+from jaxrl_llm.checks import require_positive
 from jaxrl_llm.exploration.features import Features
 from jaxrl_llm.exploration.features import mlp
 from jaxrl_llm.exploration.features import xavier_normal
-from jaxrl_llm.exploration.inputs import require_at_least
-from jaxrl_llm.exploration.inputs import require_positive
 from jaxrl_llm.exploration.inputs import require_width
 from jaxrl_llm.typing import PRNGKey
 

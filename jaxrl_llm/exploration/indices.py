@@ -18,8 +18,8 @@ from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Int
 
+from jaxrl_llm.checks import require_at_least
 from jaxrl_llm.checks import require_choice
-from jaxrl_llm.exploration.inputs import require_at_least
 from jaxrl_llm.typing import PRNGKey
 
 SPARSE_COORDINATES = 2

@@ -1,7 +1,5 @@
 """Checks of the arguments that all exploration agents share."""
 
-import math
-
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -10,34 +8,8 @@ from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Float
 
 
-def require_positive(name: str, value: float) -> None:
-    """The Python number `value` must be positive and finite.
-
-    Raises:
-        ValueError: if it is not, NaN included.
-    """
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name} is {value}; it must be a positive number.")
-
-
-def require_not_negative(name: str, value: float) -> None:
-    """The Python number `value` must be at least 0 and finite.
-
-    Raises:
-        ValueError: if it is not, NaN included.
-    """
-    if not (value >= 0 and math.isfinite(value)):
-        raise ValueError(f"{name} is {value}; it must be a number that is not negative.")
-
-
-def require_at_least(name: str, value: int, least: int) -> None:
-    """The Python number `value` must be at least `least`.
-
-    Raises:
-        ValueError: if it is not.
-    """
-    if value < least:
-        raise ValueError(f"{name} is {value}; it must be at least {least}.")
+class PosteriorError(ValueError):
+    """A posterior that is none any more: a covariance that is not positive definite, or data that no atom explains."""
 
 
 def require_width(name: str, array: Float[Array, "*shape"], dimension: int) -> None:
@@ -65,7 +37,7 @@ def require_positive_definite(covariance: Float[Array, "*batch D D"]) -> None:
 
     Raises:
         TypeError: if it is a tracer.
-        ValueError: naming the first one that is not, by its place and smallest eigenvalue.
+        PosteriorError: naming the first one that is not, by its place and smallest eigenvalue.
     """
     if isinstance(covariance, Tracer):
         raise TypeError("covariance is a tracer; definiteness can only be checked outside jit, vmap and grad.")
@@ -73,7 +45,7 @@ def require_positive_definite(covariance: Float[Array, "*batch D D"]) -> None:
     for place, matrix in enumerate(matrices):
         smallest = np.linalg.eigvalsh(matrix)[0] if np.isfinite(matrix).all() else np.nan
         if not smallest > 0:
-            raise ValueError(
+            raise PosteriorError(
                 f"covariance {place} of {len(matrices)} has smallest eigenvalue {smallest:.3g}; a posterior must be "
                 "positive definite (use float64, a larger noise_scale or a smaller prior_scale)."
             )

@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array
 from jaxtyping import Float
 
-from jaxrl_llm.exploration.inputs import require_positive
+from jaxrl_llm.checks import require_positive
 from jaxrl_llm.typing import PRNGKey
 
 

@@ -12,18 +12,18 @@ from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Int
 
+from jaxrl_llm.checks import require_at_least
+from jaxrl_llm.checks import require_positive
 from jaxrl_llm.exploration import indices
 from jaxrl_llm.exploration.agent import Agent
-from jaxrl_llm.exploration.agent import first_maximum
 from jaxrl_llm.exploration.gaussian import Gaussian
 from jaxrl_llm.exploration.gaussian import Hypermodel
 from jaxrl_llm.exploration.gaussian import hypermodel_update
 from jaxrl_llm.exploration.gaussian import isotropic_prior
 from jaxrl_llm.exploration.gaussian import posterior_update
 from jaxrl_llm.exploration.indices import IndexLaw
-from jaxrl_llm.exploration.inputs import require_at_least
-from jaxrl_llm.exploration.inputs import require_positive
 from jaxrl_llm.exploration.inputs import require_width
+from jaxrl_llm.tabular import first_maxima
 from jaxrl_llm.typing import PRNGKey
 
 
@@ -75,7 +75,7 @@ def thompson_sampling(
 
     def act(state: Gaussian, normal: Float[Array, " D"], features: Float[Array, "X D"]) -> Int[Array, ""]:
         parameter = state.mean + inflation * (jnp.linalg.cholesky(state.covariance) @ normal)
-        return first_maximum(_values(features, parameter))
+        return first_maxima(_values(features, parameter))
 
     return _posterior_agent(dimension, prior_scale, noise_scale, act, draw)
 
@@ -100,7 +100,7 @@ def lin_ucb(dimension: int, *, width: float, prior_scale: float = 1.0, noise_sca
     def act(state: Gaussian, drawn: None, features: Float[Array, "X D"]) -> Int[Array, ""]:
         variances = jnp.sum((features @ state.covariance) * features, axis=1)
         # Rounding can leave a variance of -1e-9 where the posterior is sure.
-        return first_maximum(_values(features, state.mean) + width * jnp.sqrt(jnp.maximum(variances, 0.0)))
+        return first_maxima(_values(features, state.mean) + width * jnp.sqrt(jnp.maximum(variances, 0.0)))
 
     return _posterior_agent(dimension, prior_scale, noise_scale, act)
 
@@ -112,7 +112,7 @@ def greedy(dimension: int, *, prior_scale: float = 1.0, noise_scale: float = 1.0
     """
 
     def act(state: Gaussian, drawn: None, features: Float[Array, "X D"]) -> Int[Array, ""]:
-        return first_maximum(_values(features, state.mean))
+        return first_maxima(_values(features, state.mean))
 
     return _posterior_agent(dimension, prior_scale, noise_scale, act)
 
@@ -162,7 +162,7 @@ def hyperagent(
         return reference.reference(act_key, shape), perturbation.perturbation(update_key, shape)
 
     def act(state: Hypermodel, index: Float[Array, " M"], features: Float[Array, "X D"]) -> Int[Array, ""]:
-        return first_maximum(_values(features, state.posterior.mean + inflation * (state.factor @ index)))
+        return first_maxima(_values(features, state.posterior.mean + inflation * (state.factor @ index)))
 
     def update(state: Hypermodel, stored: Float[Array, " M"], features: Array, reward: Array) -> Hypermodel:
         return hypermodel_update(state, features, reward, stored, noise_scale=noise_scale)

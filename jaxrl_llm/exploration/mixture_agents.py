@@ -13,10 +13,10 @@ from jaxtyping import Float
 from jaxtyping import ScalarLike
 
 from jaxrl_llm.bounds.regret import self_normalised_width
+from jaxrl_llm.checks import require_not_negative
+from jaxrl_llm.checks import require_positive
 from jaxrl_llm.exploration.episodes import Episode
 from jaxrl_llm.exploration.episodes import EpisodicAgent
-from jaxrl_llm.exploration.inputs import require_not_negative
-from jaxrl_llm.exploration.inputs import require_positive
 from jaxrl_llm.exploration.posteriors import Posterior
 from jaxrl_llm.exploration.posteriors import value_targets
 from jaxrl_llm.tabular import LinearMixture

@@ -16,24 +16,24 @@ from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Int
 
+from jaxrl_llm.checks import require_at_least
+from jaxrl_llm.checks import require_not_negative
+from jaxrl_llm.checks import require_positive
 from jaxrl_llm.exploration import indices
 from jaxrl_llm.exploration.agent import Agent
-from jaxrl_llm.exploration.agent import first_maximum
 from jaxrl_llm.exploration.heads import ValueModel
 from jaxrl_llm.exploration.index_losses import index_loss
 from jaxrl_llm.exploration.index_losses import separated_loss
 from jaxrl_llm.exploration.index_losses import squared_norm
 from jaxrl_llm.exploration.indices import IndexLaw
 from jaxrl_llm.exploration.indices import update_indices
-from jaxrl_llm.exploration.inputs import require_at_least
-from jaxrl_llm.exploration.inputs import require_not_negative
-from jaxrl_llm.exploration.inputs import require_positive
 from jaxrl_llm.exploration.langevin import langevin_noise
 from jaxrl_llm.exploration.replay import Data
 from jaxrl_llm.exploration.replay import Replay
 from jaxrl_llm.exploration.replay import add
 from jaxrl_llm.exploration.replay import empty_replay
 from jaxrl_llm.exploration.replay import sample
+from jaxrl_llm.tabular import first_maxima
 from jaxrl_llm.typing import PRNGKey
 
 Loss = Callable[[Any, Any, Data, PRNGKey], Float[Array, " B"]]
@@ -171,7 +171,7 @@ def neural_agent(
     def act(state: NeuralState, key: PRNGKey, inputs: Array) -> Int[Array, ""]:
         index_key, coin_key, random_key = jax.random.split(key, 3)
         index = reference(index_key, (1, 1, model.index_dimension))
-        best = first_maximum(model.values(state.trained, state.prior, inputs, index)[:, 0].reshape(-1))
+        best = first_maxima(model.values(state.trained, state.prior, inputs, index)[:, 0].reshape(-1))
         if epsilon == 0:
             return best
         anything = jax.random.randint(random_key, (), 0, inputs.shape[0] * model.outputs)

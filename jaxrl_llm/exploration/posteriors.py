@@ -20,6 +20,7 @@ from jaxtyping import Float
 
 from jaxrl_llm.exploration.episodes import Episode
 from jaxrl_llm.exploration.gaussian import Gaussian
+from jaxrl_llm.exploration.inputs import PosteriorError
 from jaxrl_llm.exploration.inputs import require_positive_definite
 from jaxrl_llm.tabular import LinearMixture
 from jaxrl_llm.tabular import require_mdp
@@ -217,21 +218,30 @@ def gaussian_surrogate(mixture: LinearMixture, prior: Gaussian) -> Posterior:
     return Posterior(lambda: prior, sample, lambda state: mixture.transitions(state.mean), update)
 
 
-def require_sound(state: FiniteSupport | Gaussian | Float[Array, "*batch H S A S"]) -> None:
-    """The state of a posterior must still be one, after a run, for any leading axes of seeds.
+def require_sound(state: Any) -> None:
+    """The posteriors in the state of an agent must still be posteriors after a run, for any leading axes of seeds.
+
+    Args:
+        state: of any agent, outside jit, vmap and grad; every `Gaussian` (also that of a `Hypermodel`) and
+            `FiniteSupport` in it is looked at.
 
     Raises:
-        TypeError: if it is a tracer.
-        ValueError: if no atom explains what was met, or a covariance is not positive definite.
+        TypeError: if one of them is a tracer.
+        PosteriorError: if a covariance is not positive definite, or no atom explains what was met.
     """
-    if isinstance(state, Gaussian):
-        require_positive_definite(state.covariance)
-        return
-    array = state.log_weights if isinstance(state, FiniteSupport) else state
-    if isinstance(array, Tracer):
+    laws = (Gaussian, FiniteSupport)
+    for law in jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, laws)):
+        if isinstance(law, Gaussian):
+            require_positive_definite(law.covariance)
+        elif isinstance(law, FiniteSupport):
+            _require_explained(law)
+
+
+def _require_explained(law: FiniteSupport) -> None:
+    if isinstance(law.log_weights, Tracer):
         raise TypeError("state is a tracer; a posterior can only be checked outside jit, vmap and grad.")
-    if np.isnan(np.asarray(array)).any():
-        raise ValueError(
+    if np.isnan(np.asarray(law.log_weights)).any():
+        raise PosteriorError(
             "a posterior has weights that are not numbers: what was met has probability 0 under every atom of the "
             "prior (it must cover the true MDP)."
         )

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array
 from jaxtyping import Float
 
+from jaxrl_llm.checks import require_at_least
 from jaxrl_llm.exploration.agent import Agent
 from jaxrl_llm.exploration.agent import Play
 from jaxrl_llm.exploration.agent import scan_blocks
-from jaxrl_llm.exploration.inputs import require_at_least
 from jaxrl_llm.typing import PRNGKey
 
 

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from jaxtyping import Array
 from jaxtyping import Float
 
+from jaxrl_llm.checks import require_at_least
+from jaxrl_llm.checks import require_positive
 from jaxrl_llm.exploration import indices
 from jaxrl_llm.exploration.episodes import Episode
 from jaxrl_llm.exploration.episodes import EpisodicAgent
 from jaxrl_llm.exploration.indices import IndexLaw
-from jaxrl_llm.exploration.inputs import require_at_least
-from jaxrl_llm.exploration.inputs import require_positive
 from jaxrl_llm.tabular import Plan
 from jaxrl_llm.tabular import as_plan
 from jaxrl_llm.tabular import backward_induction

@@ -2,6 +2,7 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,6 +13,8 @@ from experiments.results import keep
 from experiments.results import write_tables
 from experiments.run_folder import RunFolder
 from experiments.study import read_results
+from jaxrl_llm.exploration import Gaussian
+from jaxrl_llm.exploration import thompson_sampling
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +75,13 @@ def test_the_needed_size_is_where_all_larger_ones_match_too():
     assert needed_size([2, 4, 8], np.array([0.5, 0.01, -0.015]), 0.02) == 4
     assert needed_size([2, 4, 8], np.array([0.01, 0.03, 0.0]), 0.02) == 8
     assert needed_size([2, 4], np.array([0.0, -0.03]), 0.02) is None
+
+
+def test_a_posterior_that_breaks_ends_the_run_with_a_sentence(capsys, tmp_path, monkeypatch):
+    def broken(dimension, **scales):
+        agent = thompson_sampling(dimension, **scales)
+        return agent._replace(init=lambda key: Gaussian(jnp.zeros(dimension), -jnp.eye(dimension)))
+
+    monkeypatch.setattr("experiments.linear_bandit.thompson_sampling", broken)
+    assert main(["run", "linear_bandit", "--tiny", "--runs-folder", str(tmp_path)]) == 2
+    assert "The posterior of an agent broke: covariance 0 of 6 has smallest eigenvalue" in capsys.readouterr().err

@@ -11,14 +11,15 @@ from jaxrl_llm.environments import LinearBandit
 from jaxrl_llm.environments import box_bandit
 from jaxrl_llm.exploration import Gaussian
 from jaxrl_llm.exploration import Hypermodel
+from jaxrl_llm.exploration import PosteriorError
 from jaxrl_llm.exploration import ensemble_sampling
 from jaxrl_llm.exploration import greedy
 from jaxrl_llm.exploration import hyperagent
 from jaxrl_llm.exploration import lin_ucb
 from jaxrl_llm.exploration import play
 from jaxrl_llm.exploration import require_positive_definite
+from jaxrl_llm.exploration import require_sound
 from jaxrl_llm.exploration import thompson_sampling
-from jaxrl_llm.exploration.agent import first_maximum
 
 PRIOR = 10**0.5
 FEATURES = jnp.asarray([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [-1.0, 0.2]])
@@ -148,12 +149,6 @@ def test_vmapped_seeds_are_the_seeds_one_by_one():
     np.testing.assert_array_equal(jax.jit(jax.vmap(one))(keys), [one(key) for key in keys])
 
 
-def test_first_maximum_is_argmax(key):
-    values = jax.random.randint(key, (500, 6), 0, 4).astype(jnp.float32)
-    np.testing.assert_array_equal(jax.vmap(first_maximum)(values), jnp.argmax(values, axis=1))
-    assert int(first_maximum(jnp.full(4, jnp.nan))) == 3
-
-
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
@@ -189,3 +184,24 @@ def test_a_mistake_is_answered_in_a_sentence(call, sentence):
 def test_definiteness_is_not_checked_under_jit():
     with pytest.raises(TypeError, match="covariance is a tracer"):
         jax.jit(require_positive_definite)(jnp.eye(2))
+
+
+def broken(agent):
+    """The agent, but its prior covariance has an eigenvalue below 0."""
+
+    def init(key):
+        state = agent.init(key)
+        posterior = Gaussian(jnp.zeros(2), jnp.diag(jnp.asarray([1.0, -0.5])))
+        return state._replace(posterior=posterior) if isinstance(state, Hypermodel) else posterior
+
+    return agent._replace(init=init)
+
+
+@pytest.mark.parametrize("agent", [thompson_sampling(2), hyperagent(2, index_dimension=3)])
+def test_a_posterior_that_is_not_positive_definite_is_said(agent, key):
+    bandit = LinearBandit(FEATURES, jnp.ones(2))
+    with pytest.raises(PosteriorError, match="covariance 0 of 1 has smallest eigenvalue"):
+        play(broken(agent), bandit, key, rounds=3)
+    with pytest.raises(PosteriorError, match="covariance 0 of 1 has smallest eigenvalue"):
+        require_sound(jax.jit(lambda k: play(broken(agent), bandit, k, rounds=3))(key).state)
+    require_sound(play(agent, bandit, key, rounds=3).state)
