@@ -270,7 +270,7 @@ def ensemble_plus_plus(
 def ensemble_plus(model: ValueModel, learning: Learning) -> NeuralAgent:
     """Acts on one member of an ensemble, uniformly chosen; member m is fitted to r + sigma z_m with z_m ~ N(0, 1).
 
-    Departures: public code stores z ~ N(0, I / M), which divides each member's noise by sqrt(M).
+    Departures: public code stores z ~ N(0, I / M), which divides each member's noise by sqrt(M) (errata F9.4).
 
     Args, Returns, Raises as `neural_agent`.
     """

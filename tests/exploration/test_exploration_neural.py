@@ -162,6 +162,20 @@ _MAKERS = {
 }
 
 
+@pytest.mark.usefixtures("optax_promotes")
+def test_each_member_of_an_ensemble_sees_the_full_noise(key):
+    """What an update index makes of the stored perturbation has variance 1, for an ensemble as for a hypermodel."""
+    for name, law in (("ensemble_plus", indices.ONE_HOT), ("hyperagent", indices.COORDINATE)):
+        agent = _MAKERS[name](1)
+
+        def stored(update_key, agent=agent):
+            state = agent.update(agent.init(key), update_key, jnp.ones(D), 0, 0.5)
+            return state.replay.data.perturbations[0]
+
+        z = jax.vmap(stored)(jax.random.split(key, 4000))
+        np.testing.assert_allclose(jnp.var(z @ law.update_set(M).T, axis=0), 1, atol=0.1)
+
+
 NO_INDEX = ("langevin", "greedy", "epsilon")
 
 
