@@ -5,6 +5,9 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import StrMethodFormatter
 
 from experiments import style
 from experiments.bands import band
@@ -27,6 +30,9 @@ LABELS = {
     "epsilon": ("epsilon-greedy", style.INK, "--"),
     "greedy": ("greedy", style.MUTED, "--"),
 }
+APART = 1.05
+"""Factor between agents with the same number of parameters, so that their bars can be told apart."""
+
 TITLES = {"quadratic": "quadratic", "vector_quadratic": "vector quadratic", "neural": "neural"}
 
 
@@ -59,8 +65,12 @@ def over_time(settings: Any, results: Results) -> Picture:
 def over_parameters(settings: Any, results: Results) -> Picture:
     """Regret after all rounds against how many numbers are trained."""
     figure, axes = new_axes("trained parameters", f"regret after {settings.rounds} rounds")
-    figure.set_size_inches(4.7, 3.7)
+    figure.set_size_inches(5.2, 4.2)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    drawn: list[int] = []
     for name in settings.agents:
         label, colour, _ = LABELS[name]
         found = [results[f"vector_quadratic_{name}"]]
@@ -68,14 +78,18 @@ def over_parameters(settings: Any, results: Results) -> Picture:
         found.sort(key=lambda part: int(part["parameters"]))
         means = [part["final"].mean() for part in found]
         errors = [half_width(settings.seeds) * standard_error(part["final"]) for part in found]
-        at = [int(part["parameters"]) for part in found]
+        counts = [int(part["parameters"]) for part in found]
+        at = [count * APART ** drawn.count(count) for count in counts]
+        drawn += counts
         axes.errorbar(at, means, yerr=errors, color=colour, marker="o", markersize=4.5, label=label, capsize=2)
+    axes.set_xlim(0.85 * min(drawn), 1.25 * max(drawn))
     axes.set_ylim(bottom=0)
-    legend(axes, 2)
+    legend(axes, 3)
     sizes = ", ".join(str(size) for size in sorted({settings.index_dimension, *settings.other_sizes}))
     caption = (
         f"Vector-quadratic bandit. HyperAgent and Ensemble+ at M = {sizes}; the others at M = "
-        f"{settings.index_dimension} or without an index. Bars are 95 % intervals over {settings.seeds} bandits."
+        f"{settings.index_dimension} or without an index. Bars are 95 % intervals over {settings.seeds} bandits; "
+        f"agents with the same number of parameters are drawn {APART - 1:.0%} apart."
     )
     return Picture("parameters", "Regret against parameters", caption, figure)
 

@@ -98,7 +98,7 @@ class NeuralBanditSettings:
     actions: int = 200
     shown: int = 20
     rounds: int = 1000
-    seeds: int = 4
+    seeds: int = 16
     index_dimension: int = 8
     other_sizes: tuple[int, ...] = (2,)
     hidden: int = 64
@@ -143,26 +143,38 @@ def _agent(name: str, size: int, settings: NeuralBanditSettings) -> tuple[ValueM
     return model, neural_greedy(model, learning, epsilon=settings.epsilon if name == "epsilon" else 0.0)
 
 
+@functools.cache
+def _drawn(bandit: str, settings: NeuralBanditSettings) -> tuple[Any, jax.Array]:
+    """The bandits of all seeds, and the keys of what is played on them."""
+
+    def one(key: jax.Array) -> tuple[Any, jax.Array]:
+        bandit_key, play_key = jax.random.split(key)
+        return BANDITS[bandit](bandit_key, dimension=settings.dimension, actions=settings.actions), play_key
+
+    return jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(settings.seed), settings.seeds))
+
+
+@functools.cache
+def _program(name: str, size: int, settings: NeuralBanditSettings) -> Callable[[Any, jax.Array], jax.Array]:
+    """(bandits, keys) -> cumulative regrets of all seeds; compiling takes most of the time, so bandits share it."""
+    agent = as_agent(_agent(name, size, settings)[1])
+
+    def run(bandit: Any, key: jax.Array) -> jax.Array:
+        return jnp.cumsum(play_shown(agent, bandit, key, rounds=settings.rounds, shown=settings.shown).regrets)
+
+    return jax.jit(jax.vmap(run))
+
+
 def _played(bandit: str, name: str, size: int, settings: NeuralBanditSettings) -> Mapping[str, Any]:
     """Cumulative regret of every seed: at the end, and as a curve with its standard error."""
-    model, agent = _agent(name, size, settings)
-
-    @jax.jit
-    @jax.vmap
-    def run(key: jax.Array) -> jax.Array:
-        bandit_key, play_key = jax.random.split(key)
-        made = BANDITS[bandit](bandit_key, dimension=settings.dimension, actions=settings.actions)
-        played = play_shown(as_agent(agent), made, play_key, rounds=settings.rounds, shown=settings.shown)
-        return jnp.cumsum(played.regrets)
-
-    curves = np.asarray(run(jax.random.split(jax.random.key(settings.seed), settings.seeds)))
+    curves = np.asarray(_program(name, size, settings)(*_drawn(bandit, settings)))
     kept = np.unique(np.linspace(0, settings.rounds - 1, min(POINTS, settings.rounds)).round().astype(int))
     return {
         "rounds": kept + 1,
         "final": curves[:, -1],
         "mean": curves.mean(0)[kept],
         "error": standard_error(curves)[kept],
-        "parameters": np.asarray(count_parameters(model)),
+        "parameters": np.asarray(count_parameters(_agent(name, size, settings)[0])),
     }
 
 
