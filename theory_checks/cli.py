@@ -17,6 +17,10 @@ from theory_checks.chain_search import Worst
 from theory_checks.check import Check
 from theory_checks.check import Result
 from theory_checks.check import run_checks
+from theory_checks.index_size import FAILURE
+from theory_checks.index_size import Needed
+from theory_checks.index_size import lemma_size
+from theory_checks.index_size import needed_sizes
 from theory_checks.registry import FAMILIES
 from theory_checks.registry import all_checks
 from theory_checks.registry import select
@@ -45,7 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--full",
         action="store_true",
-        help="then search for the tightest worlds by gradient ascent, and up to T = 4096 (some minutes)",
+        help="then search for the tightest worlds by gradient ascent, up to T = 4096, and for the index dimensions "
+        "that suffice (some minutes)",
     )
     parser.add_argument(
         "--report",
@@ -80,8 +85,22 @@ def as_growth_table(grown: Sequence[Worst]) -> Table:
     return table
 
 
-def as_json(results: Sequence[Result], found: Sequence[Found] = (), grown: Sequence[Worst] = ()) -> str:
-    """The results as a JSON list of objects; what the searches found comes last, under `search.*` and `growth.*`."""
+def as_size_table(sizes: Sequence[Needed]) -> Table:
+    """The smallest index dimension that tracks the covariance, beside that of the lemma."""
+    table = Table(title=f"Smallest M with A A^T within half of Sigma at all t <= T in {1 - FAILURE:.0%} of runs")
+    for heading in ("d", "T", "M", "failures", "M of the lemma"):
+        table.add_column(heading, justify="right")
+    for one in sizes:
+        table.add_row(
+            str(one.dimension), f"{one.rounds:,}", str(one.size), f"{one.failures:.1%}", f"{lemma_size(one):,.0f}"
+        )
+    return table
+
+
+def as_json(
+    results: Sequence[Result], found: Sequence[Found] = (), grown: Sequence[Worst] = (), sizes: Sequence[Needed] = ()
+) -> str:
+    """The results as a JSON list of objects; last come the searches: `search.*`, `growth.*` and `index_size.*`."""
     rows: list[dict[str, Any]] = [
         {
             "name": result.check.name,
@@ -105,6 +124,10 @@ def as_json(results: Sequence[Result], found: Sequence[Found] = (), grown: Seque
         errors = {str(one.horizon): one.error for one in worst}
         row = {"name": f"growth.delta_{delta:g}", "passed": ratio <= LIMIT, "margin": LIMIT - ratio, "tightness": ratio}
         rows.append({**row, "exponent": chain_search.exponent(worst), "errors": errors})
+    for one in sizes:
+        ratio = one.size / lemma_size(one)
+        row = {"name": f"index_size.d{one.dimension}_t{one.rounds}", "passed": ratio <= 1, "margin": 1 - ratio}
+        rows.append({**row, "tightness": ratio, "size": one.size, "failures": one.failures})
     return json.dumps(rows, indent=1)
 
 
@@ -169,13 +192,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         horizons = chain_search.LONG if arguments.full else chain_search.SHORT
         grown = chain_search.growth(seed=arguments.seed, horizons=horizons, steps=150 if arguments.full else 40)
     found = search(seed=arguments.seed) if arguments.full else []
+    sizes = needed_sizes(arguments.seed) if arguments.full else []
     seconds = time.perf_counter() - start
     if arguments.json:
-        print(as_json(results, found, grown))
+        print(as_json(results, found, grown, sizes))
     else:
         _console().print(as_table(results, seconds=seconds))
-        for table in ([as_growth_table(grown)] if grown else []) + ([as_search_table(found)] if found else []):
-            _console().print(table)
+        tables = [(grown, as_growth_table(grown)), (found, as_search_table(found)), (sizes, as_size_table(sizes))]
+        for rows, table in tables:
+            if rows:
+                _console().print(table)
     if arguments.report is not None:
         # Only a report needs the libraries for plots and pages.
         from theory_checks.report import write_report

@@ -1,7 +1,7 @@
 """Hypermodels in the linear-Gaussian case: forms of the update, what the factor tracks, losses over index sets.
 
 Expectations over perturbations and indices are sums over their whole finite support; those over the sphere are closed
-forms. Only the sequential projection is simulated, with its failures counted.
+forms. Only the sequential projection and the tracked covariance are simulated, with their failures counted.
 """
 
 import itertools
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_llm.bounds.regret import ANTI_CONCENTRATION
+from jaxrl_llm.bounds.regret import covariance_tracking_dimension
 from jaxrl_llm.bounds.regret import sequential_projection_dimension
 from jaxrl_llm.exploration import Data
 from jaxrl_llm.exploration import Gaussian
@@ -26,6 +27,7 @@ from jaxrl_llm.exploration import separated_loss
 from jaxrl_llm.exploration.gaussian import hypermodel_update_inverse_form
 from jaxrl_llm.exploration.heads import OutputLayer
 from jaxrl_llm.exploration.index_losses import squared_norm
+from theory_checks import index_size
 from theory_checks.check import Check
 from theory_checks.check import Measured
 from theory_checks.check import Sides
@@ -38,7 +40,7 @@ D, M, T, ENUMERATED = 3, 4, 6, 2
 NOISE = 0.7
 ENUMERABLE = (indices.CUBE, indices.COORDINATE, indices.SPARSE)
 WALKS, STEPS, EPS, DELTA, SMALL = 40, 40, 0.5, 0.05, 8
-CUBE_M = 6
+CUBE_M, TRACKED_D = 6, 3
 
 
 def _draw(generator: np.random.Generator, count: int) -> list[Any]:
@@ -219,6 +221,18 @@ def _measure_walk(key: jax.Array) -> dict[str, jax.Array]:
 WALK_WORLD = World(name="exploration_walks", draw=_draw_walk, measure=_measure_walk)
 
 
+def _measure_tracking(key: jax.Array) -> dict[str, jax.Array]:
+    with jax.ensure_compile_time_eval():
+        needed = covariance_tracking_dimension(dimension=TRACKED_D, rounds=STEPS, failure=DELTA)
+        known = index_size.blocks(0, TRACKED_D, STEPS)
+    sizes = jnp.stack([jnp.ceil(needed), jnp.asarray(2.0 * SMALL)]).astype(jnp.float32)
+    found = jax.vmap(lambda size: index_size.failures(key, *known, size, WALKS))(sizes)
+    return {"failures": found[0], "failures_small": found[1]}
+
+
+TRACKING_WORLD = World(name="exploration_tracking", draw=_draw_walk, measure=_measure_tracking)
+
+
 def _check(
     name: str,
     statement: str,
@@ -310,6 +324,15 @@ CHECKS = [
         lambda m: Sides(m["failures"], np.full_like(m["failures"], DELTA)),
         lambda m: Sides(m["failures_small"], np.full_like(m["failures"], DELTA)),
         world=WALK_WORLD,
+        equality=False,
+    ),
+    _check(
+        "covariance",
+        "share of runs with A_t A_t^T outside (1 -+ 1/2) Sigma_t at some time, at the lemma's M <= delta",
+        "bounds.regret.covariance_tracking_dimension",
+        lambda m: Sides(m["failures"], np.full_like(m["failures"], DELTA)),
+        lambda m: Sides(m["failures_small"], np.full_like(m["failures"], DELTA)),
+        world=TRACKING_WORLD,
         equality=False,
     ),
 ]
