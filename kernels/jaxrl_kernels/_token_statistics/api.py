@@ -98,7 +98,7 @@ def token_statistics(
             of 8, else "xla". A named one is never replaced by another: where it cannot run, that is an error.
         block: columns per block of "xla" (None: tuned for the device, else 2 MiB of logits on CPU and 256 MiB
             elsewhere), per tile of "pallas_tpu" (a multiple of 128; None: what fits into vector memory), or per block
-            of the backward pass of "pallas_mosaic_gpu" (a multiple of 64; None: 256 MiB of bfloat16).
+            of the backward pass of "pallas_mosaic_gpu" (a multiple of 64; None: 256 MiB).
 
     Returns:
         TokenStatistics of [N] arrays; what was not computed is None.
