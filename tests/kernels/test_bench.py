@@ -2,6 +2,7 @@
 work."""
 
 import json
+import sys
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from jaxrl_kernels import tuned
 from jaxrl_kernels.bench import accuracy
 from jaxrl_kernels.bench import cases
 from jaxrl_kernels.bench import dense
+from jaxrl_kernels.bench import gpu
 from jaxrl_kernels.bench import roofline
 from jaxrl_kernels.bench import table
 from jaxrl_kernels.bench import targets
@@ -120,3 +122,30 @@ def test_timed_programs_compute_the_same():
     logits = dense.make_inputs(cases.Shape(6, 0, 512, "float32"))
     slopes = [jax.jit(dense.PROGRAMS[f"dense/{name}"])(logits)[1] for name in ("naive", "dense_kl", "dense_gradient")]
     assert max(error(slopes[0], slope) for slope in slopes[1:]) < 2e-5
+
+
+def test_gpu_bench_times_programs_that_compute_the_same(monkeypatch, tmp_path, capsys):
+    """Tiny, on the CPU: every program runs, the shares are those of the rates, and what failed is said."""
+    size, output = (16, 8, 64), tmp_path / "gpu.json"
+    words = ["gpu", "--size", *map(str, size), "--implementations", "xla", "--rounds", "1", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", [*words, "--torch", sys.executable])
+    monkeypatch.setattr(gpu, "SETS", {"log_prob+entropy": gpu.TWO})
+    gpu.main()
+    found = json.loads(output.read_text())
+    printed = capsys.readouterr().out
+    assert found["log_prob_error"]["xla"] < 1e-5
+    assert "not measured" in found["peers"]["PyTorch"]
+    for part, ceiling in (("programs", "matrix product"), ("dense", "two reads and a write")):
+        assert found[part][ceiling]["of_the_ceiling"] == 1
+        for name, entry in found[part].items():
+            assert f"| {name} |" in printed
+            assert entry["range"][0] <= entry["milliseconds"] <= entry["range"][1]
+    inputs = gpu.make_inputs(size)
+    entries = gpu.programs(["xla"], size)
+    for kind in ("forward", "full"):
+        values = [entries[f"{name} {kind} log_prob+entropy"].program(inputs) for name in ("xla", "naive")]
+        for value, right in zip(*values, strict=True):
+            assert error(value.astype(float), right.astype(float)) < 2e-2
+    (loss, gradient), right = entries["token_loss full log_prob+entropy"].program(inputs), values[0]
+    assert error(loss, sum(x.sum() for x in entries["xla forward log_prob+entropy"].program(inputs))) < 1e-5
+    assert all(error(a.astype(float), b.astype(float)) < 2e-2 for a, b in zip(gradient, right, strict=True))
