@@ -9,6 +9,7 @@ from typing import Literal
 
 import jax
 
+from experiments.lab.arms import DEFAULT_ARMS
 from experiments.lab.arms import LABELS
 from experiments.lab.arms import PRUNING
 from experiments.lab.arms import arm
@@ -156,7 +157,8 @@ def trainer(world: str, settings: LabSettings) -> Trainer:
         ValueError: the world cannot be.
     """
     own = settings.of(world)
-    recipes = [arm(name, mask_maximum=own.mask_maximum, mask_average=own.mask_average) for name in LABELS]
+    names = DEFAULT_ARMS if settings.arms == "default" else LABELS
+    recipes = [arm(name, mask_maximum=own.mask_maximum, mask_average=own.mask_average) for name in names]
     noise = perturbation("gaussian_noise", own.noise).logits
     assert noise is not None
     return Trainer(
