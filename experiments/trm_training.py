@@ -3,7 +3,7 @@
 Claim      With a stale and noisy sampler, a transformer that learns sums with Trust Region Masking ends with more
            reward than without a correction.
 Command    python -m experiments run trm_training          (all nine arms: --arms all)
-Cost       not yet measured
+Cost       9 minutes beside other work on a 2-core AMD EPYC, 5.5 minutes of processor time
 Expected   sums_trm_minus_none_low >= 0.0 in summary.json: the lower end of the 95 % interval of that difference, over
            seeds, paired; decided before the 16 seeds were run
 
@@ -13,16 +13,19 @@ context (`rollouts.perturb`), so that it is a policy of its own and every diverg
 and sums of two digits for a byte-level transformer, where J and the error are exact and the bounds read the sampled
 contexts. All arms share advantages, aggregation, optimiser, start and mismatch. Seeds are vmapped, steps are scanned.
 
+What came out: +0.091 (0.035 to 0.147) on sums, so the claim is met; it is met by the 11 seeds that had never been seen
+before it was made as well (+0.107, half-interval 0.080). TIS does better and rejects nothing: it ends above TRM by
+0.093 (0.025 to 0.161). Of the seeds 0.12 collapse with TIS (they end below 0.7 of their best), 0.50 with TRM and 0.69
+without a correction; more with TRM than with TIS is resolved, fewer than without a correction is not. No arm learns
+sums under this mismatch: from 0.42 the reward falls by 0.26 without a correction, by 0.17 with TRM, by 0.08 with TIS.
+On the ladder TRM against no correction is not resolved (-0.031, half-interval 0.091); TIS is better by 0.086 (0.068).
+
 The mismatch was looked for, not found at once: on ladders of 128 to 512 tokens, noise of 0.5 to 2 nats alone left the
 arms close to each other, and so did a lag of 8 steps at learning rates up to 0.15. A lag at a learning rate that moves
-the policy far in that many steps separates them on sums; on the ladder the arms still differ by less than their seeds
-do, and every policy there gets stuck on some rung, however its gradient is corrected. TIS prevents every collapse on
-sums and rejects nothing; the reward of TRM is above that without a correction by 0.09 with a half-interval of 0.10.
-
-Chosen after looking: the ladder's lag was moved from 16 to 8, TRM's thresholds on sums were loosened from 0.6 and 0.1
-to 2.0 and 0.5 after a scan, and the claim was written after the run of seed 0. It is a finding of that run, no
-prediction, and it did not hold in another: with --seed 1, 0.2 of the seeds collapse without a correction and 0.2 with
-TRM, so that none is prevented (0.8 and 0.2 with --seed 0). With TIS none collapsed in either.
+the policy far in that many steps separates them on sums; on the ladder every policy gets stuck on some rung, however
+its gradient is corrected. Chosen after looking: the ladder's lag was moved from 16 to 8, and TRM's thresholds on sums
+were loosened from 0.6 and 0.1 to 2.0 and 0.5 after a scan. An earlier claim, that TRM prevents most collapses, rested
+on five seeds and was not repeated by five others.
 
 On SmolLM2, checkpointed, with the mismatch as a setting of the default experiment (TRM's exact masks then see it):
 python -m experiments run smollm2_arithmetic --mismatch int8_weights --steps 200
@@ -154,7 +157,12 @@ def _said(world: str, summary: Mapping[str, Any]) -> list[str]:
             f"{100 * rate:.0f} % with {LABELS[other]}, {100 * fewer:+.0f} points more ({100 * low:+.0f} to "
             f"{100 * high:+.0f}: {_verdict(low, high)})"
         )
+    changes = ", ".join(
+        f"{numbers[arm]['change']:+.3f} ± {numbers[arm]['change_half_interval']:.3f} with {LABELS[arm]}"
+        for arm in (*OTHERS, "trm")
+    )
     return [
+        f"From the start of training to its end the reward changes by {changes}.",
         f"What TRM buys: reward at the end {' and '.join(gains)}. Of its seeds {100 * trm['collapse_rate']:.0f} % "
         f"collapsed, ending below {COLLAPSE:g} of their best; {' and '.join(collapses)}. What it costs: it rejects "
         f"{100 * (1 - trm['acceptance']):.0f} % of the responses, {100 * trm['wasted_tokens']:.0f} % of the tokens "
@@ -190,7 +198,7 @@ EXPERIMENT = Study(
     claim=(
         "With a stale and noisy sampler, Trust Region Masking ends with more reward than training without a correction."
     ),
-    cost="not yet measured",
+    cost="9 minutes beside other work on a 2-core AMD EPYC, 5.5 minutes of processor time",
     settings=SETTINGS,
     tiny=TINY,
     expectation=Expectation("sums_trm_minus_none_low", at_least=0.0),

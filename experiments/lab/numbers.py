@@ -79,9 +79,12 @@ def resolved_share(part: Arrays) -> float:
 def summary_of_arm(part: Arrays) -> Mapping[str, float]:
     """The numbers of one arm, for summary.json."""
     end, sampler = (over_seeds(at_the_end(part[name])) for name in ("reward", "reward_sampler"))
+    change = over_seeds(at_the_end(part["reward"]) - part["reward"][:, 0])
     return {
         "reward": end.mean,
         "reward_half_interval": end.half,
+        "change": change.mean,
+        "change_half_interval": change.half,
         "reward_of_sampler": sampler.mean,
         "best_reward": float(part["reward"].max(axis=1).mean()),
         "collapse_rate": float(collapsed(part["reward"]).mean()),
