@@ -3,14 +3,20 @@
 Claim      On the vector-quadratic bandit, HyperAgent with M = 8 has at most 0.9 of the regret of the same network
            acting greedily.
 Command    python -m experiments run neural_bandits
-Cost       12 to 21 s of processor time per part on a 2-core Intel Xeon (AMX, AVX-512), compilation included, measured
-           for HyperAgent and greedy; 23 parts
+Cost       10 minutes of processor time on two cores of an AMD EPYC that five other processes used as well (13 minutes
+           by the clock); about half of it compiles
 Expected   saved_against_greedy >= 0.1 in summary.json: one minus the ratio of mean regrets
 
 The bandits of Ensemble++ (arXiv 2407.13195, its section on nonlinear bandits) with its baselines, reduced: 20 features
-(100 there), 200 actions (1000) of which 20 are shown per round (50), 1000 rounds, 4 seeds (10). All of it is a setting:
---dimension 100 --actions 1000 --shown 50 --seeds 10 --rounds 10000 is the size of the source, whose number of rounds is
+(100 there), 200 actions (1000) of which 20 are shown per round (50), 1000 rounds, 16 seeds (10). All of it is a
+setting: --dimension 100 --actions 1000 --shown 50 --rounds 10000 is the size of the source, whose number of rounds is
 not stated; at 100 features 1000 rounds are too few for any agent to profit from exploring a quadratic form.
+
+What came out (95 % intervals, paired over 16 bandits): 42 % (23 to 60) of greedy's regret saved on the claimed bandit,
+as much as Ensemble+ saves with seven times the parameters. A first run with 4 seeds had 39 %, but an interval from -4
+to 83, so the seeds were made 16. The claim is about that bandit alone. On the quadratic one HyperAgent saves 14 % (5 to
+22) and Ensemble+ has less regret than it, 54 against 66; on the neural one nothing is saved: 110 against greedy's 102.
+LMC-TS has the most regret everywhere, with the one step size and temperature that these runs tried.
 """
 
 import dataclasses
@@ -248,7 +254,7 @@ TINY = dataclasses.replace(
 EXPERIMENT = Study(
     name="neural_bandits",
     claim="A hypermodel explores bandits whose rewards are not linear, at the price of one network.",
-    cost="12 to 21 s of processor time per part on a 2-core Intel Xeon (AMX, AVX-512), 23 parts",
+    cost="10 minutes of processor time on two shared cores of an AMD EPYC",
     settings=SETTINGS,
     tiny=TINY,
     expectation=Expectation("saved_against_greedy", at_least=0.1),
