@@ -1,5 +1,6 @@
 """Pictures and tables of training under a controlled mismatch, the same for every world and both experiments."""
 
+from collections.abc import Collection
 from collections.abc import Mapping
 from collections.abc import Sequence
 
@@ -59,12 +60,17 @@ def smooth(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.arange(count) * width + (width + 1) / 2, windows.mean(axis=2)
 
 
-def _curves(arms: Arms, quantity: str, title: str, *, log: bool = False) -> Figure:
+def _curves(
+    arms: Arms, quantity: str, title: str, *, log: bool = False, shown: Collection[str] | None = None
+) -> Figure:
+    """Of all arms or those that are shown; an arm has the same colour in every picture."""
     figure, axes = new_axes("step", title)
     figure.set_size_inches(4.7, 3.6)
     if log:
         axes.set_yscale("log")
     for number, (arm, part) in enumerate(arms.items()):
+        if shown is not None and arm not in shown:
+            continue
         steps, values = smooth(part[quantity])
         intervals = [over_seeds(column) for column in values.T]
         mean, half = (np.array([getattr(one, name) for one in intervals]) for name in ("mean", "half"))
@@ -102,9 +108,8 @@ def gap_picture(world: str, arms: Arms) -> Picture:
 
 def wasted_picture(world: str, arms: Arms) -> Picture:
     """What rejection costs."""
-    figure = _curves(
-        {arm: part for arm, part in arms.items() if part["wasted"].any()} or arms, "wasted", "share of tokens"
-    )
+    some = [arm for arm, part in arms.items() if part["wasted"].any()]
+    figure = _curves(arms, "wasted", "share of tokens", shown=some or arms)
     costs = [f"{label(arm)} {100 * part['wasted'].mean():.1f} %" for arm, part in arms.items()]
     caption = (
         "Tokens that were sampled and scored and then have no weight in the update: rejected sequences, and tokens "
@@ -134,7 +139,9 @@ def bounds_picture(world: str, arm: str, part: Arrays, *, inputs: str) -> Pictur
         f"the samples of one step leaves out zero in {100 * resolved:.0f} % of them"
         + ("." if resolved > 0.5 else ": not resolved.")
     )
-    return Picture(f"{world}_bounds_{arm}", f"Bounds against the error: {label(arm)}", caption, figure)
+    # A colon is no part of a file name everywhere.
+    name = f"{world}_bounds_{arm.replace(':-', '_')}"
+    return Picture(name, f"Bounds against the error: {label(arm)}", caption, figure)
 
 
 def estimated(part: Arrays) -> str:
