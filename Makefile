@@ -13,8 +13,8 @@ STAMP := $(VENV)/.installed
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.3
 PYTEST := $(BIN)/python -m pytest -q
-# A file stays in one process, so that what its tests share is made once.
-PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+# A file stays in one process, so that what its tests share is made once; tests/conftest.py names the exception.
+PARALLEL := -n auto --maxprocesses 4 --dist loadgroup
 
 .PHONY: help venv run test test-float32 test-float64 test-sharded aot lint checks notebooks bench clean
 help:
@@ -44,7 +44,7 @@ test-float32: $(STAMP)
 test-float64: $(STAMP)
 	JAX_ENABLE_X64=1 $(PYTEST) $(PARALLEL) tests/exact
 test-sharded: $(STAMP)
-	XLA_FLAGS="$(XLA_FLAGS) --xla_force_host_platform_device_count=8" $(PYTEST) tests/sharded
+	XLA_FLAGS="$(XLA_FLAGS) --xla_force_host_platform_device_count=8" $(PYTEST) $(PARALLEL) tests/sharded
 
 ## aot        compile the kernels for TPUs and an H100 that are not here (installs libtpu and a CUDA plugin, 1.1 GB, into .venv-aot)
 AOT := $(CURDIR)/.venv-aot

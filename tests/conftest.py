@@ -29,6 +29,9 @@ TESTS = Path(__file__).parent
 STRICT = ("kernels", "objectives", "bounds", "exploration", "exact", "test_masked.py", "test_categorical.py")
 """Tests of floors 0 to 2, where an implicit promotion of dtype or rank is an error."""
 
+QUICKLY = ("training", "experiments", "sharded")
+"""Tests of what programs do rather than of their last digits, which spend their time in compiling."""
+
 CANNOT_RUN_HERE = "needs a newer jax"
 """How the reason of an allowed skip starts."""
 
@@ -45,18 +48,41 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(".")[:3] if part.isdigit())
 
 
+ALONE = ("test_notebooks.py",)
+"""Long tests that share nothing: in parallel runs any process takes the next one, where other files stay together."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if item.path.name not in ALONE:
+            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(TESTS))))
         marker = item.get_closest_marker("requires_jax")
         if marker and _version(jax.__version__) < _version(marker.args[0]):
             item.add_marker(pytest.mark.skip(reason=f"{CANNOT_RUN_HERE}: {marker.args[0]}, this is {jax.__version__}"))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Some programs compile without LLVM's optimisation, in two thirds of the time; XLA's own passes stay.
+
+    So do the interpreters of Pallas kernels, which are no part of what runs on a TPU or GPU. Everything else is
+    compiled as users compile it.
+    """
+    folder = _first_part(item.path)
+    quick = folder in QUICKLY or (folder == "kernels" and "pallas" in item.nodeid)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1" if quick else "0"  # for processes that the test starts
+    jax.config.update("jax_disable_most_optimizations", quick)
+    return (yield)
+
+
+def _first_part(path: Path) -> str:
+    return path.relative_to(TESTS).parts[0]
+
+
 @pytest.fixture(autouse=True)
 def strict_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
     """No implicit change of dtype or rank in the floors that hold the mathematics."""
-    parts = Path(request.node.path).relative_to(TESTS).parts
-    if parts[0] not in STRICT:
+    if _first_part(request.node.path) not in STRICT:
         yield
         return
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
