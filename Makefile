@@ -13,8 +13,8 @@ STAMP := $(VENV)/.installed
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.3
 PYTEST := $(BIN)/python -m pytest -q
-# A file stays in one process, so that what its tests share is made once; tests/conftest.py names the exception.
-PARALLEL := -n auto --maxprocesses 4 --dist loadgroup
+# A file stays in one process, so that what its tests share is made once; the longest, the notebooks, goes out first.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help venv run test test-float32 test-float64 test-sharded aot lint checks notebooks bench clean
 help:

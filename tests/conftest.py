@@ -48,14 +48,10 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(".")[:3] if part.isdigit())
 
 
-ALONE = ("test_notebooks.py",)
-"""Long tests that share nothing: in parallel runs any process takes the next one, where other files stay together."""
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The longest file first: another process takes the others meanwhile.
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
     for item in items:
-        if item.path.name not in ALONE:
-            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(TESTS))))
         marker = item.get_closest_marker("requires_jax")
         if marker and _version(jax.__version__) < _version(marker.args[0]):
             item.add_marker(pytest.mark.skip(reason=f"{CANNOT_RUN_HERE}: {marker.args[0]}, this is {jax.__version__}"))
