@@ -7,7 +7,9 @@ never needs a neutral element.
 
 import math
 from collections.abc import Callable
+from functools import cache
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 from typing import TypeVar
 
@@ -78,13 +80,19 @@ def accumulator(*dtypes: jnp.dtype) -> jnp.dtype:
     return promoted(jnp.dtype(jnp.float32), *dtypes)
 
 
+@cache
+def _cpu_has_bfloat16() -> bool:
+    info = Path("/proc/cpuinfo")
+    return info.exists() and "amx_bf16" in info.read_text()
+
+
 def matmul(
     x: Float[Array, "_ _"], y: Float[Array, "_ _"], contract: tuple[int, int], dtype: jnp.dtype
 ) -> Float[Array, "_ _"]:
     """Product of two matrices over one axis of each, accumulated and returned in `dtype`.
 
-    float32 operands ask for full precision by name: accelerators otherwise round them to fewer bits. On CPU bfloat16
-    and float16 operands become float32 first, which loses nothing: where the CPU has no instructions for them, XLA 0.11
+    float32 operands ask for full precision by name: accelerators otherwise round them to fewer bits. On a CPU without
+    instructions for bfloat16 such operands (and float16) become float32 first, which loses nothing: there XLA 0.11
     fails at run time on those of their products whose result it wants transposed.
     """
 
@@ -96,10 +104,11 @@ def matmul(
     narrow = promoted(x.dtype, y.dtype)
     if narrow not in (jnp.bfloat16, jnp.float16):
         return product(x, y, narrow, lax.Precision.HIGHEST)
+    as_given = partial(product, operands=narrow, precision=lax.Precision.DEFAULT)
+    if _cpu_has_bfloat16():
+        return as_given(x, y)
     wide = partial(product, operands=jnp.dtype(jnp.float32), precision=lax.Precision.HIGHEST)
-    return lax.platform_dependent(
-        x, y, cpu=wide, default=partial(product, operands=narrow, precision=lax.Precision.DEFAULT)
-    )
+    return lax.platform_dependent(x, y, cpu=wide, default=as_given)
 
 
 def varying_axes(x: Array) -> frozenset[str]:
