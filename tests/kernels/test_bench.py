@@ -103,12 +103,10 @@ def test_tuned_files_are_complete():
 
 
 def test_bfloat16_log_probs():
-    """For targets that the policy would draw. At a deviation of 30 logits beyond 100 are made of 576 products: 1.5e-5
-    where a CPU has instructions for bfloat16, 7e-5 by float32 sums of AVX2, and 0.05 if anything was rounded."""
+    """At logits of standard deviation 30 as at 0.1, for targets that the policy would draw."""
     found = accuracy.bfloat16_log_prob_errors("xla")
     assert set(found) == {str(scale) for scale in accuracy.SCALES}
-    for scale, value in found.items():
-        assert value <= max(targets.BFLOAT16_ERROR, 4e-6 * float(scale)), scale
+    assert max(found.values()) <= targets.BFLOAT16_ERROR
 
 
 def test_timed_programs_compute_the_same():

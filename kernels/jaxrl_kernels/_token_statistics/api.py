@@ -114,10 +114,10 @@ def token_statistics(
     checks.rows(op, mask, hidden.shape[0])
     targets = targets if mask is None else jnp.where(mask, targets, jnp.zeros((), targets.dtype))
     wanted = checks.wanted(op, statistics, reference is not None, log_min_p is not None, top_k, vocabulary)
-    chosen = _dispatch.resolve(op, implementation, IMPLEMENTATIONS)
     free = implementation is None and top_k is None and vocabulary_mesh_axis is None
     if free and _dispatch.one_hopper() and pallas_mosaic_gpu.preferred(Logits(hidden, head, reference, None)):
-        chosen = "pallas_mosaic_gpu"
+        implementation = "pallas_mosaic_gpu"
+    chosen = _dispatch.resolve(op, implementation, IMPLEMENTATIONS)
     checks.supported(op, chosen, soft_cap, top_k, vocabulary_mesh_axis)
     checks.target_range(op, targets, across_devices.whole_vocabulary(vocabulary, vocabulary_mesh_axis))
     dtypes = _dtypes(hidden, head, reference)

@@ -86,14 +86,24 @@ def _cpu_has_bfloat16() -> bool:
     return info.exists() and "amx_bf16" in info.read_text()
 
 
+DEPTH = 128
+"""Products of widened operands that are summed in one go where digits count. At logits of deviation 30 made of 576
+products, log-probs are 7e-5 off by one running sum, 5e-6 by sums of 96 and 1.3e-5 by sums of 192."""
+
+
 def matmul(
-    x: Float[Array, "_ _"], y: Float[Array, "_ _"], contract: tuple[int, int], dtype: jnp.dtype
+    x: Float[Array, "_ _"],
+    y: Float[Array, "_ _"],
+    contract: tuple[int, int],
+    dtype: jnp.dtype,
+    depth: int | None = None,
 ) -> Float[Array, "_ _"]:
     """Product of two matrices over one axis of each, accumulated and returned in `dtype`.
 
     float32 operands ask for full precision by name: accelerators otherwise round them to fewer bits. On a CPU without
-    instructions for bfloat16 such operands (and float16) become float32 first, which loses nothing: there XLA 0.11
-    fails at run time on those of their products whose result it wants transposed.
+    instructions for bfloat16 such operands (and float16) become float32 first, which loses nothing, and are summed
+    `depth` at a time if that is given: there XLA 0.11 fails at run time on those of their products whose result it
+    wants transposed.
     """
 
     def product(x: Array, y: Array, operands: jnp.dtype, precision: lax.Precision) -> Array:
@@ -101,14 +111,22 @@ def matmul(
         x, y = x.astype(operands), y.astype(operands)
         return lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=dtype)
 
+    def widened(x: Array, y: Array) -> Array:
+        length = max(1, x.shape[contract[0]])
+        parts = []
+        for start in range(0, length, depth or length):
+            pair = [
+                lax.slice_in_dim(z, start, min(start + (depth or length), z.shape[axis]), axis=axis)
+                for z, axis in zip((x, y), contract, strict=True)
+            ]
+            parts.append(product(pair[0], pair[1], jnp.dtype(jnp.float32), lax.Precision.HIGHEST))
+        return sum(parts[1:], parts[0])
+
     narrow = promoted(x.dtype, y.dtype)
     if narrow not in (jnp.bfloat16, jnp.float16):
         return product(x, y, narrow, lax.Precision.HIGHEST)
     as_given = partial(product, operands=narrow, precision=lax.Precision.DEFAULT)
-    if _cpu_has_bfloat16():
-        return as_given(x, y)
-    wide = partial(product, operands=jnp.dtype(jnp.float32), precision=lax.Precision.HIGHEST)
-    return lax.platform_dependent(x, y, cpu=wide, default=as_given)
+    return as_given(x, y) if _cpu_has_bfloat16() else lax.platform_dependent(x, y, cpu=widened, default=as_given)
 
 
 def varying_axes(x: Array) -> frozenset[str]:
@@ -165,7 +183,7 @@ class Logits(NamedTuple):
     def _product(self, hidden: Array, head: Array, layout: Layout, start: int | Array, size: int) -> Array:
         axis = layout.vocabulary_axis
         block = lax.dynamic_slice_in_dim(head, start, size, axis=axis)
-        return self.scaled(matmul(hidden, block, (1, 1 - axis), self.dtype))
+        return self.scaled(matmul(hidden, block, (1, 1 - axis), self.dtype, DEPTH))
 
     def scaled(self, x: Float[Array, "n b"]) -> Float[Array, "n b"]:
         """Soft cap and temperature applied to raw products."""

@@ -47,7 +47,7 @@ memory."""
 
 ACCELERATOR_TILE_BYTES = 2**30
 """float32 logits of one head that a tile keeps on other platforms, in one block: 2048 rows of a vocabulary of 131072.
-Every tile reads and writes the head's cotangent in float32. On an H200 at N=8192 D=4096 V=131072 that takes 42 ms, and
+Every tile reads and writes the head's cotangent in float32. On an H200 at N=8192 D=4096 V=131072 that took 42 ms, and
 59 ms where such a tile is cut into blocks of 256 MiB."""
 
 
