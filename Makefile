@@ -16,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest -q
 # A file stays in one process, so that what its tests share is made once; the longest, the notebooks, goes out first.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help venv run test test-float32 test-float64 test-sharded aot lint checks notebooks bench clean
+.PHONY: help venv run test test-float32 test-slow test-float64 test-sharded aot lint checks notebooks bench clean
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
@@ -36,11 +36,15 @@ $(STAMP): pyproject.toml setup.py $(wildcard constraints/*.txt)
 run: $(STAMP)
 	$(BIN)/python -m experiments run smollm2_arithmetic
 
-## test       all tests: float32, float64 (tests/exact), eight devices (tests/sharded)
+## test       the tests: float32, float64 (tests/exact), eight devices (tests/sharded)
+## test-slow  the float32 tests of more than six seconds (tests/slow.txt), which `make test` leaves out
 test: test-float32 test-float64 test-sharded
-test-float32 test-float64 test-sharded: export JAX_PLATFORMS = cpu
+test-float32 test-slow test-float64 test-sharded: export JAX_PLATFORMS = cpu
+FLOAT32 := tests --ignore tests/exact --ignore tests/sharded --ignore tests/aot
 test-float32: $(STAMP)
-	$(PYTEST) $(PARALLEL) tests --ignore tests/exact --ignore tests/sharded --ignore tests/aot
+	$(PYTEST) $(PARALLEL) -m "not slow" $(FLOAT32)
+test-slow: $(STAMP)
+	$(PYTEST) $(PARALLEL) -m slow $(FLOAT32)
 test-float64: $(STAMP)
 	JAX_ENABLE_X64=1 $(PYTEST) $(PARALLEL) tests/exact
 test-sharded: $(STAMP)

@@ -29,8 +29,18 @@ TESTS = Path(__file__).parent
 STRICT = ("kernels", "objectives", "bounds", "exploration", "exact", "test_masked.py", "test_categorical.py")
 """Tests of floors 0 to 2, where an implicit promotion of dtype or rank is an error."""
 
-QUICKLY = ("training", "experiments", "sharded")
-"""Tests of what programs do rather than of their last digits, which spend their time in compiling."""
+AS_USERS_DO = (
+    "test_token_statistics_values.py",
+    "test_dense_gradient.py",
+    "test_parity.py",
+    "test_pretrained.py",
+    "test_transformer.py",
+    "test_rollouts_engines.py",
+)
+"""Tests of last digits and of large models: compiled with every optimisation."""
+
+SLOW = frozenset((TESTS / "slow.txt").read_text().splitlines())
+"""Tests that took more than six seconds on two cores; `make test` leaves them to `make test-slow`."""
 
 CANNOT_RUN_HERE = "needs a newer jax"
 """How the reason of an allowed skip starts."""
@@ -41,7 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "requires_jax(version): skip below this jax version (Python 3.11 ends at 0.10.2)"
     )
     config.addinivalue_line("markers", "aot: compiles for hardware that is not here; run by `make aot`")
-    config.addinivalue_line("markers", "slow: more than 20 seconds")
+    config.addinivalue_line("markers", "slow: more than six seconds; named in tests/slow.txt, run by `make test-slow`")
 
 
 def _version(text: str) -> tuple[int, ...]:
@@ -52,6 +62,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # The longest file first: another process takes the others meanwhile.
     items.sort(key=lambda item: item.path.name != "test_notebooks.py")
     for item in items:
+        if item.nodeid in SLOW:
+            item.add_marker(pytest.mark.slow)
         marker = item.get_closest_marker("requires_jax")
         if marker and _version(jax.__version__) < _version(marker.args[0]):
             item.add_marker(pytest.mark.skip(reason=f"{CANNOT_RUN_HERE}: {marker.args[0]}, this is {jax.__version__}"))
@@ -59,15 +71,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Some programs compile without LLVM's optimisation, in two thirds of the time; XLA's own passes stay.
-
-    So do the interpreters of Pallas kernels, which are no part of what runs on a TPU or GPU. Everything else is
-    compiled as users compile it.
-    """
-    folder = _first_part(item.path)
-    quick = folder in QUICKLY or (folder == "kernels" and "pallas" in item.nodeid)
+    """Most programs compile without LLVM's optimisation, in two thirds of the time; XLA's own passes stay."""
+    quick = item.path.name not in AS_USERS_DO
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1" if quick else "0"  # for processes that the test starts
-    jax.config.update("jax_disable_most_optimizations", quick)
+    if quick != jax.config.read("jax_disable_most_optimizations"):
+        jax.config.update("jax_disable_most_optimizations", quick)
+        # What is compiled otherwise must not be found again: a run is to be the same in this process and in another.
+        jax.clear_caches()
     return (yield)
 
 

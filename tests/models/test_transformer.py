@@ -1,3 +1,5 @@
+from collections.abc import Iterator
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,13 @@ def forward(model: Transformer, tokens: jax.Array, token_mask: jax.Array | None 
 @pytest.fixture(scope="module")
 def model(random_transformer) -> Transformer:
     return random_transformer(tiny())
+
+
+@pytest.fixture
+def wide(random_transformer) -> Iterator[Transformer]:
+    """The model in float64, where two orders of summing differ by less than 1e-12."""
+    with jax.enable_x64(True):
+        yield random_transformer(tiny(), param_dtype=jnp.float64, compute_dtype=jnp.float64)
 
 
 @pytest.fixture(scope="module")
@@ -131,12 +140,12 @@ def test_a_token_does_not_see_the_future(model, tokens):
     assert jnp.all(jnp.any(jnp.abs(changed[:, 5:] - hidden[:, 5:]) > 1e-4, axis=-1))
 
 
-def test_left_padding_changes_nothing_at_real_tokens(model, tokens):
-    hidden = forward(model, tokens)
+def test_left_padding_changes_nothing_at_real_tokens(wide, tokens):
+    hidden = forward(wide, tokens)
     for padding in (1, 4):
         padded = jnp.pad(tokens, ((0, 0), (padding, 0)), constant_values=3)
         mask = jnp.broadcast_to(jnp.arange(LENGTH + padding) >= padding, padded.shape)
-        np.testing.assert_allclose(forward(model, padded, mask)[:, padding:], hidden, atol=2e-6)
+        np.testing.assert_allclose(forward(wide, padded, mask)[:, padding:], hidden, atol=1e-12)
 
 
 def test_padding_content_changes_nothing_at_real_tokens(model, tokens, token_mask):
@@ -145,9 +154,9 @@ def test_padding_content_changes_nothing_at_real_tokens(model, tokens, token_mas
     np.testing.assert_array_equal(hidden[token_mask], other[token_mask])
 
 
-def test_right_padding_changes_nothing_at_real_tokens(model, tokens):
+def test_right_padding_changes_nothing_at_real_tokens(wide, tokens):
     mask = jnp.broadcast_to(jnp.arange(LENGTH) < 6, tokens.shape)
-    np.testing.assert_allclose(forward(model, tokens, mask)[:, :6], forward(model, tokens[:, :6]), atol=2e-6)
+    np.testing.assert_allclose(forward(wide, tokens, mask)[:, :6], forward(wide, tokens[:, :6]), atol=1e-12)
 
 
 def test_positions_count_real_tokens(token_mask):
@@ -155,10 +164,10 @@ def test_positions_count_real_tokens(token_mask):
     np.testing.assert_array_equal(positions_of(token_mask), expected)
 
 
-def test_rows_do_not_see_each_other(model, tokens, token_mask):
+def test_rows_do_not_see_each_other(wide, tokens, token_mask):
     order = jnp.array([2, 0, 1])
-    permuted = forward(model, tokens[order], token_mask[order])
-    np.testing.assert_allclose(forward(model, tokens, token_mask)[order], permuted, atol=2e-6)
+    permuted = forward(wide, tokens[order], token_mask[order])
+    np.testing.assert_allclose(forward(wide, tokens, token_mask)[order], permuted, atol=1e-12)
 
 
 def test_a_row_of_padding_is_finite_and_so_is_its_gradient(model, tokens):
@@ -172,19 +181,19 @@ def test_a_row_of_padding_is_finite_and_so_is_its_gradient(model, tokens):
     chex.assert_tree_all_finite((value, gradient))
 
 
-def test_an_attention_mask_of_ones_below_the_diagonal_is_the_default(model, tokens, token_mask):
+def test_an_attention_mask_of_ones_below_the_diagonal_is_the_default(wide, tokens, token_mask):
     positions = positions_of(token_mask)
-    x = model.embed(tokens)
-    blocks = jax.jit(lambda x, positions, attend: model.blocks(x, positions, token_mask, attention_mask=attend))
+    x = wide.embed(tokens)
+    blocks = jax.jit(lambda x, positions, attend: wide.blocks(x, positions, token_mask, attention_mask=attend))
     causal = jnp.tril(jnp.ones((LENGTH, LENGTH), bool)) & token_mask[:, None, :]
-    np.testing.assert_allclose(blocks(x, positions, causal), blocks(x, positions, None), atol=2e-6)
+    np.testing.assert_allclose(blocks(x, positions, causal), blocks(x, positions, None), atol=1e-12)
     # Texts of 4 and 5 tokens packed into one row, blind to each other, are as each alone.
     text = np.array([0] * 4 + [1] * 5)
     apart = jnp.asarray(np.tril(text[:, None] == text))
     packed = blocks(x, jnp.array([[0, 1, 2, 3, 0, 1, 2, 3, 4]]), jnp.broadcast_to(apart, (BATCH, LENGTH, LENGTH)))
-    alone = model.final_norm(packed[:, 4:])
-    expected = forward(model, tokens[:, 4:])
-    np.testing.assert_allclose(alone, expected, rtol=0, atol=6e-7 * np.abs(expected).max())
+    alone = wide.final_norm(packed[:, 4:])
+    expected = forward(wide, tokens[:, 4:])
+    np.testing.assert_allclose(alone, expected, atol=1e-12)
 
 
 def test_layers_in_two_parts_equal_the_whole(model, tokens, token_mask):
