@@ -56,16 +56,15 @@ def heat_maps(panels: Sequence[tuple[str, np.ndarray]], names: Sequence[str], *,
     """Square tables of numbers side by side, coloured by one logarithmic scale; small is light."""
     logs = [np.log(values) for _, values in panels]
     low, high = min(log.min() for log in logs), max(log.max() for log in logs)
-    figure = Figure(figsize=(2.9 * len(panels) + 0.9, 3.4))
-    short = [name[:6] for name in names]
+    figure = Figure(figsize=(2.9 * len(panels) + 1.1, 3.5))
     for number, ((title, values), log) in enumerate(zip(panels, logs, strict=True)):
         axes = figure.add_subplot(1, len(panels), number + 1)
         axes.grid(False)
         axes.imshow(log, cmap="Blues", vmin=low, vmax=high + 0.35 * (high - low) + 1e-9)
         for (row, column), value in np.ndenumerate(values):
             axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color="#1d2127")
-        axes.set_xticks(range(len(names)), short, rotation=40, ha="right", fontsize=8)
-        axes.set_yticks(range(len(names)), short if number == 0 else [""] * len(names), fontsize=8)
+        axes.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=8)
+        axes.set_yticks(range(len(names)), names if number == 0 else [""] * len(names), fontsize=8)
         axes.set_xlabel(columns)
         axes.set_ylabel(rows if number == 0 else "")
         axes.set_title(title, fontsize=9.5, color=style.INK)

@@ -3,8 +3,7 @@
 Claim      On the vector-quadratic bandit, HyperAgent with M = 8 has at most 0.9 of the regret of the same network
            acting greedily.
 Command    python -m experiments run neural_bandits
-Cost       10 minutes of processor time on two cores of an AMD EPYC that five other processes used as well (13 minutes
-           by the clock); about half of it compiles
+Cost       5 minutes on two quiet cores of an AMD EPYC, half of it compilation
 Expected   saved_against_greedy >= 0.1 in summary.json: one minus the ratio of mean regrets
 
 The bandits of Ensemble++ (arXiv 2407.13195, its section on nonlinear bandits) with its baselines, reduced: 20 features
@@ -254,7 +253,7 @@ TINY = dataclasses.replace(
 EXPERIMENT = Study(
     name="neural_bandits",
     claim="A hypermodel explores bandits whose rewards are not linear, at the price of one network.",
-    cost="10 minutes of processor time on two shared cores of an AMD EPYC",
+    cost="5 minutes on two cores of an AMD EPYC",
     settings=SETTINGS,
     tiny=TINY,
     expectation=Expectation("saved_against_greedy", at_least=0.1),
