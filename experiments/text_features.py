@@ -5,8 +5,10 @@ Exploration takes features and knows of no model; this is where the two meet.
 
 import functools
 import hashlib
+import time
 import zlib
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from experiments.progress import PLAIN_SECONDS
 from jaxrl_llm.exploration import Features
 from jaxrl_llm.models import Transformer
 from jaxrl_llm.models import combine
@@ -57,6 +60,16 @@ def minilm(texts: Sequence[str]) -> np.ndarray:
     return all_minilm_l6().encode(texts, batch_size=BATCH)
 
 
+def batches(count: int, model: str) -> Iterator[int]:
+    """The first number of each batch of texts; says every ten seconds how far the model has read."""
+    told = time.monotonic()
+    for start in range(0, count, BATCH):
+        yield start
+        if time.monotonic() - told > PLAIN_SECONDS:
+            told = time.monotonic()
+            print(f"{model} has read {min(start + BATCH, count)} of {count} texts", flush=True)
+
+
 class Tokens(NamedTuple):
     """Texts as left-padded rows."""
 
@@ -81,7 +94,7 @@ def smollm2(texts: Sequence[str], *, length: int = LENGTH) -> np.ndarray:
     vectors = np.zeros((len(texts), model.config.hidden_size), np.float32)
     # Texts of like length together, in widths of which there are few.
     order = np.argsort([len(text) for text in texts], kind="stable")
-    for start in range(0, len(texts), BATCH):
+    for start in batches(len(texts), "smollm2"):
         places = order[start : start + BATCH].tolist()
         ids, mask = tokens_of(tokenizer, [texts[int(place)] for place in places], length)
         room = ((BATCH - len(places), 0), (-ids.shape[1] % 16, 0))
@@ -207,7 +220,7 @@ def tuned_texts(model: Transformer, tokens: Tokens, *, top: int, rank: int) -> T
     first = choice.first_layer(len(model.layers))
     trunk = nnx.jit(lambda model, ids, mask: model.trunk(ids, mask, stop=first))
     states = np.zeros((*tokens.ids.shape, model.config.hidden_size), np.float32)
-    for begin in range(0, len(states), BATCH):
+    for begin in batches(len(states), "the frozen part"):
         ids, mask = tokens.ids[begin : begin + BATCH], tokens.mask[begin : begin + BATCH]
         missing = BATCH - len(ids)
         ids, mask = np.pad(ids, ((0, missing), (0, 0))), np.pad(mask, ((0, missing), (0, 0)), mode="edge")
