@@ -36,6 +36,7 @@ AS_USERS_DO = (
     "test_pretrained.py",
     "test_transformer.py",
     "test_rollouts_engines.py",
+    "test_rollouts_perturb.py",
 )
 """Tests of last digits and of large models: compiled with every optimisation."""
 
