@@ -6,8 +6,8 @@ Command    python -m experiments run content_moderation
            --features smollm2 (last-token states of SmolLM2-135M), smollm2_tuned (with adapters that learn), hashed
 Cost       three minutes of processor time on an Intel Xeon, one of them for the vectors of the texts, which are kept;
            4 minutes, with them kept, on two cores that twenty other processes shared
-           --features smollm2: 14 minutes on two quiet cores of an AMD EPYC, 13 of them for the vectors; with --texts
-           1000 --rounds 1200 --seeds 2 --agents hypermodel greedy, smollm2_tuned takes about 10
+           --features smollm2: 14 minutes on two quiet cores of an AMD EPYC, 13 of them for the vectors; smollm2_tuned
+           with --texts 1000 --rounds 1200 --seeds 2 --agents hypermodel greedy: 15 minutes beside other work there
 Expected   slowdown >= 0.5 in summary.json: 1 minus the ratio of the two quarters
 
 The setting of GPT-HyperAgent (arXiv 2407.13195 v1), with tweets labelled by a crowd. No corpus of toxic language can be

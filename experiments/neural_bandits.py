@@ -3,7 +3,7 @@
 Claim      On the vector-quadratic bandit, HyperAgent with M = 8 has at most 0.9 of the regret of the same network
            acting greedily.
 Command    python -m experiments run neural_bandits
-Cost       5 minutes on two quiet cores of an AMD EPYC, half of it compilation
+Cost       5 minutes on two quiet cores of an AMD EPYC, compilation included
 Expected   saved_against_greedy >= 0.1 in summary.json: one minus the ratio of mean regrets
 
 The bandits of Ensemble++ (arXiv 2407.13195, its section on nonlinear bandits) with its baselines, reduced: 20 features

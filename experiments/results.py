@@ -31,16 +31,21 @@ def keep(run: RunFolder, results: Path = RESULTS) -> Path:
     results.mkdir(exist_ok=True)
     settings = read_json(run.config)["settings"]
     # A run with other settings than the claim's stands beside that of the claim, under a name of its own.
-    changes = [re.sub(r"[^\w.-]+", "_", f"{name}_{settings.get(name)}") for name in summary["changed_settings"]]
+    changes = [re.sub(r"[^\w.-]+", "_", f"{name}_{_words(settings.get(name))}") for name in summary["changed_settings"]]
     path = results / f"{'.'.join([run.experiment, *changes])}.json"
     write_json(path, {"summary": summary, "machine": machine, "settings": settings})
     return path
 
 
+def _words(value: Any) -> str:
+    """The value of a setting as the command line takes it: the members of a list one after the other."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def _named(result: Mapping[str, Any]) -> str:
-    """The experiment, and what was changed."""
+    """The experiment and what was changed, as on the command line."""
     summary, settings = result["summary"], result["settings"]
-    changes = [f" --{name.replace('_', '-')} {settings.get(name)}" for name in summary["changed_settings"]]
+    changes = [f" --{name.replace('_', '-')} {_words(settings.get(name))}" for name in summary["changed_settings"]]
     return f"`{summary['experiment']}{''.join(changes)}`"
 
 

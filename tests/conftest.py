@@ -41,7 +41,7 @@ AS_USERS_DO = (
 """Tests of last digits and of large models: compiled with every optimisation."""
 
 SLOW = frozenset((TESTS / "slow.txt").read_text().splitlines())
-"""Tests that took more than six seconds on two cores; `make test` leaves them to `make test-slow`."""
+"""Tests that took more than six seconds (README.md here says which stay); `make test` leaves them to `make test-slow`."""
 
 CANNOT_RUN_HERE = "needs a newer jax"
 """How the reason of an allowed skip starts."""
@@ -72,7 +72,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Most programs compile without LLVM's optimisation, in two thirds of the time; XLA's own passes stay."""
+    """Most programs compile without LLVM's optimisation, in about three quarters of the time; XLA's passes stay."""
     quick = item.path.name not in AS_USERS_DO
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1" if quick else "0"  # for processes that the test starts
     if quick != jax.config.read("jax_disable_most_optimizations"):

@@ -141,3 +141,12 @@ def test_every_agent_has_a_name_and_a_look() -> None:
     from experiments.moderation_page import LOOKS
 
     assert set(AGENTS) == set(LABELS) == set(LOOKS)
+
+
+def test_batches_cover_all_texts_and_say_how_far_they_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(text_features, "PLAIN_SECONDS", -1.0)
+    assert list(text_features.batches(70, "a model")) == [0, 32, 64]
+    said = capsys.readouterr().out.splitlines()
+    assert said == [f"a model has read {count} of 70 texts" for count in (32, 64, 70)]

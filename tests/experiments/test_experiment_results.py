@@ -40,14 +40,14 @@ def test_a_run_with_changed_settings_stands_beside_that_of_the_claim(tmp_path) -
     run.environment.write_text(json.dumps(environment))
     results = tmp_path / "results"
     keep(run, results)
-    run.summary.write_text(json.dumps(summary | {"changed_settings": ["mismatch", "top_layers"]}))
+    run.summary.write_text(json.dumps(summary | {"changed_settings": ["mismatch", "agents"]}))
     run.config.write_text(
-        json.dumps(config | {"settings": config["settings"] | {"mismatch": "int8_weights", "top_layers": 4}})
+        json.dumps(config | {"settings": config["settings"] | {"mismatch": "int8_weights", "agents": ["a", "b"]}})
     )
-    assert keep(run, results) == results / "sums.mismatch_int8_weights.top_layers_4.json"
+    assert keep(run, results) == results / "sums.mismatch_int8_weights.agents_a_b.json"
     write_tables(results, tmp_path)
     rows = [line for line in (tmp_path / "docs" / "results.md").read_text().splitlines() if line.startswith("| `sums")]
-    assert [row.split("|")[1].strip() for row in rows] == ["`sums`", "`sums --mismatch int8_weights --top-layers 4`"]
+    assert [row.split("|")[1].strip() for row in rows] == ["`sums`", "`sums --mismatch int8_weights --agents a b`"]
 
 
 def test_a_tiny_run_is_no_result(finished_runs, tmp_path) -> None:

@@ -145,7 +145,7 @@ def test_left_padding_changes_nothing_at_real_tokens(wide, tokens):
     for padding in (1, 4):
         padded = jnp.pad(tokens, ((0, 0), (padding, 0)), constant_values=3)
         mask = jnp.broadcast_to(jnp.arange(LENGTH + padding) >= padding, padded.shape)
-        np.testing.assert_allclose(forward(wide, padded, mask)[:, padding:], hidden, atol=1e-12)
+        np.testing.assert_allclose(forward(wide, padded, mask)[:, padding:], hidden, rtol=0, atol=1e-12)
 
 
 def test_padding_content_changes_nothing_at_real_tokens(model, tokens, token_mask):
@@ -156,7 +156,7 @@ def test_padding_content_changes_nothing_at_real_tokens(model, tokens, token_mas
 
 def test_right_padding_changes_nothing_at_real_tokens(wide, tokens):
     mask = jnp.broadcast_to(jnp.arange(LENGTH) < 6, tokens.shape)
-    np.testing.assert_allclose(forward(wide, tokens, mask)[:, :6], forward(wide, tokens[:, :6]), atol=1e-12)
+    np.testing.assert_allclose(forward(wide, tokens, mask)[:, :6], forward(wide, tokens[:, :6]), rtol=0, atol=1e-12)
 
 
 def test_positions_count_real_tokens(token_mask):
@@ -167,7 +167,7 @@ def test_positions_count_real_tokens(token_mask):
 def test_rows_do_not_see_each_other(wide, tokens, token_mask):
     order = jnp.array([2, 0, 1])
     permuted = forward(wide, tokens[order], token_mask[order])
-    np.testing.assert_allclose(forward(wide, tokens, token_mask)[order], permuted, atol=1e-12)
+    np.testing.assert_allclose(forward(wide, tokens, token_mask)[order], permuted, rtol=0, atol=1e-12)
 
 
 def test_a_row_of_padding_is_finite_and_so_is_its_gradient(model, tokens):
@@ -186,14 +186,14 @@ def test_an_attention_mask_of_ones_below_the_diagonal_is_the_default(wide, token
     x = wide.embed(tokens)
     blocks = jax.jit(lambda x, positions, attend: wide.blocks(x, positions, token_mask, attention_mask=attend))
     causal = jnp.tril(jnp.ones((LENGTH, LENGTH), bool)) & token_mask[:, None, :]
-    np.testing.assert_allclose(blocks(x, positions, causal), blocks(x, positions, None), atol=1e-12)
+    np.testing.assert_allclose(blocks(x, positions, causal), blocks(x, positions, None), rtol=0, atol=1e-12)
     # Texts of 4 and 5 tokens packed into one row, blind to each other, are as each alone.
     text = np.array([0] * 4 + [1] * 5)
     apart = jnp.asarray(np.tril(text[:, None] == text))
     packed = blocks(x, jnp.array([[0, 1, 2, 3, 0, 1, 2, 3, 4]]), jnp.broadcast_to(apart, (BATCH, LENGTH, LENGTH)))
     alone = wide.final_norm(packed[:, 4:])
     expected = forward(wide, tokens[:, 4:])
-    np.testing.assert_allclose(alone, expected, atol=1e-12)
+    np.testing.assert_allclose(alone, expected, rtol=0, atol=1e-12)
 
 
 def test_layers_in_two_parts_equal_the_whole(model, tokens, token_mask):
