@@ -41,7 +41,7 @@ AS_USERS_DO = (
 """Tests of last digits and of large models: compiled with every optimisation."""
 
 SLOW = frozenset((TESTS / "slow.txt").read_text().splitlines())
-"""Tests that took more than six seconds (README.md here says which stay); `make test` leaves them to `make test-slow`."""
+"""Tests of more than six seconds that `make test` leaves to `make test-slow`; README.md here says which stay."""
 
 CANNOT_RUN_HERE = "needs a newer jax"
 """How the reason of an allowed skip starts."""
