@@ -6,6 +6,7 @@ its routes leave out the log-prob of a token that ends inside a character, which
 """
 
 import gc
+import http.client
 import json
 import math
 import tempfile
@@ -13,6 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from collections.abc import Sequence
+from concurrent.futures import Future
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -147,15 +149,28 @@ class LlamaCppEngine(Stoppable):
     def distributions(
         self, tokens: Int[np.ndarray, "B T"], token_mask: Bool[np.ndarray, "B T"], *, response_width: int
     ) -> Float[np.ndarray, "B R V"]:
-        """See `DistributionEngine.distributions`; a vocabulary of 49,152 takes a quarter of a second per token."""
+        """See `DistributionEngine.distributions`; a vocabulary of 49,152 takes a quarter of a second per token.
+
+        Requests go out in the order of sampling; each answer, megabytes of text, is read while the next is computed.
+        """
         texts = rows.texts_of(tokens, token_mask, response_width, vocab_size=self.vocab_size)
         self._require_room(len(text.prompt) + len(text.response) for text in texts)
         result = np.zeros((len(texts), response_width, self.vocab_size), np.float32)
 
+        def read(row: int, place: int, answer: bytes) -> None:
+            result[row, place] = self._read_distribution(answer)
+
         def fill(job: tuple[int, rows.Text]) -> None:
             row, (prompt, response) = job
-            for place in range(len(response)):
-                result[row, place] = self._distribution([*prompt, *response[:place]])
+            reading: list[Future[None]] = []
+            with ThreadPoolExecutor(1) as reader:
+                for place in range(len(response)):
+                    answer = self._ask_distribution([*prompt, *response[:place]])
+                    while reading:  # one answer waits at most, however long the response is
+                        reading.pop().result()
+                    reading.append(reader.submit(read, row, place, answer))
+            while reading:
+                reading.pop().result()
 
         self._in_slots(fill, list(enumerate(texts)))
         return result
@@ -214,6 +229,9 @@ class LlamaCppEngine(Stoppable):
             return list(pool.map(job, items))
 
     def _complete(self, body: dict[str, Any]) -> dict[str, Any]:
+        return _parsed(self._ask(body))
+
+    def _ask(self, body: dict[str, Any]) -> bytes:
         """One request to /completion; the defaults of the server's sampler, which truncate, are all switched off."""
         body = {"samplers": ["temperature"], "temperature": 1.0, "n_probs": 1, "return_tokens": True, **body}
         request = urllib.request.Request(
@@ -223,10 +241,10 @@ class LlamaCppEngine(Stoppable):
         )
         try:
             with LOOPBACK.open(request, timeout=self.timeout) as answer:
-                return json.loads(answer.read())
+                return answer.read()
         except urllib.error.HTTPError as error:
             raise EngineError(f"llama.cpp refused a request: {error.read().decode(errors='replace')[:300]}") from error
-        except (OSError, ValueError) as error:
+        except (OSError, http.client.HTTPException) as error:
             raise EngineError(f"llama.cpp did not answer within {self.timeout:g} s or broke off ({error}).") from error
 
     def _sample(self, job: tuple[list[int], int]) -> Response:
@@ -279,14 +297,26 @@ class LlamaCppEngine(Stoppable):
         return scores
 
     def _distribution(self, before: list[int]) -> Float[np.ndarray, " V"]:
+        return self._read_distribution(self._ask_distribution(before))
+
+    def _ask_distribution(self, before: list[int]) -> bytes:
         forced = [[int(self.settings.eos_ids[0]), FORCED]]
-        body = {"prompt": before, "n_predict": 1, "logit_bias": forced, "n_probs": self.vocab_size}
-        entries = self._complete(body)["completion_probabilities"][0]["top_logprobs"]
+        return self._ask({"prompt": before, "n_predict": 1, "logit_bias": forced, "n_probs": self.vocab_size})
+
+    def _read_distribution(self, answer: bytes) -> Float[np.ndarray, " V"]:
+        entries = _parsed(answer)["completion_probabilities"][0]["top_logprobs"]
         if len(entries) != self.vocab_size:
             raise EngineError(f"llama.cpp gave {len(entries)} log-probs; the vocabulary has {self.vocab_size}.")
         result = np.empty(self.vocab_size, np.float32)
         result[[entry["id"] for entry in entries]] = [entry["logprob"] for entry in entries]
         return result
+
+
+def _parsed(answer: bytes) -> dict[str, Any]:
+    try:
+        return json.loads(answer)
+    except ValueError as error:
+        raise EngineError(f"llama.cpp's answer is no JSON ({error}).") from error
 
 
 def _xllamacpp() -> Any:
