@@ -5,16 +5,16 @@ low-precision sync can be had on purpose. The server's native /completion is use
 its routes leave out the log-prob of a token that ends inside a character, which is then asked for by itself.
 """
 
+import contextlib
 import gc
 import http.client
 import json
 import math
 import tempfile
-import urllib.error
-import urllib.request
+import urllib.parse
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Sequence
-from concurrent.futures import Future
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,6 @@ from jaxrl_llm.typing import PRNGKey
 
 FORCED = 1e6
 """A logit bias that leaves no choice. The log-probs that the server reports are those before it."""
-
-LOOPBACK = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-"""Without the proxy of the environment, which does not serve this machine's own ports."""
 
 Item, Made = TypeVar("Item"), TypeVar("Made")
 
@@ -157,20 +154,16 @@ class LlamaCppEngine(Stoppable):
         self._require_room(len(text.prompt) + len(text.response) for text in texts)
         result = np.zeros((len(texts), response_width, self.vocab_size), np.float32)
 
-        def read(row: int, place: int, answer: bytes) -> None:
-            result[row, place] = self._read_distribution(answer)
-
         def fill(job: tuple[int, rows.Text]) -> None:
             row, (prompt, response) = job
-            reading: list[Future[None]] = []
-            with ThreadPoolExecutor(1) as reader:
-                for place in range(len(response)):
-                    answer = self._ask_distribution([*prompt, *response[:place]])
-                    while reading:  # one answer waits at most, however long the response is
-                        reading.pop().result()
-                    reading.append(reader.submit(read, row, place, answer))
-            while reading:
-                reading.pop().result()
+            answer = None
+            for place in range(len(response)):
+                asked = self._ask_distribution([*prompt, *response[:place]])
+                if answer is not None:
+                    result[row, place - 1] = self._read_distribution(answer)
+                answer = self._answer(asked)
+            if answer is not None:
+                result[row, len(response) - 1] = self._read_distribution(answer)
 
         self._in_slots(fill, list(enumerate(texts)))
         return result
@@ -229,21 +222,31 @@ class LlamaCppEngine(Stoppable):
             return list(pool.map(job, items))
 
     def _complete(self, body: dict[str, Any]) -> dict[str, Any]:
-        return _parsed(self._ask(body))
+        return _parsed(self._answer(self._ask(body)))
 
-    def _ask(self, body: dict[str, Any]) -> bytes:
-        """One request to /completion; the defaults of the server's sampler, which truncate, are all switched off."""
+    def _ask(self, body: dict[str, Any]) -> http.client.HTTPConnection:
+        """Send a request to /completion; the defaults of the server's sampler, which truncate, are all switched off."""
         body = {"samplers": ["temperature"], "temperature": 1.0, "n_probs": 1, "return_tokens": True, **body}
-        request = urllib.request.Request(
-            f"{self._running().listening_address}/completion",
-            json.dumps({"cache_prompt": True, **body}).encode(),
-            {"Content-Type": "application/json"},
-        )
+        address = urllib.parse.urlsplit(self._running().listening_address).netloc
+        connection = http.client.HTTPConnection(address, timeout=self.timeout)
+        with self._named_errors():
+            headers = {"Content-Type": "application/json"}
+            connection.request("POST", "/completion", json.dumps({"cache_prompt": True, **body}), headers)
+        return connection
+
+    def _answer(self, asked: http.client.HTTPConnection) -> bytes:
+        """The answer to a request that was sent."""
+        with contextlib.closing(asked), self._named_errors():
+            response = asked.getresponse()
+            answer = response.read()
+        if response.status != http.HTTPStatus.OK:
+            raise EngineError(f"llama.cpp refused a request: {answer.decode(errors='replace')[:300]}")
+        return answer
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
         try:
-            with LOOPBACK.open(request, timeout=self.timeout) as answer:
-                return answer.read()
-        except urllib.error.HTTPError as error:
-            raise EngineError(f"llama.cpp refused a request: {error.read().decode(errors='replace')[:300]}") from error
+            yield
         except (OSError, http.client.HTTPException) as error:
             raise EngineError(f"llama.cpp did not answer within {self.timeout:g} s or broke off ({error}).") from error
 
@@ -297,9 +300,9 @@ class LlamaCppEngine(Stoppable):
         return scores
 
     def _distribution(self, before: list[int]) -> Float[np.ndarray, " V"]:
-        return self._read_distribution(self._ask_distribution(before))
+        return self._read_distribution(self._answer(self._ask_distribution(before)))
 
-    def _ask_distribution(self, before: list[int]) -> bytes:
+    def _ask_distribution(self, before: list[int]) -> http.client.HTTPConnection:
         forced = [[int(self.settings.eos_ids[0]), FORCED]]
         return self._ask({"prompt": before, "n_predict": 1, "logit_bias": forced, "n_probs": self.vocab_size})
 
