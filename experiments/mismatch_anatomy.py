@@ -3,8 +3,8 @@
 Claim      For llama.cpp with weights in F32, F16, BF16, Q8_0 and the shipped Q4_1, the mean of |d log p| / (1 - p) over
            sampled tokens varies by less than a factor of two between p < 0.1, .1-.5, .5-.9 and > 0.9.
 Command    python -m experiments run mismatch_anatomy
-Cost       20 minutes beside other work on a 2-core AMD EPYC, 13.5 minutes of processor time; llama.cpp takes a quarter
-           of a second of it for each of 1,200 distributions over 49,152 tokens
+Cost       10 minutes on a 2-core AMD EPYC, from an empty compilation cache; two thirds of it are 1,200 distributions
+           over 49,152 tokens that llama.cpp writes as text
 Expected   flatness >= 0.5 in summary.json: the smallest of these means over the largest, in the worst precision.
            Missed: 0.45 (95 % interval over responses 0.32 to 0.62), in BF16
 
@@ -293,7 +293,7 @@ EXPERIMENT = Study(
         "Sampler and trainer disagree about a token in proportion to 1 - p, in whatever precision the engine has its "
         "weights."
     ),
-    cost="20 minutes beside other work on a 2-core AMD EPYC, 13.5 minutes of processor time",
+    cost="10 minutes on a 2-core AMD EPYC",
     settings=SETTINGS,
     tiny=TINY,
     expectation=Expectation("flatness", at_least=0.5),

@@ -1,6 +1,6 @@
 """Time the ops against plain autodiff on this machine.
 
-    python -m jaxrl_kernels.bench --quick      one shape, 5 rounds, about two minutes on two CPU cores
+    python -m jaxrl_kernels.bench --quick      one shape, 5 rounds or what fits into 3 minutes on two CPU cores
     python -m jaxrl_kernels.bench              all shapes, 20 rounds
     python -m jaxrl_kernels.bench --torch PYTHON   also the same work by PyTorch, in that interpreter
     python -m jaxrl_kernels.bench --tune       block sizes for this device
@@ -11,6 +11,7 @@ targets.py is not kept.
 
 import argparse
 import json
+import math
 import platform
 import sys
 from pathlib import Path
@@ -46,12 +47,15 @@ SHAPES = (
 )
 """Width 0 means logits that exist already."""
 
+QUICK_SECONDS = 120
+"""After these no further round of --quick begins: compiling, errors and the logits' own shape take the third minute."""
 
-def run_shape(shape: Shape, rounds: int, torch: str | None) -> dict:
+
+def run_shape(shape: Shape, rounds: int, torch: str | None, limit: float) -> dict:
     """Everything measured for one shape of hidden states and head."""
     inputs = make_inputs(shape)
     compiled = compile_all(PROGRAMS, inputs)
-    table: dict[str, Any] = time_all(compiled, inputs, rounds)
+    table: dict[str, Any] = time_all(compiled, inputs, rounds, limit)
     gigaflop = 2 * shape.rows * shape.width * shape.vocabulary / 1e9
     for name, program in compiled.items():
         table[name]["temporaries_mib"] = temporaries(program)
@@ -93,7 +97,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m jaxrl_kernels.bench", description="Time the ops against plain autodiff."
     )
-    parser.add_argument("--quick", action="store_true", help="one shape and five rounds")
+    parser.add_argument("--quick", action="store_true", help="one shape and at most five rounds")
     parser.add_argument("--rounds", type=int, help="interleaved rounds (default 20, or 5 with --quick)")
     parser.add_argument("--shapes", nargs="*", help="run only shapes whose name holds one of these words")
     parser.add_argument("--torch", metavar="PYTHON", help="an interpreter with PyTorch, to measure the same work there")
@@ -120,7 +124,8 @@ def main() -> int:
     for shape in QUICK if options.quick else SHAPES:
         if options.shapes and not any(word in shape.name for word in options.shapes):
             continue
-        result = run_shape(shape, rounds, options.torch) if shape.width else run_dense(shape, rounds)
+        limit = QUICK_SECONDS if options.quick else math.inf
+        result = run_shape(shape, rounds, options.torch, limit) if shape.width else run_dense(shape, rounds)
         results["shapes"][shape.name] = result
         print("\n".join(table_rows(shape.name, result)), flush=True)
     output = options.output or Path(__file__).parent / "results" / f"{slug}.json"

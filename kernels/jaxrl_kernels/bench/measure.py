@@ -22,6 +22,10 @@ CHECKED_ROWS = 32
 """Rows whose statistics and hidden-state gradients are also computed in float64."""
 
 
+FEWEST_ROUNDS = 3
+"""Rounds that are made however long they take."""
+
+
 def compile_all(programs: Mapping[str, Callable[[Any], object]], inputs: Any) -> dict[str, jax.stages.Compiled]:
     """Each program compiled for these inputs."""
     return {name: jax.jit(program).lower(inputs).compile() for name, program in programs.items()}
@@ -32,14 +36,19 @@ def _cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def time_all(compiled: dict[str, jax.stages.Compiled], inputs: Any, rounds: int) -> dict[str, dict[str, object]]:
+def time_all(
+    compiled: dict[str, jax.stages.Compiled], inputs: Any, rounds: int, limit: float = math.inf
+) -> dict[str, dict[str, Any]]:
     """Seconds of each program: every round runs each once, in turn, after one round of warm-up.
 
     Interleaving lets whatever else the machine does fall on all of them alike. CPU seconds are those of the process,
-    all threads.
+    all threads. No round after the third begins once `limit` seconds are over.
     """
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in compiled}
+    began = time.perf_counter()
     for index in range(rounds + 1):
+        if index > FEWEST_ROUNDS and time.perf_counter() - began > limit:
+            break
         for name, program in compiled.items():
             cpu, wall = _cpu_seconds(), time.perf_counter()
             jax.block_until_ready(program(inputs))
@@ -48,10 +57,11 @@ def time_all(compiled: dict[str, jax.stages.Compiled], inputs: Any, rounds: int)
     return {name: summary(pairs) for name, pairs in times.items()}
 
 
-def summary(pairs: list[tuple[float, float]]) -> dict[str, object]:
+def summary(pairs: list[tuple[float, float]]) -> dict[str, Any]:
     """Median and spread of (CPU, wall) seconds."""
     cpu, wall = zip(*pairs, strict=True)
     return {
+        "rounds": len(pairs),
         "cpu_seconds": round(statistics.median(cpu), 4),
         "cpu_seconds_range": [round(min(cpu), 4), round(max(cpu), 4)],
         "wall_seconds": round(statistics.median(wall), 4),
