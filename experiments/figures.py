@@ -123,7 +123,8 @@ def shift(record: Record) -> Picture | None:
     kl, tv = (float(np.median(record.column(name)[1])) for name in (names.KL_MEAN, names.TV_MEAN))
     caption = (
         "How far one rollout batch moves the policy: exact divergences over the whole vocabulary between the policy "
-        "that sampled and the one after the update, on the sampled contexts. "
+        "before the update, with the sampler's weights where they are perturbed, and the one after it, on the sampled "
+        "contexts. "
         f"Median of the means: KL {kl:.2g} nats, TV {tv:.2g}."
     )
     return Picture("shift", "KL and TV of one update, per token", caption, figure)
@@ -205,7 +206,7 @@ def _bounds_caption(record: Record) -> str:
     steps, error, spread = record.together(names.ERROR, names.ERROR_SE)
     resolved = int((np.abs(error) > 1.96 * spread).sum())
     return (
-        "Error = J(after) - J(before) - L', the part of the gain that the surrogate gets wrong, estimated from the "
+        "Error = J(after) - J(sampler) - L', the part of the gain that the surrogate gets wrong, estimated from the "
         f"same samples by its ratio form. It is told apart from zero in {resolved} of {len(steps)} batches. "
         "Estimate on visited contexts, not a certificate."
     )

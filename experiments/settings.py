@@ -28,13 +28,16 @@ class RunSettings:
         recipe: name of an objective of jaxrl_llm.objectives.
         mask_maximum: largest KL of one token that Trust Region Masking accepts; the recipe's own where None. [nats]
         mask_average: largest mean KL per token that Trust Region Masking accepts; the recipe's own where None. [nats]
+        log_min_p: threshold of a pruned vocabulary relative to the most likely token, for sampler and trainer; the
+            recipe's own where None. [nats]
         learns: which parameters learn: those of the top layers, low-rank adapters on the top layers, or all.
         top_layers: how many layers from the top take part, for "top_layers" and "lora".
         lora_rank: rank of the adapters, for "lora".
         mismatch: what the sampler does differently: a name of jaxrl_llm.rollouts.perturb.PERTURBATIONS. With one of
             its weights, TRM's exact masks and the metrics shift/* and bounds/* compare with the policy that sampled.
             With one of its cache or logits they cannot: exact masks are refused (recipes with a sampled mask are
-            not), and shift/* and bounds/* compare with the policy before the update, without the perturbation.
+            not), shift/* compare with the policy before the update, without the perturbation, and there are no
+            bounds/*.
         mismatch_strength: scale of the noise, temperature, top_p or top_k; the usual one where None.
         train: sizes, sampling, optimiser and update.
     """
@@ -44,6 +47,7 @@ class RunSettings:
     recipe: str = "trm"
     mask_maximum: float | None = None
     mask_average: float | None = None
+    log_min_p: float | None = None
     learns: Literal["top_layers", "lora", "full"] = "top_layers"
     top_layers: int = 8
     lora_rank: int = 8
@@ -68,7 +72,7 @@ class RunSettings:
         Raises:
             UserError: there is none of that name.
         """
-        given = {name: getattr(self, name) for name in ("mask_maximum", "mask_average")}
+        given = {name: getattr(self, name) for name in ("mask_maximum", "mask_average", "log_min_p")}
         try:
             return dataclasses.replace(
                 get_recipe(self.recipe), **{name: value for name, value in given.items() if value is not None}

@@ -78,7 +78,7 @@ class Recipe:
             passed under it, with whether each target is inside; None for the whole vocabulary.
 
     Raises:
-        ValueError: if a field holds a name that does not exist.
+        ValueError: if a field holds a name that does not exist, or a threshold that keeps nothing.
     """
 
     name: str
@@ -107,6 +107,10 @@ class Recipe:
     def __post_init__(self):
         for field, choices in CHOICES.items():
             require_choice(f"{field} of recipe {self.name!r}", getattr(self, field), choices)
+        if self.log_min_p is not None and not self.log_min_p <= 0:
+            raise ValueError(
+                f"log_min_p of recipe {self.name!r} is {self.log_min_p}; it must be at most 0, or nothing is kept."
+            )
 
 
 _PPO = Recipe(

@@ -308,7 +308,8 @@ class _Run:
                 shift = self.trainer.compare(self.state, prepared)
                 reward_range = (self.settings.reward_low, self.settings.reward_high)
                 arrays = (jnp.asarray(mask), jnp.asarray(rewards), jnp.asarray(rollout.group_ids))
-                device |= jax.device_get(shift_metrics(shift, *arrays, reward_range=reward_range))
+                known = self.trainer.knows_sampler
+                device |= jax.device_get(shift_metrics(shift, *arrays, reward_range=reward_range, sampled_by_mu=known))
         return metrics | {name: float(np.asarray(value)) for name, value in device.items()}
 
     def warn_of_dropped(self, index: int, prepared: Prepared) -> None:

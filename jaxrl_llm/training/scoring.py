@@ -25,7 +25,7 @@ from jaxrl_llm.typing import PyTree
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """What a policy says about the sampled tokens; rows as in `UpdateBatch`."""
+    """What a policy says about the sampled tokens, a log-prob of -inf where it prunes; rows as in `UpdateBatch`."""
 
     trunk: Float[Array, "n W D"] | None
     hidden: Float[Array, "n slots R D"]
@@ -36,6 +36,7 @@ class Scores:
 class Shift(NamedTuple):
     """The policy after the update (pi) against the one that sampled (mu), at every sampled context; `[B, R]`, padding
     included. Where the sampler has no weights of its own, mu is the policy before the update, as the trainer has it.
+    Both are whole: neither pruned nor truncated.
 
     log_ratio: log pi(y_t|c_t) - log mu(y_t|c_t) of the sampled token [nats].
     kl: KL(mu || pi) [nats]. kl_reverse: KL(pi || mu) [nats]. total_variation: [prob].
@@ -50,9 +51,11 @@ class Shift(NamedTuple):
 class Scorer:
     """The jitted passes; `rows` packed rows at a time (0: all at once), which bounds their memory."""
 
-    def __init__(self, policy: Policy, *, temperature: float = 1.0, rows: int = 0) -> None:
-        """Fix what is static."""
-        self._policy, self._temperature, self._rows = policy, temperature, rows
+    def __init__(
+        self, policy: Policy, *, temperature: float = 1.0, rows: int = 0, log_min_p: float | None = None
+    ) -> None:
+        """Fix what is static; `log_min_p` prunes the policy that `score` scores, not those that `shift` compares."""
+        self._policy, self._temperature, self._rows, self._log_min_p = policy, temperature, rows, log_min_p
         self._score = jax.jit(self._score_batch)
         self._shift = jax.jit(self._shift_batch)
         self._behaviour = jax.jit(self._behaviour_batch, static_argnums=0)
@@ -96,7 +99,14 @@ class Scorer:
             packed, targets, trunk = some
             trunk = self._policy.trunk(model, packed) if trunk is None else trunk
             hidden = self._policy.hidden(model, packed, trunk)
-            stats = statistics(model, hidden, targets, temperature=self._temperature, names=("log_prob", "entropy"))
+            stats = statistics(
+                model,
+                hidden,
+                targets,
+                temperature=self._temperature,
+                log_min_p=self._log_min_p,
+                names=("log_prob", "entropy"),
+            )
             assert stats.log_prob is not None
             assert stats.entropy is not None
             return Scores(trunk, hidden, stats.log_prob.reshape(targets.shape), stats.entropy.reshape(targets.shape))

@@ -40,7 +40,7 @@ class UpdateBatch:
         response_mask: true at response tokens that were sampled.
         advantages: one per sequence.
         log_prob_behaviour: under the policy that sampled, as it recorded them.
-        log_prob_old: under the policy at the start of the update.
+        log_prob_old: under the policy at the start of the update; finite, also where that prunes the token.
         log_prob_ref: under the reference policy, where the recipe has one.
         trunk: output of the frozen layers, where there are any.
         hidden_old: states of the policy at the start of the update; with its head they give its whole distribution.
@@ -99,9 +99,12 @@ def statistics(
     temperature: float,
     hidden_ref: Float[Array, "n slots R D"] | None = None,
     head_ref: Float[Array, "_ _"] | None = None,
+    log_min_p: float | None = None,
     names: tuple[str, ...],
 ) -> TokenStatistics:
-    """Per-token statistics of the model's head, shaped `[sequences, R]`; with `hidden_ref` also against a reference."""
+    """Per-token statistics of the model's head, shaped `[sequences, R]`; with `hidden_ref` also against a reference,
+    with `log_min_p` those of the policy pruned to its safe set.
+    """
     head, axis = model.head()
     reference = None
     if hidden_ref is not None:
@@ -113,6 +116,7 @@ def statistics(
         vocabulary_axis=axis,
         reference=reference,
         temperature=temperature,
+        log_min_p=log_min_p,
         statistics=names,
     )
     return jax.tree.map(lambda leaf: leaf.reshape(-1, targets.shape[-1]), flat)
@@ -134,7 +138,14 @@ def micro_batch_loss(
 
     def compare(other: Array | None, head: Array | None, *names: str) -> TokenStatistics:
         return statistics(
-            model, hidden, batch.targets, temperature=temperature, hidden_ref=other, head_ref=head, names=names
+            model,
+            hidden,
+            batch.targets,
+            temperature=temperature,
+            hidden_ref=other,
+            head_ref=head,
+            log_min_p=recipe.log_min_p,
+            names=names,
         )
 
     needed = ("log_prob", "entropy")
@@ -159,6 +170,7 @@ def micro_batch_loss(
         kl_t=None if stats is None else jax.lax.stop_gradient(stats.kl_reverse),
         kl_ref_t=None if to_ref is None else to_ref.kl,
         entropy=first.entropy,
+        target_kept=first.target_kept,
         batch_fraction=fraction,
     )
 

@@ -9,10 +9,11 @@ actor/*                                 means over the response tokens of all op
 rollout/dropped_nonfinite               rollouts left out of everything else, as a log-prob or the reward is not finite
 rollout_corr/*, training/*              the trainer's policy before the update against the sampler (`diagnostics`)
 shift/*                                 the policy after all optimiser steps (pi) against the one that sampled (mu),
-                                        exactly, at every sampled context; mu is the policy before the update unless
-                                        the sampler has perturbed weights: perturbations of its cache or its logits
-                                        are not in it, and then not in bounds/* either
-bounds/*                                bounds on |J(pi) - J(mu) - L'|, beside sampled estimates of that error
+                                        exactly, at every sampled context; mu is the policy before the update, with
+                                        the sampler's weights where they are perturbed. Perturbations of its cache or
+                                        logits are not in it, nor are truncation and pruning, of either
+bounds/*                                bounds on |J(pi) - J(mu) - L'|, beside sampled estimates of that error; only
+                                        where mu is the law of the sampler, as the samples must be mu's
 """
 
 from collections import defaultdict
@@ -24,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl_llm.bounds import BoundInputs
 from jaxrl_llm.bounds import bound_inputs_from_tokens
 from jaxrl_llm.bounds import sampled_gain
 from jaxrl_llm.bounds import sampled_sequence_tv
@@ -115,7 +117,7 @@ def update_metrics(steps: Sequence[dict[str, SumCount]]) -> dict[str, float]:
     return values
 
 
-@partial(jax.jit, static_argnames=("reward_range",))
+@partial(jax.jit, static_argnames=("reward_range", "sampled_by_mu"))
 def shift_metrics(
     shift: Shift,
     response_mask: Bool[Array, "B R"],
@@ -123,6 +125,7 @@ def shift_metrics(
     group_ids: Int[Array, " B"],
     *,
     reward_range: tuple[float, float],
+    sampled_by_mu: bool = True,
 ) -> dict[str, Float[Array, ""]]:
     """What the update did to the policy on the sampled contexts, and every bound on the error of its surrogate.
 
@@ -132,10 +135,33 @@ def shift_metrics(
         rewards: one per sequence.
         group_ids: clusters of the standard errors.
         reward_range: smallest and largest reward.
+        sampled_by_mu: whether the samples are mu's; else what is made of them and of the rewards, the bounds among it,
+            is left out.
     """
     inputs = bound_inputs_from_tokens(shift.kl, shift.total_variation, response_mask, horizon=response_mask.shape[1])
+    values: dict[str, Any] = {
+        "shift/kl_mean": masked_mean(shift.kl, response_mask),
+        "shift/kl_max": inputs.max_kl,
+        "shift/kl_reverse_mean": masked_mean(shift.kl_reverse, response_mask),
+        "shift/kl_reverse_max": masked_max(shift.kl_reverse, response_mask),
+        "shift/tv_mean": masked_mean(shift.total_variation, response_mask),
+        "shift/tv_max": inputs.max_tv,
+    }
+    if sampled_by_mu:
+        values |= _bounds(inputs, shift.log_ratio, response_mask, rewards, group_ids, reward_range)
+    return {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
+
+
+def _bounds(
+    inputs: BoundInputs,
+    log_ratio: Float[Array, "B R"],
+    response_mask: Bool[Array, "B R"],
+    rewards: Float[Array, " B"],
+    group_ids: Int[Array, " B"],
+    reward_range: tuple[float, float],
+) -> dict[str, Any]:
     sampled = {"group_ids": group_ids, "baseline": sum(reward_range) / 2}
-    gain = sampled_surrogate_gain(shift.log_ratio, response_mask, rewards, **sampled)
+    gain = sampled_surrogate_gain(log_ratio, response_mask, rewards, **sampled)
     # A row without response tokens is no sequence: its rollout was dropped.
     mean_reward = masked_mean(rewards, jnp.any(response_mask, axis=1))
     bounds = surrogate_error_bounds(
@@ -143,17 +169,11 @@ def shift_metrics(
     )
     estimates = {
         "bounds/surrogate_gain": gain,
-        "bounds/error": sampled_surrogate_error(shift.log_ratio, response_mask, rewards, **sampled),
-        "bounds/gain": sampled_gain(shift.log_ratio, response_mask, rewards, **sampled),
-        "shift/sequence_tv_sampled": sampled_sequence_tv(shift.log_ratio, response_mask, group_ids=group_ids),
+        "bounds/error": sampled_surrogate_error(log_ratio, response_mask, rewards, **sampled),
+        "bounds/gain": sampled_gain(log_ratio, response_mask, rewards, **sampled),
+        "shift/sequence_tv_sampled": sampled_sequence_tv(log_ratio, response_mask, group_ids=group_ids),
     }
-    values = {
-        "shift/kl_mean": masked_mean(shift.kl, response_mask),
-        "shift/kl_max": inputs.max_kl,
-        "shift/kl_reverse_mean": masked_mean(shift.kl_reverse, response_mask),
-        "shift/kl_reverse_max": masked_max(shift.kl_reverse, response_mask),
-        "shift/tv_mean": masked_mean(shift.total_variation, response_mask),
-        "shift/tv_max": inputs.max_tv,
+    values: dict[str, Any] = {
         "shift/sequence_kl": inputs.sequence_kl,
         "shift/sequence_tv": inputs.sequence_tv,
         "bounds/unified_printed": bounds.unified_printed,
@@ -166,5 +186,4 @@ def shift_metrics(
     values |= {f"bounds/sharp/{name}": value for name, value in bounds.sharp.items()}
     values |= {f"bounds/vacuous/{name}": value for name, value in bounds.vacuous_each.items()}
     values |= {name: estimate.value for name, estimate in estimates.items()}
-    values |= {f"{name}_se": estimate.standard_error for name, estimate in estimates.items()}
-    return {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
+    return values | {f"{name}_se": estimate.standard_error for name, estimate in estimates.items()}

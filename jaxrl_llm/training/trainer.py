@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
@@ -16,8 +17,11 @@ from jax.sharding import PartitionSpec
 from jaxrl_llm.models.lora import merge_lora
 from jaxrl_llm.models.sharding import shard
 from jaxrl_llm.models.trainable import combine
+from jaxrl_llm.objectives import Recipe
 from jaxrl_llm.objectives import sequence_advantages
+from jaxrl_llm.objectives.ratios import LOG_RATIO_LIMIT
 from jaxrl_llm.rollouts import Rollout
+from jaxrl_llm.rollouts import SamplingSettings
 from jaxrl_llm.rollouts import make_generate
 from jaxrl_llm.training.finite import Finite
 from jaxrl_llm.training.finite import find_finite
@@ -42,6 +46,7 @@ from jaxrl_llm.training.step import Update
 from jaxrl_llm.training.step import UpdateBatch
 from jaxrl_llm.training.step import needs_exact_kl
 from jaxrl_llm.training.step import needs_reference
+from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Bool
 from jaxrl_llm.typing import Float
 from jaxrl_llm.typing import PyTree
@@ -67,18 +72,49 @@ class Prepared(NamedTuple):
     finite: Finite
 
 
-def _refuse_unknown_law(parts: Parts) -> None:
-    """The exact masks need the whole law of the sampler; the trainer can compute it where the weights make it.
-
-    Raises:
-        ValueError: a mask by exact KL, and a sampler whose cache or logits are perturbed.
+def knows_sampler(parts: Parts, sampling: SamplingSettings) -> bool:
+    """Whether the trainer computes the whole law of the sampler: its weights make it, perturbed ones too; a perturbed
+    cache, perturbed logits, and a truncated or pruned vocabulary are not in it.
     """
     engine = parts.perturbation
-    if needs_exact_kl(parts.recipe) and not (engine.cache is None and engine.logits is None):
+    return all(what is None for what in (engine.cache, engine.logits, sampling.top_p, sampling.min_p))
+
+
+def _sampling(recipe: Recipe, sampling: SamplingSettings) -> SamplingSettings:
+    """How answers are sampled: a recipe that prunes has its sampler prune too, on the safe set of its own logits.
+
+    Raises:
+        ValueError: the sampler is to be truncated in another way.
+    """
+    if recipe.log_min_p is None:
+        return sampling
+    if sampling.top_p is not None or sampling.min_p is not None:
+        raise ValueError(
+            f"recipe {recipe.name!r} prunes to the safe set at log_min_p = {recipe.log_min_p}, and its sampler with "
+            f"it; top_p = {sampling.top_p} and min_p = {sampling.min_p} must be None."
+        )
+    return dataclasses.replace(sampling, min_p=math.exp(recipe.log_min_p))
+
+
+def _refuse_unknown_law(parts: Parts, sampling: SamplingSettings) -> None:
+    """The exact masks need the whole law of the sampler.
+
+    Raises:
+        ValueError: a mask by exact KL, and a sampler whose law the trainer does not have.
+    """
+    if needs_exact_kl(parts.recipe) and not knows_sampler(parts, sampling):
         raise ValueError(
             f"recipe {parts.recipe.name!r} masks by the exact KL(behaviour || current), which the trainer computes for "
-            "perturbations of the weights only; perturb the weights, or use a recipe with one of the sampled masks."
+            "perturbations of the weights only, without truncation or pruning; perturb the weights, sample from the "
+            "whole vocabulary, or use a recipe with one of the sampled masks."
         )
+
+
+def _above_clamp(log_prob_old: Float[Array, "*shape"], log_prob_behaviour: Float[Array, "*shape"]):
+    """log pi_old; where the old policy prunes the token (-inf), so far below the sampler's that the ratio, 0, is at its
+    clamp.
+    """
+    return jnp.where(jnp.isneginf(log_prob_old), log_prob_behaviour - LOG_RATIO_LIMIT, log_prob_old)
 
 
 class Trainer:
@@ -88,7 +124,9 @@ class Trainer:
         """Split the model, place it on its devices, and prepare what is compiled at first use."""
         if parts.recipe.advantage == "given":
             raise ValueError(f"recipe {parts.recipe.name!r} needs a value function, which this loop does not train.")
-        _refuse_unknown_law(parts)
+        sampling = _sampling(parts.recipe, settings.sampling)
+        _refuse_unknown_law(parts, sampling)
+        self.knows_sampler = knows_sampler(parts, sampling)
         self.parts, self.settings, self.end_ids = parts, settings, tuple(end_ids)
         config, update = parts.model.config, settings.update
         self.policy, initial, frozen = split_policy(parts.model, parts.trainable)
@@ -100,14 +138,14 @@ class Trainer:
             slots = choose_slots(config, settings.prompt_length, settings.response_length, settings.group_size)
         self.layout = Layout(settings.prompt_length, slots, settings.response_length)
         self.optimizer = make_optimizer(settings.optimizer, settings.optimizer_steps)
-        temperature = settings.sampling.temperature
+        temperature = sampling.temperature
         engine = parts.perturbation
         merged = self.policy.graphdef if engine.weights is None else nnx.graphdef(merge_lora(parts.model))
         self.generate = make_generate(
             merged,
             max_new_tokens=settings.response_length,
             group_size=settings.group_size,
-            sampling=settings.sampling,
+            sampling=sampling,
             eos_id=self.end_ids,
             pad_id=parts.tokenizer.pad_id,
             decode_dtype=parts.decode_dtype,
@@ -116,7 +154,9 @@ class Trainer:
         )
         self._engine_state = jax.jit(self._perturb_weights)
         self.update = Update(self.policy, parts.recipe, self.optimizer, temperature=temperature, remat=update.remat)
-        self.scorer = Scorer(self.policy, temperature=temperature, rows=update.score_rows)
+        self.scorer = Scorer(
+            self.policy, temperature=temperature, rows=update.score_rows, log_min_p=parts.recipe.log_min_p
+        )
         self._advantages = jax.jit(lambda rewards, ids: sequence_advantages(parts.recipe, rewards, ids))
         # A copy, as the first update takes the buffers of the initial parameters over.
         self._reference = jax.tree.map(jnp.copy, initial) if needs_reference(parts.recipe) else None
@@ -179,6 +219,9 @@ class Trainer:
         packed = self._place(pack(rollout.tokens, rollout.token_mask, rollout.group_ids, layout))
         targets = rows(rollout.tokens)
         scores = self.scorer.score(state.params, self.frozen, packed, targets)
+        behaviour = rows(rollout.log_prob_behaviour)
+        if self.parts.recipe.log_min_p is not None:
+            scores = dataclasses.replace(scores, log_prob=_above_clamp(scores.log_prob, behaviour))
         states = finite_states(scores.hidden)
         finite = self._find_finite(rollout, scores, states, rewards)
         advantages = self._finite_advantages(rewards, np.asarray(rollout.group_ids), finite)
@@ -187,7 +230,7 @@ class Trainer:
             targets=targets,
             response_mask=rows(np.asarray(rollout.response_mask) & finite.rows[:, None]),
             advantages=self._place(jnp.asarray(advantages.reshape(shape[:2]))),
-            log_prob_behaviour=rows(rollout.log_prob_behaviour),
+            log_prob_behaviour=behaviour,
             log_prob_old=scores.log_prob,
             hidden_old=scores.hidden,
             trunk=scores.trunk,
