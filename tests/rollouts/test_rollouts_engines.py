@@ -21,6 +21,7 @@ from jaxrl_llm.rollouts import SamplingSettings
 from jaxrl_llm.rollouts.engines import DistributionEngine
 from jaxrl_llm.rollouts.engines import EngineError
 from jaxrl_llm.rollouts.engines import EngineSettings
+from jaxrl_llm.rollouts.engines import IncompleteRolloutsError
 from jaxrl_llm.rollouts.engines import JaxEngine
 from jaxrl_llm.rollouts.engines import LlamaCppEngine
 from jaxrl_llm.rollouts.engines import OpenAIEngine
@@ -252,6 +253,41 @@ def test_a_server_behind_openais_protocol(served: LlamaCppEngine, ours: JaxEngin
         OpenAIEngine(url, "m", served.settings, vocab_size=259, tokenizer=None).score(
             rollout.tokens[:1], rollout.token_mask[:1], response_width=12
         )
+
+
+def test_complete_rollouts_of_a_failed_batch_are_kept(model: Transformer, monkeypatch) -> None:
+    """The third of six requests runs into a timeout; the next call asks for the third and those after it."""
+    asked: list[int] = []
+    with LlamaCppEngine(model, SETTINGS, cache_dtype="F32", slots=1, context=64) as engine:
+        whole = engine.generate(*PROMPTS, KEY)
+        ask, timeout = engine._ask, engine.timeout
+
+        def slow(body):
+            asked.append(body["seed"])
+            engine.timeout = 1e-6 if len(asked) == 3 else timeout
+            return ask(body)
+
+        monkeypatch.setattr(engine, "_ask", slow)
+        with pytest.raises(IncompleteRolloutsError, match=r"2 of 6 .*did not answer within 1e-06 s") as caught:
+            engine.generate(*PROMPTS, KEY)
+        assert (caught.value.completed, caught.value.wanted, len(asked)) == (2, 6, 3)
+        engine.generate(*PROMPTS, KEY, step=1)
+        asked.clear()
+        asked.extend([0, 0, 0])
+        again = engine.generate(*PROMPTS, KEY)
+        seeds = np.array(request_seeds(KEY, 0, None, 2, 3)).ravel()
+        np.testing.assert_array_equal(asked[3:], seeds[2:])
+        np.testing.assert_array_equal(again.tokens, whole.tokens)
+        np.testing.assert_allclose(again.log_prob_behaviour, whole.log_prob_behaviour, atol=2e-5)
+
+        asked.clear()
+        with pytest.raises(IncompleteRolloutsError, match="2 of 6"):
+            engine.generate(*PROMPTS, KEY)
+        engine.push_weights(model_of(1))
+        engine.generate(*PROMPTS, KEY)
+        assert len(asked) == 3 + 6
+    with pytest.raises(EngineError, match=r"^this llama\.cpp engine was stopped"):
+        engine.generate(*PROMPTS, KEY)
 
 
 def test_another_vocabulary_is_refused_with_its_first_token(model, tmp_path: Path) -> None:

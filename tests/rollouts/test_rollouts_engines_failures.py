@@ -151,6 +151,34 @@ def test_complete_rollouts_are_never_lost() -> None:
     np.testing.assert_array_equal(np.asarray(rollout.tokens)[:2, 2], [1, 2])
 
 
+def test_a_batch_that_succeeds_does_not_cost_another_its_rollouts() -> None:
+    """Batch A fails with one rollout complete, batch B succeeds, and A is asked for again."""
+    other = (np.array([[3, 2]]), np.ones((1, 2), bool))
+    with server(lambda number, body: (500, "down") if number in (2, 3, 4) else good([number, 4, 5])) as (url, seen):
+        engine = engine_of(url, vocab_size=100)
+        with pytest.raises(IncompleteRolloutsError, match="1 of 4"):
+            engine.generate(*PROMPTS, KEY)
+        engine.generate(*other, KEY)
+        assert len(seen) == 8
+        rollout = engine.generate(*PROMPTS, KEY)
+        assert len(seen) == 11
+        np.testing.assert_array_equal(np.asarray(rollout.tokens)[:, 2], [1, 9, 10, 11])
+        engine.generate(*PROMPTS, KEY)  # what was returned is kept no longer
+        assert len(seen) == 15
+
+
+def test_rollouts_of_other_settings_are_not_taken() -> None:
+    with server(lambda number, body: (500, "down") if number == 2 else good([3, 4, 5][: body["max_tokens"]])) as (
+        url,
+        _,
+    ):
+        engine = engine_of(url, attempts=1)
+        with pytest.raises(IncompleteRolloutsError, match="1 of 4"):
+            engine.generate(*PROMPTS, KEY)
+        engine.settings = dataclasses.replace(SETTINGS, max_new_tokens=2, eos_ids=[9])
+        assert engine.generate(*PROMPTS, KEY).tokens.shape == (4, 4)
+
+
 def test_rollouts_of_old_weights_are_not_kept_beyond_a_push() -> None:
     with server(lambda number, body: (500, "down") if number in (2, 3, 4) else good([3, 4, 5])) as (url, seen):
         engine = engine_of(url, reload=lambda model: None)

@@ -6,7 +6,6 @@ log-prob. A text is never tokenised again: the ids would differ from the sampled
 """
 
 import json
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -23,9 +22,11 @@ import numpy as np
 from jaxrl_llm.models.tokenizers import Tokenizer
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.rollouts.engines import rows
+from jaxrl_llm.rollouts.engines.kept import Job
+from jaxrl_llm.rollouts.engines.kept import KeptRollouts
+from jaxrl_llm.rollouts.engines.kept import jobs_of
 from jaxrl_llm.rollouts.engines.protocol import EngineError
 from jaxrl_llm.rollouts.engines.protocol import EngineSettings
-from jaxrl_llm.rollouts.engines.protocol import IncompleteRolloutsError
 from jaxrl_llm.rollouts.engines.protocol import Stoppable
 from jaxrl_llm.rollouts.engines.rows import Response
 from jaxrl_llm.rollouts.engines.vocabulary import PROBE
@@ -107,7 +108,7 @@ class OpenAIEngine(Stoppable):
         self.settings, self.model, self.vocab_size = settings, model, vocab_size
         self._url, self._scoring, self._reload, self._timeout = base_url.rstrip("/"), scoring, reload, timeout
         self._attempts, self._backoff, self._parallel = attempts, backoff, parallel
-        self._kept: dict[tuple[Any, ...], Response] = {}
+        self._kept = KeptRollouts()
         # Attempts are counted here, so that malformed answers and lost connections share one budget.
         self._client = openai.OpenAI(base_url=self._url, api_key=api_key, timeout=timeout, max_retries=0)
         lost = (openai.APIConnectionError, openai.APITimeoutError, openai.InternalServerError, openai.RateLimitError)
@@ -124,33 +125,16 @@ class OpenAIEngine(Stoppable):
         step: int = 0,
         prompt_index: Int[np.ndarray, " N"] | None = None,
     ) -> Rollout:
-        """See `Engine.generate`. Complete rollouts of a batch that failed are kept: the next call with the same
-        arguments asks for the missing ones only.
+        """See `Engine.generate`. Complete rollouts of a batch that failed are kept until weights are pushed: the next
+        call with the same arguments asks for the missing ones only.
 
         Raises:
             ValueError: the prompts do not fit.
             IncompleteRolloutsError: some could not be had within the attempts.
         """
         prompts = rows.prompts_of(prompt_tokens, prompt_mask, vocab_size=self.vocab_size)
-        seeds = rows.request_seeds(key, step, prompt_index, len(prompts), self.settings.group_size)
-        jobs = [(tuple(prompt), seed) for prompt, row in zip(prompts, seeds, strict=True) for seed in row]
-        failed = threading.Event()
-        reasons: list[str] = []
-
-        def sample(job: tuple[tuple[int, ...], int]) -> None:
-            if failed.is_set() or job in self._kept:
-                return
-            try:
-                self._kept[job] = self._request(lambda: self._sample(*job))
-            except EngineError as error:
-                failed.set()  # a server that failed so often is not asked for the rest
-                reasons.append(str(error))
-
-        self._in_parallel(sample, jobs)
-        if reasons:
-            raise IncompleteRolloutsError(sum(job in self._kept for job in jobs), len(jobs), reasons[0])
-        responses = [self._kept[job] for job in jobs]
-        self._kept.clear()
+        jobs = jobs_of(prompts, key, step, prompt_index, self.settings)
+        responses = self._kept.sampled(jobs, lambda job: self._request(lambda: self._sample(job)), self._in_parallel)
         return rows.rollout_of(prompt_tokens, prompt_mask, responses, self.settings)
 
     def score(
@@ -208,8 +192,8 @@ class OpenAIEngine(Stoppable):
             raise _MalformedError("the answer has no choices")
         return content
 
-    def _sample(self, prompt: tuple[int, ...], seed: int) -> Response:
-        answer = self._complete(prompt, max_tokens=self.settings.max_new_tokens, seed=seed, logprobs=1)
+    def _sample(self, job: Job) -> Response:
+        answer = self._complete(job.prompt, max_tokens=self.settings.max_new_tokens, seed=job.seed, logprobs=1)
         tokens, log_probs = sampled_tokens(answer, server=self._url)
         end = answer["choices"][0].get("finish_reason")
         if len(tokens) != self.settings.max_new_tokens and not (tokens and tokens[-1] in self.settings.eos_ids):
@@ -220,7 +204,7 @@ class OpenAIEngine(Stoppable):
         if len(log_probs) != len(tokens):
             if self._scoring != "forced":
                 raise EngineError(f"{self._url} gave log-probs of {len(log_probs)} of {len(tokens)} sampled tokens.")
-            log_probs = self._forced(list(prompt), tokens)
+            log_probs = self._forced(list(job.prompt), tokens)
         return Response(tokens, log_probs)
 
     def _echoed(self, prompt: list[int], response: list[int]) -> list[float]:
