@@ -25,6 +25,8 @@ from jaxrl_llm.rollouts.engines import IncompleteRolloutsError
 from jaxrl_llm.rollouts.engines import JaxEngine
 from jaxrl_llm.rollouts.engines import LlamaCppEngine
 from jaxrl_llm.rollouts.engines import OpenAIEngine
+from jaxrl_llm.rollouts.engines import openai_server
+from jaxrl_llm.rollouts.engines.openai_server import UNTRUNCATED
 from jaxrl_llm.rollouts.engines.rows import request_seeds
 from jaxrl_llm.rollouts.engines.vocabulary import require_same_pieces
 from jaxrl_llm.rollouts.engines.vocabulary import require_same_tokens
@@ -230,6 +232,46 @@ def test_log_probs_that_llama_cpp_leaves_out_are_asked_for(served: LlamaCppEngin
     assert (tokens[mask] >= 128).any()
     scores = ours.score(rollout.tokens, rollout.token_mask, response_width=12)
     np.testing.assert_allclose(rollout.log_prob_behaviour[:, -12:][mask], scores[mask], atol=2e-3)
+
+
+def test_top_k_of_minus_one_is_the_whole_vocabulary(llama: LlamaCppEngine, ours: JaxEngine) -> None:
+    """llama.cpp's own probabilities after its top-k sampler, which is asked for here and left out by the engines."""
+    prompt = PROMPTS[0][:1]
+    text = (np.pad(prompt, ((0, 0), (0, 1))), np.ones((1, prompt.shape[1] + 1), bool))
+    body = {"prompt": prompt[0].tolist(), "n_predict": 1, "n_probs": TOKENIZER.vocab_size, "samplers": ["top_k"]}
+
+    def kept(top_k: int) -> np.ndarray:
+        answer = llama._complete({**body, "top_k": top_k, "post_sampling_probs": True})
+        entries = answer["completion_probabilities"][0]["top_probs"]
+        return np.array([[entry["id"], entry["prob"]] for entry in entries])
+
+    found = kept(UNTRUNCATED["top_k"])
+    assert len(found) == TOKENIZER.vocab_size
+    expected = np.exp(ours.distributions(*text, response_width=1)[0, 0])
+    np.testing.assert_allclose(found[:, 1], expected[found[:, 0].astype(int)], atol=1e-4)
+    assert len(kept(40)) == 40  # the server's default
+
+
+def test_what_openais_protocol_asks_for_samples_the_whole_softmax(served, ours: JaxEngine, monkeypatch) -> None:
+    """300 first tokens with llama.cpp's top-k sampler switched on, so that top_k says what is sampled from."""
+    fields = {**UNTRUNCATED, "samplers": ["top_k", "temperature"]}
+    monkeypatch.setattr(openai_server, "UNTRUNCATED", fields)
+    settings = EngineSettings(max_new_tokens=1, group_size=300, eos_ids=(TOKENIZER.eos_id,), pad_id=TOKENIZER.pad_id)
+    with OpenAIEngine(
+        f"{served.address}/v1", "m", settings, vocab_size=259, tokenizer=None, scoring="forced"
+    ) as engine:
+        rollout = engine.generate(PROMPTS[0][:1], PROMPTS[1][:1], KEY)
+    text = (np.asarray(rollout.tokens)[:1], np.asarray(rollout.token_mask)[:1])
+    log_p = ours.distributions(*text, response_width=1)[0, 0]
+    drawn = np.asarray(rollout.tokens)[:, -1]
+    np.testing.assert_allclose(rollout.log_prob_behaviour[:, -1], log_p[drawn], atol=2e-3)
+    cut = np.where(log_p >= np.sort(log_p)[-40], log_p, -np.inf)
+    for expected, right in ((np.exp(log_p), True), (np.exp(cut) / np.exp(cut).sum(), False)):
+        # Bins by the rank of a token under the model, the last one beyond llama.cpp's default top-k of 40.
+        bins = np.digitize(np.argsort(np.argsort(-log_p)), [1, 3, 10, 40])
+        mass = 300 * np.bincount(bins, weights=expected) + 1e-9
+        counts = np.bincount(bins[drawn], minlength=5)
+        assert (((counts - mass) ** 2 / mass).sum() < 4 + 4 * 8**0.5) == right
 
 
 def test_a_server_behind_openais_protocol(served: LlamaCppEngine, ours: JaxEngine) -> None:
