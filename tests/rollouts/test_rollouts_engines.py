@@ -21,9 +21,12 @@ from jaxrl_llm.rollouts import SamplingSettings
 from jaxrl_llm.rollouts.engines import DistributionEngine
 from jaxrl_llm.rollouts.engines import EngineError
 from jaxrl_llm.rollouts.engines import EngineSettings
+from jaxrl_llm.rollouts.engines import IncompleteRolloutsError
 from jaxrl_llm.rollouts.engines import JaxEngine
 from jaxrl_llm.rollouts.engines import LlamaCppEngine
 from jaxrl_llm.rollouts.engines import OpenAIEngine
+from jaxrl_llm.rollouts.engines import openai_server
+from jaxrl_llm.rollouts.engines.openai_server import UNTRUNCATED
 from jaxrl_llm.rollouts.engines.rows import request_seeds
 from jaxrl_llm.rollouts.engines.vocabulary import require_same_pieces
 from jaxrl_llm.rollouts.engines.vocabulary import require_same_tokens
@@ -231,6 +234,46 @@ def test_log_probs_that_llama_cpp_leaves_out_are_asked_for(served: LlamaCppEngin
     np.testing.assert_allclose(rollout.log_prob_behaviour[:, -12:][mask], scores[mask], atol=2e-3)
 
 
+def test_top_k_of_minus_one_is_the_whole_vocabulary(llama: LlamaCppEngine, ours: JaxEngine) -> None:
+    """llama.cpp's own probabilities after its top-k sampler, which is asked for here and left out by the engines."""
+    prompt = PROMPTS[0][:1]
+    text = (np.pad(prompt, ((0, 0), (0, 1))), np.ones((1, prompt.shape[1] + 1), bool))
+    body = {"prompt": prompt[0].tolist(), "n_predict": 1, "n_probs": TOKENIZER.vocab_size, "samplers": ["top_k"]}
+
+    def kept(top_k: int) -> np.ndarray:
+        answer = llama._complete({**body, "top_k": top_k, "post_sampling_probs": True})
+        entries = answer["completion_probabilities"][0]["top_probs"]
+        return np.array([[entry["id"], entry["prob"]] for entry in entries])
+
+    found = kept(UNTRUNCATED["top_k"])
+    assert len(found) == TOKENIZER.vocab_size
+    expected = np.exp(ours.distributions(*text, response_width=1)[0, 0])
+    np.testing.assert_allclose(found[:, 1], expected[found[:, 0].astype(int)], atol=1e-4)
+    assert len(kept(40)) == 40  # the server's default
+
+
+def test_what_openais_protocol_asks_for_samples_the_whole_softmax(served, ours: JaxEngine, monkeypatch) -> None:
+    """300 first tokens with llama.cpp's top-k sampler switched on, so that top_k says what is sampled from."""
+    fields = {**UNTRUNCATED, "samplers": ["top_k", "temperature"]}
+    monkeypatch.setattr(openai_server, "UNTRUNCATED", fields)
+    settings = EngineSettings(max_new_tokens=1, group_size=300, eos_ids=(TOKENIZER.eos_id,), pad_id=TOKENIZER.pad_id)
+    with OpenAIEngine(
+        f"{served.address}/v1", "m", settings, vocab_size=259, tokenizer=None, scoring="forced"
+    ) as engine:
+        rollout = engine.generate(PROMPTS[0][:1], PROMPTS[1][:1], KEY)
+    text = (np.asarray(rollout.tokens)[:1], np.asarray(rollout.token_mask)[:1])
+    log_p = ours.distributions(*text, response_width=1)[0, 0]
+    drawn = np.asarray(rollout.tokens)[:, -1]
+    np.testing.assert_allclose(rollout.log_prob_behaviour[:, -1], log_p[drawn], atol=2e-3)
+    cut = np.where(log_p >= np.sort(log_p)[-40], log_p, -np.inf)
+    for expected, right in ((np.exp(log_p), True), (np.exp(cut) / np.exp(cut).sum(), False)):
+        # Bins by the rank of a token under the model, the last one beyond llama.cpp's default top-k of 40.
+        bins = np.digitize(np.argsort(np.argsort(-log_p)), [1, 3, 10, 40])
+        mass = 300 * np.bincount(bins, weights=expected) + 1e-9
+        counts = np.bincount(bins[drawn], minlength=5)
+        assert (((counts - mass) ** 2 / mass).sum() < 4 + 4 * 8**0.5) == right
+
+
 def test_a_server_behind_openais_protocol(served: LlamaCppEngine, ours: JaxEngine) -> None:
     url = f"{served.address}/v1"
     engine = OpenAIEngine(
@@ -252,6 +295,41 @@ def test_a_server_behind_openais_protocol(served: LlamaCppEngine, ours: JaxEngin
         OpenAIEngine(url, "m", served.settings, vocab_size=259, tokenizer=None).score(
             rollout.tokens[:1], rollout.token_mask[:1], response_width=12
         )
+
+
+def test_complete_rollouts_of_a_failed_batch_are_kept(model: Transformer, monkeypatch) -> None:
+    """The third of six requests runs into a timeout; the next call asks for the third and those after it."""
+    asked: list[int] = []
+    with LlamaCppEngine(model, SETTINGS, cache_dtype="F32", slots=1, context=64) as engine:
+        whole = engine.generate(*PROMPTS, KEY)
+        ask, timeout = engine._ask, engine.timeout
+
+        def slow(body):
+            asked.append(body["seed"])
+            engine.timeout = 1e-6 if len(asked) == 3 else timeout
+            return ask(body)
+
+        monkeypatch.setattr(engine, "_ask", slow)
+        with pytest.raises(IncompleteRolloutsError, match=r"2 of 6 .*did not answer within 1e-06 s") as caught:
+            engine.generate(*PROMPTS, KEY)
+        assert (caught.value.completed, caught.value.wanted, len(asked)) == (2, 6, 3)
+        engine.generate(*PROMPTS, KEY, step=1)
+        asked.clear()
+        asked.extend([0, 0, 0])
+        again = engine.generate(*PROMPTS, KEY)
+        seeds = np.array(request_seeds(KEY, 0, None, 2, 3)).ravel()
+        np.testing.assert_array_equal(asked[3:], seeds[2:])
+        np.testing.assert_array_equal(again.tokens, whole.tokens)
+        np.testing.assert_allclose(again.log_prob_behaviour, whole.log_prob_behaviour, atol=2e-5)
+
+        asked.clear()
+        with pytest.raises(IncompleteRolloutsError, match="2 of 6"):
+            engine.generate(*PROMPTS, KEY)
+        engine.push_weights(model_of(1))
+        engine.generate(*PROMPTS, KEY)
+        assert len(asked) == 3 + 6
+    with pytest.raises(EngineError, match=r"^this llama\.cpp engine was stopped"):
+        engine.generate(*PROMPTS, KEY)
 
 
 def test_another_vocabulary_is_refused_with_its_first_token(model, tmp_path: Path) -> None:

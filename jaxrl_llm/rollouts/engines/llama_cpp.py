@@ -33,6 +33,9 @@ from jaxrl_llm.models.tokenizers import check_vocabulary
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.models.weights import model_tensors
 from jaxrl_llm.rollouts.engines import rows
+from jaxrl_llm.rollouts.engines.kept import Job
+from jaxrl_llm.rollouts.engines.kept import KeptRollouts
+from jaxrl_llm.rollouts.engines.kept import jobs_of
 from jaxrl_llm.rollouts.engines.protocol import EngineError
 from jaxrl_llm.rollouts.engines.protocol import EngineSettings
 from jaxrl_llm.rollouts.engines.protocol import Stoppable
@@ -96,6 +99,7 @@ class LlamaCppEngine(Stoppable):
         self.sync_dtype: GGUFType = sync_dtype
         self.slots, self.context, self.n_threads, self.timeout = slots, context, n_threads, timeout
         self._server: Any = None
+        self._kept = KeptRollouts()
         self._folder = tempfile.TemporaryDirectory(prefix="jaxrl_llm_engine_")
         self._pushes = 0
         try:
@@ -127,13 +131,20 @@ class LlamaCppEngine(Stoppable):
         step: int = 0,
         prompt_index: Int[np.ndarray, " N"] | None = None,
     ) -> Rollout:
-        """See `Engine.generate`."""
+        """See `Engine.generate`. Complete rollouts of a batch that failed are kept, as in `OpenAIEngine.generate`; the
+        seeds of the missing ones are the same in the next call, but their prompts may then be computed in other pieces
+        (the server caches them), with other roundings.
+
+        Raises:
+            ValueError: the prompts do not fit.
+            IncompleteRolloutsError: a request failed or ran into the timeout.
+        """
+        self._running()
         prompts = rows.prompts_of(prompt_tokens, prompt_mask, vocab_size=self.vocab_size)
         self._require_room(len(prompt) + self.settings.max_new_tokens for prompt in prompts)
-        group = self.settings.group_size
-        seeds = rows.request_seeds(key, step, prompt_index, len(prompts), group)
-        jobs = [(prompt, seed) for prompt, row in zip(prompts, seeds, strict=True) for seed in row]
-        return rows.rollout_of(prompt_tokens, prompt_mask, self._in_slots(self._sample, jobs), self.settings)
+        jobs = jobs_of(prompts, key, step, prompt_index, self.settings)
+        responses = self._kept.sampled(jobs, self._sample, self._in_slots)
+        return rows.rollout_of(prompt_tokens, prompt_mask, responses, self.settings)
 
     def score(
         self, tokens: Int[np.ndarray, "B T"], token_mask: Bool[np.ndarray, "B T"], *, response_width: int
@@ -181,6 +192,7 @@ class LlamaCppEngine(Stoppable):
         metadata = placeholder_metadata(vocab_size=self.vocab_size, end_ids=self.settings.eos_ids)
         write_gguf(path, model.config, model_tensors(model), dtype=self.sync_dtype, metadata=metadata)
         self._serve(path)
+        self._kept.clear()  # sampled with the weights before
         for old in path.parent.glob("*.gguf"):
             if old != path:
                 old.unlink()
@@ -250,10 +262,9 @@ class LlamaCppEngine(Stoppable):
         except (OSError, http.client.HTTPException) as error:
             raise EngineError(f"llama.cpp did not answer within {self.timeout:g} s or broke off ({error}).") from error
 
-    def _sample(self, job: tuple[list[int], int]) -> Response:
-        prompt, seed = job
-        sampling, width = self.settings.sampling, self.settings.max_new_tokens
-        body: dict[str, Any] = {"prompt": prompt, "n_predict": width, "seed": seed}
+    def _sample(self, job: Job) -> Response:
+        prompt, sampling, width = list(job.prompt), self.settings.sampling, self.settings.max_new_tokens
+        body: dict[str, Any] = {"prompt": prompt, "n_predict": width, "seed": job.seed}
         whole = sampling.temperature == 1 and sampling.top_p is None and sampling.min_p is None
         if sampling.greedy:
             body |= {"samplers": ["top_k"], "top_k": 1}

@@ -28,7 +28,8 @@ class IncompleteRolloutsError(EngineError):
     """Some rollouts of a batch could not be had.
 
     Attributes:
-        completed: rollouts that are complete; the engine keeps them for the next call with the same arguments.
+        completed: rollouts that are complete; the engine keeps them for the next call with the same arguments, or until
+            weights are pushed.
         wanted: rollouts of the batch.
     """
 
@@ -47,7 +48,7 @@ class EngineSettings:
     Attributes:
         max_new_tokens: R, the width of the responses.
         group_size: G, responses per prompt.
-        eos_ids: tokens that end a response.
+        eos_ids: tokens that end a response; a tuple whatever was given.
         pad_id: token written after the end.
         sampling: temperature and truncation.
 
@@ -65,6 +66,7 @@ class EngineSettings:
         for name in ("max_new_tokens", "group_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        object.__setattr__(self, "eos_ids", tuple(self.eos_ids))  # so that settings can be hashed
 
 
 class Engine(Protocol):
