@@ -42,6 +42,9 @@ def results(forward=1.0, temporaries=1.0, share=0.9, gradient_error=1e-7, low=1e
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
+        ({"forward": float("nan")}, "forward/token_statistics takes nan of forward/naive"),
+        ({"temporaries": float("nan")}, "gradient/token_statistics needs nan of the temporaries"),
+        ({"share": float("nan")}, "the forward sweep reaches nan of the product rate"),
         ({"forward": 1.7}, "forward/token_statistics takes 0.42 of forward/naive, more than 0.4"),
         ({"temporaries": 11.0}, "gradient/token_statistics needs 0.0110 of the temporaries"),
         ({"share": 0.7}, "the forward sweep reaches 0.7 of the product rate, not 0.85"),
@@ -54,6 +57,13 @@ def test_a_missed_promise_is_named(change, sentence):
     found = targets.misses(results(**change))
     assert len(found) == 1
     assert sentence in found[0]
+
+
+def test_promises_that_were_not_measured_are_listed():
+    missing = targets.unmeasured(results())
+    assert len(missing) == len(targets.TARGETS) - 3
+    assert f"{targets.SMALL}: gradient/token_loss against gradient/torch eager" in missing
+    assert not any("against gradient/naive" in sentence for sentence in missing if targets.SMALL in sentence)
 
 
 def test_roofline_counts_work_and_bytes():
