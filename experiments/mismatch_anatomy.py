@@ -20,6 +20,7 @@ through the same measurement, so that it can be said what a perturbation has in 
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable
 from collections.abc import Mapping
 from typing import Any
@@ -148,8 +149,10 @@ def _prompts(settings: MismatchSettings) -> tuple[np.ndarray, np.ndarray]:
 
 def _measured(
     settings: MismatchSettings, tokens: np.ndarray, mask: np.ndarray, drawn: np.ndarray, log_mu: np.ndarray
-) -> dict[str, np.ndarray]:
-    """Statistics of the rows that were compared over the whole vocabulary, and the tokens that were drawn there."""
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Of the rows that were compared over the whole vocabulary: statistics and the tokens that were drawn there, and
+    which rows have no distribution that is none.
+    """
     full = len(log_mu)
     width = settings.response_length
     log_pi = _trainer(settings).distributions(tokens[:full], mask[:full], response_width=width)
@@ -159,7 +162,34 @@ def _measured(
         "full_log_pi": pick(log_pi, drawn[:full, :, None], axis=-1)[..., 0],
         "full_mask": mask[:full, -width:],
     }
-    return made | exact_statistics(log_mu, log_pi)
+    proper = [~(np.isnan(side) | np.isposinf(side)).any(axis=-1) for side in (log_mu, log_pi)]
+    sound = (proper[0] & proper[1] | ~made["full_mask"]).all(axis=1)
+    return made | exact_statistics(log_mu, log_pi), sound
+
+
+def kept_responses(name: str, part: Mapping[str, np.ndarray], sound: np.ndarray) -> dict[str, np.ndarray]:
+    """Without the responses that have a log-prob which is not finite, and their number as `dropped`.
+
+    Args:
+        name: of the part, for the warning.
+        part: arrays with one row per response; those that were compared over the whole vocabulary come first.
+        sound: of each of these, whether both whole distributions are; -inf of a token that was not drawn is.
+
+    Raises:
+        ValueError: fewer than two of these are left.
+    """
+    said = np.isfinite(part["log_mu"]) & np.isfinite(part["log_pi"])
+    keep = (said | ~part["mask"]).all(axis=1)
+    full = len(sound)
+    drawn = np.isfinite(part["full_log_mu"]) & np.isfinite(part["full_log_pi"])
+    keep[:full] &= sound & (drawn | ~part["full_mask"]).all(axis=1)
+    dropped = int((~keep).sum())
+    if keep[:full].sum() < 2:
+        raise ValueError(f"{name}: {dropped} of {len(keep)} responses have log-probs that are not finite.")
+    if dropped:
+        warnings.warn(f"{name}: dropped {dropped} of {len(keep)} responses; a log-prob is not finite.", stacklevel=2)
+    rows = {key: keep if key in ("log_mu", "log_pi", "mask") else keep[:full] for key in part}
+    return {key: value[rows[key]] for key, value in part.items()} | {"dropped": np.array(dropped)}
 
 
 def _engine(name: str, settings: MismatchSettings) -> Mapping[str, Any]:
@@ -177,8 +207,8 @@ def _engine(name: str, settings: MismatchSettings) -> Mapping[str, Any]:
         log_mu = engine.distributions(tokens[:full], mask[:full], response_width=width)
     log_pi = _trainer(settings).score(tokens, mask, response_width=width)
     sampled_here = {"log_mu": np.asarray(rollout.log_prob_behaviour)[:, -width:], "log_pi": log_pi}
-    measured = _measured(settings, tokens, mask, tokens[:, -width:], log_mu)
-    return sampled_here | {"mask": mask[:, -width:]} | measured
+    measured, sound = _measured(settings, tokens, mask, tokens[:, -width:], log_mu)
+    return kept_responses(name, sampled_here | {"mask": mask[:, -width:]} | measured, sound)
 
 
 def _perturbed(name: str, settings: MismatchSettings) -> Mapping[str, Any]:
@@ -189,12 +219,13 @@ def _perturbed(name: str, settings: MismatchSettings) -> Mapping[str, Any]:
     arrays = (jnp.asarray(tokens), jnp.asarray(mask))
     logits = perturbed_logits(model, *arrays, perturbation(name), response_width=width)
     drawn = np.asarray(jax.random.categorical(jax.random.key(settings.seed + 1), logits))
-    measured = _measured(settings, tokens, mask, drawn, np.asarray(logits))
-    return {
+    measured, sound = _measured(settings, tokens, mask, drawn, np.asarray(logits))
+    said = {
         "log_mu": measured["full_log_mu"],
         "log_pi": measured["full_log_pi"],
         "mask": measured["full_mask"],
-    } | measured
+    }
+    return kept_responses(name, said | measured, sound)
 
 
 @functools.cache
@@ -239,12 +270,13 @@ def _numbers(part: dict[str, np.ndarray], settings: MismatchSettings, *, own_tex
     real, all_real = part["full_mask"], part["mask"]
     kl, change = part["kl"][real], np.abs(part["log_mu"] - part["log_pi"])[all_real]
     log_ratio = np.where(all_real, part["log_pi"] - part["log_mu"], 0.0)
-    # Of an engine's own responses only: a perturbation draws one token in each context of the trainer's texts, and a
-    # product of ratios along those is no ratio of a response.
+    # Of an engine's own responses only: a perturbation draws one token in each context of the trainer's texts. A
+    # product of ratios along those is no ratio of a response, and the bounds are averages over the sampler's contexts.
     worst = sampled.sampled_worst_surrogate_error(jnp.asarray(log_ratio), jnp.asarray(all_real)) if own_texts else None
-    bounds = bounds_of(part, settings.response_length)
+    bounds = bounds_of(part, settings.response_length) if own_texts else None
     return {
         "tokens": int(all_real.sum()),
+        "dropped": int(part["dropped"]),
         "mean_change": float(change.mean()),
         "largest_change": float(change.max()),
         "flatness": flatness(part),
@@ -258,9 +290,9 @@ def _numbers(part: dict[str, np.ndarray], settings: MismatchSettings, *, own_tex
         "k2_over_kl": float(part["k2"][real].sum() / kl.sum()),
         "exceeds_printed_law": float(part["above_printed"][real].mean()),
         "worst_surrogate_error": None if worst is None else float(worst.value),
-        "unified_printed": float(bounds.unified_printed),
-        "unified_sharp": float(bounds.unified_sharp),
-        "vacuous": bool(bounds.vacuous),
+        "unified_printed": None if bounds is None else float(bounds.unified_printed),
+        "unified_sharp": None if bounds is None else float(bounds.unified_sharp),
+        "vacuous": None if bounds is None else bool(bounds.vacuous),
         "tokens_until_vacuous": float(1 / kl.mean()),
     }
 

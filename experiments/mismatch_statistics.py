@@ -39,6 +39,11 @@ def precise_log_probs(log_p):
     return normalised, jnp.where(top, others / (1 + others), -jnp.expm1(normalised))
 
 
+def _variance(mu, values, mean):
+    """Under mu, as a sum of squares: it cannot be negative."""
+    return jnp.sum(mu * (values - mean[..., None]) ** 2, axis=-1)
+
+
 @functools.partial(jax.jit, static_argnames="buckets")
 def _statistics(log_mu, log_pi, *, buckets: tuple[float, ...]):
     (log_mu, _), (log_pi, rest) = precise_log_probs(log_mu), precise_log_probs(log_pi)
@@ -63,10 +68,11 @@ def _statistics(log_mu, log_pi, *, buckets: tuple[float, ...]):
         "above_printed": expected(jnp.where(jnp.abs(x) > printed * (1 + 1e-4) + 1e-6, mu, 0.0)),
         "largest_printed": jnp.max(jnp.abs(x) / jnp.maximum(printed, 1e-6), axis=-1),
         "largest_two_sided": jnp.max(jnp.abs(x) / jnp.maximum(two_sided, 1e-6), axis=-1),
-        "k1_square": expected(mu * x * x),
+        "k1_variance": _variance(mu, x, kl),
         "k2": expected(mu * x * x) / 2,
-        "k2_square": expected(mu * x**4) / 4,
-        "k3_square": expected(mu * k3 * k3),
+        "k2_variance": _variance(mu, x * x / 2, expected(mu * x * x) / 2),
+        # Its mean is KL less pi's mass on what mu does not sample.
+        "k3_variance": _variance(mu, k3, expected(mu * k3)),
         "k1_negative": expected(jnp.where(x < 0, mu, 0.0)),
     }
     spread = jnp.broadcast_to(collision[..., None], pi.shape)
@@ -111,11 +117,11 @@ def exact_statistics(log_mu: np.ndarray, log_pi: np.ndarray) -> dict[str, np.nda
 
     Returns:
         kl KL(mu || pi), tv, collision of pi; noise: the smallest e for which the logits of both differ by at most e
-        (half the range of x), infinite where mu is truncated; above_printed: probability under mu that |x| exceeds
-        2 e (1 - p), and largest ratios to it and to the two-sided bound; moments of the estimators k1, k2, k3 under
-        mu; bucket_*: sums under mu of 1, |x|, |x| / (1 - p), x and its predicted bias / s^2; sums of (mu - pi) x, which
-        is what being sampled by mu and not by pi adds to x, and of its prediction pi Var(x) / s^2; masses and flips of
-        the safe sets at `LOG_MIN_P`.
+        (half the range of x), infinite where mu is truncated; above_printed: probability under mu that |x| exceeds 2 e
+        (1 - p), and largest ratios to it and to the two-sided bound; variances of the estimators k1, k2, k3 under mu
+        within the context, and the mean of k2; bucket_*: sums under mu of 1, |x|, |x| / (1 - p), x and its predicted
+        bias / s^2; sums of (mu - pi) x, which is what being sampled by mu and not by pi adds to x, and of its
+        prediction pi Var(x) / s^2; masses and flips of the safe sets at `LOG_MIN_P`.
     """
     made: list[dict[str, np.ndarray]] = []
     for mu, pi in zip(log_mu, log_pi, strict=True):  # a row at a time: [R, V] is what fits a cache

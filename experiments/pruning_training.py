@@ -10,7 +10,8 @@ Expected   pruning_minus_none_low >= 0.0 in summary.json: the lower end of the 9
 The mismatch, the training and the sums of `trm_training` (its ladder has 16 tokens and no tail to prune), at several
 thresholds rho of the safe set { a : p_a >= rho max p }. An arm that prunes has its sampler prune as well, each on the
 safe set of its own logits; tokens that the trainer would not have kept have weight 0. J is then the reward of the
-pruned policy, which is the one that is deployed.
+pruned policy, which is the one that is deployed, and the error and its bounds are those of the two pruned policies:
+where mu draws what pi has pruned D_KL is infinite, and where it cannot draw what pi keeps some bounds have no proof.
 
 The gain is that of the truncated correction, which the pruning arms share with TIS: what pruning itself adds is not
 resolved at any threshold (dvp_*_minus_tis in summary.json: +0.016, -0.010 and -0.027 at -13, -6 and -3, half-intervals

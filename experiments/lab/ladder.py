@@ -1,9 +1,10 @@
-"""A ladder of states: a long task whose reward depends on every token, and in which everything is exact.
+"""A ladder of states: a long task whose reward depends on every token, and in which all but one number is exact.
 
 In each state one token climbs a rung, some fall to the ground, the others stay; the reward is the height after T tokens
 as a share of the ladder. Whoever falls once in a while never gets far, so that rare tokens decide. The policy is a
 table of logits, one row per state. State and token give the next state, so policies are Markov chains: J, the surrogate
-and the divergences are forward recursions over T steps, where responses themselves could not be enumerated.
+and the divergences are forward recursions over T steps, where responses themselves could not be enumerated. The number
+that is not exact is the total variation between their laws, D_TV: it is bounded from above.
 """
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from experiments.lab.world import Exact
 from experiments.lab.world import Sampled
 from experiments.lab.world import World
+from experiments.lab.world import covers
 from jaxrl_llm import categorical
 from jaxrl_llm.bounds import BoundInputs
 from jaxrl_llm.bounds import tv_bound_from_kl
@@ -48,7 +50,7 @@ def measured(pi: Float[Array, "S V"], mu: Float[Array, "S V"], follows: Int[Arra
     """J(pi), J(mu), L' and the inputs of the bounds, by one recursion over the laws of the states.
 
     With m_t(s) = E_mu[1(s_t = s) sum_{j<=t} (rho_j - 1)]: m_{t+1} = m_t P_mu + d_t^mu (P_pi - P_mu), and L' = m_T . R.
-    `max_kl` and `max_tv` are over all states, sequence_tv is an upper bound.
+    `max_kl`, `max_tv` and `covered` are over all states, sequence_tv is an upper bound.
     """
     states = pi.shape[0]
     rewards = jnp.arange(states) / (states - 1)
@@ -70,7 +72,7 @@ def measured(pi: Float[Array, "S V"], mu: Float[Array, "S V"], follows: Int[Arra
     sequence_kl = jnp.sum(kl_t)
     sequence_tv = jnp.minimum(jnp.minimum(1.0, jnp.sum(tv_t)), tv_bound_from_kl(sequence_kl))
     inputs = BoundInputs(jnp.max(kl), jnp.max(tv), sequence_kl, sequence_tv, tv_t)
-    return Exact(at_pi @ rewards, at_mu @ rewards, deviation @ rewards, inputs)
+    return Exact(at_pi @ rewards, at_mu @ rewards, deviation @ rewards, inputs, jnp.all(covers(mu, pi)))
 
 
 def ladder(key: PRNGKey, *, horizon: int, rungs: int, vocabulary: int, traps: int, answers: int) -> World:
@@ -116,6 +118,7 @@ def ladder(key: PRNGKey, *, horizon: int, rungs: int, vocabulary: int, traps: in
             mask=jnp.ones((answers, horizon), bool),
             rewards=last / (rungs - 1),
             group_ids=jnp.zeros(answers, jnp.int32),
+            clusters=jnp.arange(answers),  # there is one prompt, which was not drawn
             texts=None,
             keys=state_keys(noise_key, jnp.arange(rungs)),
             row=states.T,

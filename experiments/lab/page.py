@@ -118,6 +118,18 @@ def wasted_picture(world: str, arms: Arms) -> Picture:
     return Picture(f"{world}_wasted", "Compute lost to rejection", caption, figure)
 
 
+def supports(part: Arrays) -> str:
+    """What it means for the bounds that the two policies cannot draw the same tokens; nothing where they can."""
+    uncovered, infinite = 1 - part["covered"].mean(), 1 - np.isfinite(part["sequence_kl"]).mean()
+    if not uncovered and not infinite:
+        return ""
+    return (
+        f" Both are pruned, each on its own safe set. In {100 * uncovered:.0f} % of the steps mu cannot draw all that "
+        "pi can: bounds that need it have no proof there and are left out, and the estimate misses that part of the "
+        f"error. In {100 * infinite:.0f} % pi cannot draw all that mu can: D_KL is infinite; the sum of TV remains."
+    )
+
+
 def bounds_picture(world: str, arm: str, part: Arrays, *, inputs: str) -> Picture:
     """Bounds against the exact error of the surrogate, for one arm."""
     figure, axes = new_axes("step", "units of reward")
@@ -138,6 +150,7 @@ def bounds_picture(world: str, arm: str, part: Arrays, *, inputs: str) -> Pictur
         f"vacuous (at or above the trivial one) in {100 * share:.0f} % of the steps. The estimate of the error from "
         f"the samples of one step leaves out zero in {100 * resolved:.0f} % of them"
         + ("." if resolved > 0.5 else ": not resolved.")
+        + supports(part)
     )
     # A colon is no part of a file name everywhere.
     name = f"{world}_bounds_{arm.replace(':-', '_')}"

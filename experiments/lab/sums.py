@@ -129,6 +129,7 @@ class _Sums:
             mask=rollout.response_mask[:, PROMPT:],
             rewards=jnp.all(answers == wanted, axis=1).astype(jnp.float32),
             group_ids=rollout.group_ids,
+            clusters=rollout.group_ids,
             texts=(rollout.tokens, rollout.token_mask),
             keys=context_keys(noise_key, rollout.tokens, rollout.token_mask)[:, PROMPT:].reshape(-1),
             row=jnp.arange(answers.size).reshape(answers.shape),
@@ -155,7 +156,7 @@ class _Sums:
         possible = probability_mu > 0
         moved = jnp.where(possible[:, None], jnp.expm1(log_pi - jnp.where(possible[:, None], log_mu, 0.0)), 0.0)
         gain = jnp.mean(probability_mu * jnp.sum(moved, axis=1))
-        return Exact(jnp.mean(jnp.exp(jnp.sum(log_pi, axis=1))), jnp.mean(probability_mu), gain, None)
+        return Exact(jnp.mean(jnp.exp(jnp.sum(log_pi, axis=1))), jnp.mean(probability_mu), gain, None, None)
 
 
 def sums(*, prompts: int, group_size: int, width: int, layers: int, imitation_steps: int) -> World:

@@ -18,16 +18,20 @@ import optax
 from experiments.lab.world import Exact
 from experiments.lab.world import Sampled
 from experiments.lab.world import World
+from experiments.lab.world import covers
 from jaxrl_llm import categorical
 from jaxrl_llm.bounds import bound_inputs_from_tokens
 from jaxrl_llm.bounds import sampled_surrogate_error
 from jaxrl_llm.bounds import surrogate_error_bounds
 from jaxrl_llm.bounds.sampled import LOG_RATIO_LIMIT
+from jaxrl_llm.bounds.sampled import Estimate
+from jaxrl_llm.masked import masked_max
 from jaxrl_llm.masked import masked_mean
 from jaxrl_llm.masked import masked_sum
 from jaxrl_llm.masked import safe_divide
 from jaxrl_llm.objectives import Recipe
 from jaxrl_llm.objectives import policy_loss
+from jaxrl_llm.objectives import policy_weights
 from jaxrl_llm.objectives import sequence_advantages
 from jaxrl_llm.rollouts.perturb import LogitPerturbation
 from jaxrl_llm.rollouts.perturb import push
@@ -59,8 +63,9 @@ class Mismatch:
 class OnTokens(NamedTuple):
     """The trained policy (pi) and the one that sampled (mu) at the sampled tokens, both pruned where the arm prunes.
 
-    The divergences are KL(mu || pi) and TV of the whole distributions: pruned ones differ in their support, and their
-    KL would be infinite.
+    kl is KL(mu || pi) of this pair, infinite where mu can draw a token that pi has pruned, and tv its TV; covered says
+    where mu can draw what pi can. kl_whole and entropy are those of the distributions before pruning, so that TRM's
+    tests can be passed.
     """
 
     log_prob: Float[Array, "B T"]
@@ -69,6 +74,8 @@ class OnTokens(NamedTuple):
     kept_mass: Float[Array, "B T"]
     kl: Float[Array, "B T"]
     tv: Float[Array, "B T"]
+    covered: Bool[Array, "B T"]
+    kl_whole: Float[Array, "B T"]
     entropy: Float[Array, "B T"]
 
 
@@ -85,13 +92,16 @@ def on_tokens(
     fixed, entries = jax.lax.stop_gradient(logits), (sampled.row, sampled.tokens)
     kept = keep[entries]
     log_prob = categorical.log_probs(categorical.restrict(logits, keep))[entries]
+    pi, mu = categorical.restrict(fixed, keep), pruned(logits_mu, log_min_p)
     return OnTokens(
         log_prob=jnp.where(kept, log_prob, 0.0),
-        log_prob_mu=categorical.log_probs(pruned(logits_mu, log_min_p))[entries],
+        log_prob_mu=categorical.log_probs(mu)[entries],
         kept=kept,
         kept_mass=categorical.kept_mass(fixed, keep)[sampled.row],
-        kl=categorical.kl(logits_mu, fixed)[sampled.row],
-        tv=categorical.total_variation(logits_mu, fixed)[sampled.row],
+        kl=categorical.kl(mu, pi)[sampled.row],
+        tv=categorical.total_variation(mu, pi)[sampled.row],
+        covered=covers(mu, pi)[sampled.row],
+        kl_whole=categorical.kl(logits_mu, fixed)[sampled.row],
         entropy=categorical.entropy(fixed)[sampled.row],
     )
 
@@ -101,28 +111,33 @@ def log_ratio_of(both: OnTokens) -> Float[Array, "B T"]:
     return jnp.where(both.kept, both.log_prob - both.log_prob_mu, -LOG_RATIO_LIMIT)
 
 
+def sampled_error(both: OnTokens, sampled: Sampled) -> Estimate:
+    """Error of the surrogate from these responses, its standard error clustered by what was drawn together."""
+    log_ratio = log_ratio_of(both)
+    return sampled_surrogate_error(log_ratio, sampled.mask, sampled.rewards, group_ids=sampled.clusters, baseline=0.5)
+
+
 def _loss_of(recipe: Recipe) -> Callable[[OnTokens, Sampled], tuple[Array, dict[str, Array]]]:
-    """The recipe's loss, and which share of sequences and tokens it takes out of the update."""
+    """The recipe's loss, which share of sequences has a weight in the update, and which share of tokens has none."""
 
     def loss(both: OnTokens, sampled: Sampled) -> tuple[Array, dict[str, Array]]:
-        terms = policy_loss(
-            recipe,
-            log_prob=both.log_prob,
-            advantages=sequence_advantages(recipe, sampled.rewards, sampled.group_ids),
-            response_mask=sampled.mask,
-            log_prob_old=jax.lax.stop_gradient(both.log_prob),
-            log_prob_behaviour=both.log_prob_mu,
-            kl_t=both.kl,
-            target_kept=both.kept,
-        )
-
-        def share(name: str) -> Array:
-            pair = terms.metrics.get(name)
-            return jnp.zeros(()) if pair is None else safe_divide(*pair)
-
-        # Tokens that were sampled and scored, and then have no weight in the update.
-        wasted = jnp.maximum(share("rejected_tokens"), share("weight_zero"))
-        return safe_divide(*terms.loss), {"acceptance": 1 - share("rejected_sequences"), "wasted": wasted}
+        given = {
+            "log_prob": both.log_prob,
+            "response_mask": sampled.mask,
+            "log_prob_old": jax.lax.stop_gradient(both.log_prob),
+            "log_prob_behaviour": both.log_prob_mu,
+            "kl_t": both.kl_whole,
+            "target_kept": both.kept,
+        }
+        advantages = sequence_advantages(recipe, sampled.rewards, sampled.group_ids)
+        terms = policy_loss(recipe, advantages=advantages, **given)
+        # By a test, a correction that rejects, or pruning: sampled and scored, and then without weight.
+        used = (policy_weights(recipe, **given)[0] != 0) & sampled.mask
+        shares = {
+            "acceptance": masked_mean(jnp.any(used, axis=1).astype(jnp.float32), jnp.any(sampled.mask, axis=1)),
+            "wasted": 1 - masked_mean(used.astype(jnp.float32), sampled.mask),
+        }
+        return safe_divide(*terms.loss), shares
 
     return loss
 
@@ -131,12 +146,12 @@ def _metrics(world: World, sampled: Sampled, both: OnTokens, exact: Exact) -> di
     """Numbers of one step, before its update."""
     mask = sampled.mask & both.kept
     gap = jnp.where(mask, both.log_prob - both.log_prob_mu, 0.0)
-    error = sampled_surrogate_error(log_ratio_of(both), sampled.mask, sampled.rewards, group_ids=None, baseline=0.5)
+    error = sampled_error(both, sampled)
     visited = bound_inputs_from_tokens(both.kl, both.tv, sampled.mask, horizon=world.horizon)
+    inputs = visited if exact.inputs is None else exact.inputs
+    covered = jnp.all(both.covered | ~sampled.mask) if exact.covered is None else exact.covered
     bounds = surrogate_error_bounds(
-        visited if exact.inputs is None else exact.inputs,
-        mean_reward=exact.reward_mu,
-        surrogate_gain=exact.surrogate_gain,
+        inputs, mean_reward=exact.reward_mu, surrogate_gain=exact.surrogate_gain, mu_covers_pi=covered
     )
     return {
         "reward": exact.reward_pi,
@@ -150,9 +165,11 @@ def _metrics(world: World, sampled: Sampled, both: OnTokens, exact: Exact) -> di
         "dominating": bounds.dominating,
         "threshold": bounds.threshold,
         "vacuous": bounds.vacuous,
+        "covered": covered,
+        "sequence_kl": inputs.sequence_kl,
         "log_ppl_abs_diff": jnp.mean(jnp.abs(masked_mean(gap, mask, axis=1))),
-        "kl_mean": masked_mean(both.kl, sampled.mask),
-        "kl_max": visited.max_kl,
+        "kl_mean": masked_mean(both.kl_whole, sampled.mask),
+        "kl_max": jnp.maximum(masked_max(both.kl_whole, sampled.mask), 0.0),
         "tv_mean": masked_mean(both.tv, sampled.mask),
         "entropy": masked_mean(both.entropy, sampled.mask),
         # E sum_t (1 - Z_t), the bound on what pruning costs (bounds.pruning.sampled_bias_bound), on sampled contexts.

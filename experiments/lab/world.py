@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax.numpy as jnp
+
 from jaxrl_llm.bounds import BoundInputs
 from jaxrl_llm.rollouts.perturb import LogitPerturbation
 from jaxrl_llm.typing import Array
@@ -12,6 +14,11 @@ from jaxrl_llm.typing import Int
 from jaxrl_llm.typing import Key
 from jaxrl_llm.typing import PRNGKey
 from jaxrl_llm.typing import PyTree
+
+
+def covers(logits: Float[Array, "*batch V"], others: Float[Array, "*batch V"]) -> Bool[Array, "*batch"]:
+    """Where the policy of the first logits can draw every token that the one of the others can."""
+    return jnp.all(~jnp.isneginf(logits) | jnp.isneginf(others), axis=-1)
 
 
 class Sampled(NamedTuple):
@@ -24,6 +31,7 @@ class Sampled(NamedTuple):
         mask: which of them are real.
         rewards: in [0, 1].
         group_ids: equal for responses to the same prompt.
+        clusters: equal for responses that depend on each other: of one prompt, where prompts were drawn.
         texts: what the world needs to compute the rows.
         keys: of the noise of each row.
         row: of each token.
@@ -33,20 +41,22 @@ class Sampled(NamedTuple):
     mask: Bool[Array, "B T"]
     rewards: Float[Array, " B"]
     group_ids: Int[Array, " B"]
+    clusters: Int[Array, " B"]
     texts: PyTree
     keys: Key[Array, " N"]
     row: Int[Array, "B T"]
 
 
 class Exact(NamedTuple):
-    """By enumeration: J(pi), J(mu), L'(pi) = E_mu[R sum_t (rho_t - 1)], and inputs of the bounds where they are exact
-    too.
+    """By enumeration: J(pi), J(mu), L'(pi) = E_mu[R sum_t (rho_t - 1)]. Where they are exact too: inputs of the bounds,
+    and whether mu can draw in every context what pi can.
     """
 
     reward_pi: Float[Array, ""]
     reward_mu: Float[Array, ""]
     surrogate_gain: Float[Array, ""]
     inputs: BoundInputs | None
+    covered: Bool[Array, ""] | None
 
 
 class World(NamedTuple):

@@ -5,6 +5,9 @@ Responses come from mu; l_t = log pi(y_t|c_t) - log mu(y_t|c_t), rho_t = exp l_t
 clamped to [-limit, limit] nats before it is exponentiated (20 by default), which matters only for policies that are far
 apart. Every estimate is a mean over sequences with a standard error clustered by group: answers to one prompt are not
 independent. Rows without a response token are not sequences.
+
+"Unbiased" of an error, a gain of J or a TV means: if mu can sample whatever pi can. Of what only pi can draw no sample
+tells; E_pi[R 1(y is such a response)] is then missing.
 """
 
 from typing import NamedTuple

@@ -12,7 +12,8 @@ Departures from the paper. (1) The printed surrogate E_mu[A sum_t rho_t] with a 
 T (J(mu) - b); L' is what its proofs analyse (errata F2.1). (2) Every constant can be halved, because a reward in [0, 1]
 is within 1/2 of 1/2 and a shift of R does not change Error (errata F2.2); those of the linear and the mixed bounds can
 be lowered further (errata F2.17). The `_sharp` functions have the lower constants. (3) `sequence_kl` and `average_only`
-are not in the paper, which states that the average is not enough (errata F2.4). Proofs are in docs/theory.md.
+are not in the paper, which states that the average is not enough (errata F2.4). (4) Where pi can draw tokens that mu
+cannot, as after top-p sampling, only the bounds of `WITHOUT_COVERAGE` hold (errata F2.18). Proofs: docs/theory.md.
 """
 
 from typing import NamedTuple
@@ -40,6 +41,12 @@ def _tokens_after(inputs: BoundInputs) -> Float[Array, " T"]:
     return _tokens_before(inputs)[::-1]  # T - t
 
 
+def _kl_of(tokens: Float[Array, " T"], inputs: BoundInputs) -> Float[Array, " T"]:
+    # delta for each of so many tokens: 0 for none of them, also where delta is infinite.
+    some = tokens > 0
+    return jnp.where(some, jnp.where(some, tokens, 1) * inputs.max_kl, 0)
+
+
 def classical_sharp(inputs: BoundInputs) -> Float[Array, ""]:
     """T (T - 1) eps^2: the bound of TRPO for T tokens, half of the printed one."""
     return inputs.horizon * (inputs.horizon - 1) * inputs.max_tv * inputs.max_tv
@@ -63,7 +70,7 @@ def coupling_printed(inputs: BoundInputs) -> Float[Array, ""]:
 
 def _pinsker_shift(inputs: BoundInputs) -> Float[Array, ""]:
     # sum_t of the largest TV between the laws of the first t - 1 tokens, by the chain rule of KL and Pinsker.
-    return jnp.sum(_capped(safe_sqrt(_tokens_before(inputs) * inputs.max_kl / 2)))
+    return jnp.sum(_capped(safe_sqrt(_kl_of(_tokens_before(inputs), inputs) / 2)))
 
 
 def pinsker_marginal_kl_sharp(inputs: BoundInputs) -> Float[Array, ""]:
@@ -123,7 +130,7 @@ def mixed_tv_printed(inputs: BoundInputs) -> Float[Array, ""]:
 
 def adaptive_kl_sharp(inputs: BoundInputs) -> Float[Array, ""]:
     """2 sum_t Dbar_t min(1, sqrt((T - t) delta/2))."""
-    return 2 * jnp.sum(inputs.mean_tv_t * _capped(safe_sqrt(_tokens_after(inputs) * inputs.max_kl / 2)))
+    return 2 * jnp.sum(inputs.mean_tv_t * _capped(safe_sqrt(_kl_of(_tokens_after(inputs), inputs) / 2)))
 
 
 def adaptive_kl_printed(inputs: BoundInputs) -> Float[Array, ""]:
@@ -144,7 +151,7 @@ def adaptive_tv_printed(inputs: BoundInputs) -> Float[Array, ""]:
 def adaptive_sharp(inputs: BoundInputs) -> Float[Array, ""]:
     """2 sum_t Dbar_t min(1, (T - t) eps, sqrt((T - t) delta/2)); the branches cross at T - t = delta / (2 eps^2)."""
     after = _tokens_after(inputs)
-    weight = jnp.minimum(after * inputs.max_tv, safe_sqrt(after * inputs.max_kl / 2))
+    weight = jnp.minimum(after * inputs.max_tv, safe_sqrt(_kl_of(after, inputs) / 2))
     return 2 * jnp.sum(inputs.mean_tv_t * _capped(weight))
 
 
@@ -173,8 +180,8 @@ def sequence_kl_sharp(inputs: BoundInputs) -> Float[Array, ""]:
     Proof: with W = prod_t rho_t, S = sum_t (rho_t - 1) and Phi = S - log W >= 0, W >= 1 + log W = 1 + S - Phi. As
     E_mu[W - 1 - S] = 0, |Error| = |E_mu[R (W - 1 - S)]| <= E_mu max(0, 1 + S - W) <= E_mu Phi = D_KL. It needs no
     maximum and is linear in the horizon, where the printed bounds grow like T^(3/2). Not in the paper (errata F2.17).
-    E_mu[W] = 1 asks that pi gives no mass to what mu cannot sample, as softmax policies do not; after top-p or min-p
-    sampling mu can.
+    Where pi can draw what mu cannot, E_mu[W - 1 - S] is not 0 and the bound still holds, for rewards in [0, 1]
+    (docs/theory.md, errata F2.18). It is infinite where mu can draw what pi cannot.
     """
     return inputs.sequence_kl
 
@@ -224,6 +231,10 @@ SHARP = {
 
 BOUND_NAMES = tuple(SHARP)
 """The order that `SurrogateErrorBounds.dominating` indexes."""
+
+WITHOUT_COVERAGE = ("mixed_kl", "linear", "average_only", "sequence_kl")
+"""The bounds that hold where pi can draw what mu cannot, if rewards start at 0. Each other one is broken by one token:
+mu never draws it, pi does with a small probability, and it alone is rewarded."""
 
 UNIFIED = ("pinsker_marginal_kl", "pinsker_marginal_tv", "mixed_kl", "mixed_tv", "coupling", "adaptive")
 """The bounds that the paper's unified bound B* is the minimum of."""
@@ -275,12 +286,22 @@ def trivial_error_bound(
     return jnp.maximum(predicted - low, high - predicted)
 
 
+def _proved(
+    bounds: dict[str, Float[Array, ""]], *, low: ScalarLike, mu_covers_pi: Bool[Array, ""] | bool
+) -> dict[str, Float[Array, ""]]:
+    """Infinity in the place of a bound that does not hold. Without coverage L' depends on where the rewards start."""
+    from_zero = jnp.asarray(low) == 0
+    holds = {name: mu_covers_pi | (from_zero & (name in WITHOUT_COVERAGE)) for name in bounds}
+    return {name: jnp.where(holds[name], bound, jnp.inf) for name, bound in bounds.items()}
+
+
 def surrogate_error_bounds(
     inputs: BoundInputs,
     *,
     reward_range: tuple[ScalarLike, ScalarLike] = (0.0, 1.0),
     mean_reward: ScalarLike | None = None,
     surrogate_gain: ScalarLike | None = None,
+    mu_covers_pi: Bool[Array, ""] | bool = True,
 ) -> SurrogateErrorBounds:
     """Every bound for these inputs, the smallest one, which one that is, and whether it says anything.
 
@@ -294,6 +315,8 @@ def surrogate_error_bounds(
         reward_range: (low, high), between which every reward lies.
         mean_reward: J(mu), if it was measured.
         surrogate_gain: L'(pi), if it was measured; both or none.
+        mu_covers_pi: whether mu can sample every token that pi can, in every context. Softmax policies do; top-p, top-k
+            and min-p samplers do not. Where it is false, bounds that do not hold then are infinite (errata F2.18).
 
     Returns:
         `SurrogateErrorBounds` in units of reward.
@@ -307,8 +330,10 @@ def surrogate_error_bounds(
     if (mean_reward is None) != (surrogate_gain is None):
         raise ValueError("mean_reward and surrogate_gain must be given together, or neither; one is None.")
     span = jnp.asarray(high, inputs.max_kl.dtype) - low
-    printed = {name: span * bound(inputs) for name, bound in PRINTED.items()}
-    sharp = {name: span * bound(inputs) for name, bound in SHARP.items()}
+    printed, sharp = (
+        _proved({name: span * bound(inputs) for name, bound in all_.items()}, low=low, mu_covers_pi=mu_covers_pi)
+        for all_ in (PRINTED, SHARP)
+    )
     threshold = span
     if mean_reward is not None and surrogate_gain is not None:
         threshold = trivial_error_bound(

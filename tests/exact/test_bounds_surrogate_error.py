@@ -15,6 +15,7 @@ from jaxrl_llm.bounds import sampled_surrogate_error
 from jaxrl_llm.bounds import sampled_weighted_deviation
 from jaxrl_llm.bounds import sampled_worst_surrogate_error
 from jaxrl_llm.bounds import surrogate_error_bounds
+from jaxrl_llm.bounds.surrogate_error import WITHOUT_COVERAGE
 from jaxrl_llm.bounds.surrogate_error import average_only_from_kl
 from theory_checks import token_trees as trees
 
@@ -162,6 +163,73 @@ def test_the_printed_growth_with_the_horizon_is_not_needed():
         worst = sampled_worst_surrogate_error(log_ratio, jnp.ones(log_ratio.shape, bool)).value  # mu is uniform
         ratios.append(float(worst / trees.bound_inputs(pi, mu).sequence_kl))
     assert all(0.3 < ratio <= 0.5 + 1e-9 for ratio in ratios), ratios
+
+
+def cut(policies, rng):
+    """The policies without some tokens of each context, never without all."""
+    cut_ones = []
+    for logits in policies:
+        drop = rng.random(logits.shape) < 0.3
+        np.put_along_axis(drop, rng.integers(0, logits.shape[-1], (*logits.shape[:-1], 1)), False, axis=-1)
+        cut_ones.append(jnp.where(jnp.asarray(drop), -jnp.inf, logits))
+    return cut_ones
+
+
+def of_cut_policies(pi, mu, rewards):
+    """Error and the inputs of the bounds; a response that mu cannot sample is in no expectation under mu."""
+    log_pi, log_mu = trees.sequence_log_probs(pi), trees.sequence_log_probs(mu)
+    possible = log_mu > -jnp.inf
+    ratios = jnp.exp(jnp.where(possible[:, None], trees.token_log_ratios(pi, mu), 0.0))
+    law = jnp.exp(log_mu)
+    error = jnp.sum((jnp.exp(log_pi) - law) * rewards) - jnp.sum(law * rewards * jnp.sum(ratios - 1, axis=1))
+    kl = jnp.sum(jnp.where(possible, law * (jnp.where(possible, log_mu, 0.0) - log_pi), 0.0))
+    return error, trees.bound_inputs(pi, mu)._replace(sequence_kl=kl)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_what_holds_where_pi_can_draw_what_mu_cannot(both):
+    # errata F2.18
+    rng, worlds = np.random.default_rng(3), 300
+    noise, every = np.geomspace(0.05, 3.0, worlds), np.ones(worlds)
+    kind = np.arange(worlds) % 3
+    pi, mu, rewards = trees.draw(rng, worlds=worlds, vocabulary=3, horizon=4, noise=noise, share=every, kind=kind)
+    mu, pi = cut(mu, rng), cut(pi, rng) if both else pi
+
+    def measure(pi, mu, rewards):
+        error, inputs = of_cut_policies(pi, mu, rewards)
+        return jnp.abs(error), inputs, surrogate_error_bounds(inputs, mu_covers_pi=False)
+
+    error, inputs, bounds = jax.device_get(jax.jit(jax.vmap(measure))(pi, mu, rewards))
+    assert np.all(np.isinf(inputs.max_kl)) == both
+    for kind in (bounds.sharp, bounds.printed):
+        for name, bound in kind.items():
+            assert np.all(error <= bound + 1e-12), name  # also: none is NaN
+            assert np.all(np.isinf(bound)) or name in WITHOUT_COVERAGE, name
+    np.testing.assert_array_equal(bounds.unified_sharp, np.min([bounds.sharp[name] for name in WITHOUT_COVERAGE], 0))
+    assert np.max(error / bounds.sharp["linear"]) > 0.5
+    if not both:
+        assert np.max(error / bounds.sharp["sequence_kl"]) > 0.4
+
+
+def test_each_other_bound_is_broken_by_one_token_that_mu_cannot_draw():
+    share = 0.01
+    pi, mu = [log([1 - share, share])], [log([1.0, 0.0])]
+    error, inputs = of_cut_policies(pi, mu, jnp.array([0.0, 1.0]))
+    np.testing.assert_allclose(error, share)
+    covered, without = surrogate_error_bounds(inputs), surrogate_error_bounds(inputs, mu_covers_pi=False)
+    for kind, told in ((covered.sharp, without.sharp), (covered.printed, without.printed)):
+        for name, bound in kind.items():
+            assert (float(error) <= float(bound) + 1e-12) == (name in WITHOUT_COVERAGE), name
+            assert np.isinf(told[name]) == (name not in WITHOUT_COVERAGE), name
+    # The sum of TV is attained here, and D_KL but for a term of second order.
+    np.testing.assert_allclose(without.sharp["linear"], share)
+    np.testing.assert_allclose(without.sharp["sequence_kl"], share, rtol=0.01)
+    # L' depends on where the rewards start: if every reward is 5 it is -5 share, and J(pi) is J(mu).
+    constant = abs(float(of_cut_policies(pi, mu, jnp.array([5.0, 5.0]))[0]))
+    shifted = surrogate_error_bounds(inputs, reward_range=(5.0, 6.0), mu_covers_pi=False)
+    assert constant > 4 * float(without.unified_sharp)
+    assert np.isinf(shifted.unified_sharp)
+    assert bool(shifted.vacuous)
 
 
 def log(*rows):

@@ -20,10 +20,17 @@ from experiments.lab.ladder import moves
 from experiments.lab.settings import LabSettings
 from experiments.lab.settings import check
 from experiments.lab.sums import sums
+from experiments.lab.train import NO_PRUNING
 from experiments.lab.train import Mismatch
 from experiments.lab.train import Trainer
+from experiments.lab.train import on_tokens
+from experiments.lab.train import sampled_error
+from experiments.lab.world import Sampled
 from experiments.run_folder import UserError
 from experiments.settings import RunSettings
+from jaxrl_llm import categorical
+from jaxrl_llm.bounds import BOUND_NAMES
+from jaxrl_llm.bounds.surrogate_error import WITHOUT_COVERAGE
 from jaxrl_llm.rollouts.perturb import chain_logits
 from jaxrl_llm.rollouts.perturb import perturbation
 
@@ -85,7 +92,11 @@ def test_arms_start_alike_learn_and_differ(trained):
     assert 0 < trm["wasted"].mean() < 1
     assert np.all(none["wasted"] == 0)
     assert np.all(none["acceptance"] == 1)
-    np.testing.assert_allclose(trm["acceptance"], 1 - trm["wasted"], atol=1e-6)  # all responses are equally long
+    mis = trained("mis")
+    assert 0 < mis["acceptance"].mean() < 1
+    for part in (trm, mis):
+        np.testing.assert_allclose(part["acceptance"], 1 - part["wasted"], atol=1e-6)  # all responses are equally long
+    assert np.all(tis["acceptance"] == 1)
 
 
 def test_bounds_hold_where_everything_is_exact(trained):
@@ -102,6 +113,46 @@ def test_pruning_prunes_both_sides(trained):
     assert strong["wasted"].mean() > 0  # safe sets differ
     assert np.isfinite(strong["log_ppl_abs_diff"]).all()
     np.testing.assert_allclose(trained("tis")["reward"], weak["reward"], atol=1e-4)  # there is nothing to prune
+
+
+def test_bounds_are_of_the_pair_that_the_error_is_about():
+    """The pruned policies: mu cannot draw all that pi can in the first context, pi not all that mu can in the third."""
+    logits = jnp.log(jnp.array([[0.5, 0.4, 0.1], [0.5, 0.4, 0.1], [0.6, 0.2, 0.2]]))
+    logits_mu = jnp.log(jnp.array([[0.8, 0.1, 0.1], [0.6, 0.3, 0.1], [0.5, 0.4, 0.1]]))
+    row = jnp.array([[0, 1, 2]])
+    sampled = Sampled(
+        row, row >= 0, jnp.ones(1), row[:, 0], row[:, 0], None, jax.random.split(jax.random.key(0), 3), row
+    )
+    both = on_tokens(logits, logits_mu, sampled, jnp.log(0.4))
+    np.testing.assert_allclose(both.tv[0], [4 / 9, 2 / 3 - 5 / 9, 4 / 9], rtol=1e-5)
+    np.testing.assert_array_equal(both.covered[0], [False, True, True])
+    np.testing.assert_array_equal(np.isinf(both.kl[0]), [False, False, True])
+    np.testing.assert_allclose(both.kl[0, 0], np.log(9 / 5), rtol=1e-5)
+    np.testing.assert_allclose(both.kl_whole, categorical.kl(logits_mu, logits)[None], rtol=1e-5)
+
+
+def test_a_bound_without_proof_is_not_reported(trained):
+    part = trained("dvp", -1.0)
+    uncovered = part["covered"] == 0
+    assert uncovered.any()
+    assert np.isinf(part["sequence_kl"]).any()
+    names = {BOUND_NAMES[int(number)] for number in part["dominating"][uncovered]}
+    assert names <= set(WITHOUT_COVERAGE), names
+    for bound in (part["unified_sharp"], part["unified_printed"]):
+        assert np.all(np.abs(part["error"]) <= bound + 1e-5)
+        assert np.isfinite(bound).all()
+    assert np.all(trained("trm")["covered"] == 1)
+
+
+def test_responses_to_one_prompt_are_one_cluster():
+    world = ladder(jax.random.key(0), horizon=4, rungs=RUNGS, vocabulary=VOCABULARY, traps=1, answers=16)
+    table = jax.random.normal(jax.random.key(1), (RUNGS, VOCABULARY))
+    once = world.sample(table, chain_logits(), jax.random.key(2), jax.random.key(3))
+    per_row = ("tokens", "mask", "rewards", "group_ids", "clusters", "row")
+    twice = once._replace(**{name: jnp.concatenate([getattr(once, name)] * 2) for name in per_row})
+    found = [sampled_error(on_tokens(0.5 * table, table, one, NO_PRUNING), one) for one in (once, twice)]
+    assert 0 < float(found[0].standard_error) < 1
+    np.testing.assert_allclose(*found, rtol=1e-5)  # copies say nothing new
 
 
 def test_a_pruned_token_has_the_ratio_zero():
@@ -122,7 +173,9 @@ def test_exact_rewards_of_sums_are_those_of_samples():
     noise = perturbation("gaussian_noise", 0.7).logits
     key, noise_key = jax.random.key(1), jax.random.key(2)
     exact = jax.jit(lambda state: world.exact(state, chain_logits(), state, noise, noise_key))(state)
-    rewards = jax.jit(lambda state: world.sample(state, noise, key, noise_key).rewards)(state)
+    sampled = jax.jit(lambda state: world.sample(state, noise, key, noise_key)._replace(keys=None))(state)
+    rewards = sampled.rewards
+    assert np.all(np.asarray(sampled.clusters).reshape(50, 40) == np.arange(50)[:, None])
     error = np.std(np.asarray(rewards).reshape(50, 40).mean(1)) / 50**0.5 + 1e-3
     assert abs(float(jnp.mean(rewards)) - float(exact.reward_mu)) < 4 * error
     assert 0.01 < float(exact.reward_mu) != float(exact.reward_pi)
@@ -184,6 +237,8 @@ def synthetic(names, settings, generator) -> dict[str, dict[str, np.ndarray]]:
         "acceptance",
         "wasted",
         "pruned_mass",
+        "covered",
+        "sequence_kl",
     ]
     return {
         name: {quantity: generator.uniform(0.1, 0.9, shape).astype(np.float32) for quantity in quantities}
@@ -199,11 +254,14 @@ def test_pages_say_what_is_resolved(experiment):
     assert len(names) == len(set(names)) >= 9
     results = synthetic(names, settings, np.random.default_rng(0))
     zero = "sums_trm" if experiment is trm_training else "dvp_3"
+    bounded = 1 if experiment is pruning_training else 4
     results[zero]["error_sampled"] = np.tile([[-0.1, 0.1]], (settings.seeds, 15)).astype(np.float32)
     summary = experiment.summarise(settings, results)
     assert summary[experiment.EXPERIMENT.expectation.quantity] < 1
     page = experiment.page(settings, results, summary)
     rows = {row[0]: row for section in page.sections if section.table for row in section.table.rows}
+    captions = [picture.caption for section in page.sections for picture in section.pictures]
+    assert sum("bounds that need it have no proof" in caption for caption in captions) == bounded
     assert rows["TRM, both tests" if experiment is trm_training else "DVP, log rho = -3"][8] == "not resolved"
     for section in page.sections:
         for picture in section.pictures:

@@ -8,6 +8,10 @@ import numpy as np
 import pytest
 
 from experiments.cli import main
+from experiments.mismatch_anatomy import MismatchSettings
+from experiments.mismatch_anatomy import kept_responses
+from experiments.mismatch_page import bound_table
+from experiments.mismatch_page import estimators
 from experiments.mismatch_statistics import EDGES
 from experiments.mismatch_statistics import LOG_MIN_P
 from experiments.mismatch_statistics import bucket_means
@@ -39,7 +43,9 @@ def test_statistics_are_their_sums() -> None:
         "collision": (pi * pi).sum(-1),
         "noise": np.ptp(x, axis=-1) / 2,
         "k2": (mu * x * x).sum(-1) / 2,
-        "k3_square": (mu * (np.exp(-x) - 1 + x) ** 2).sum(-1),
+        "k1_variance": (mu * x**2).sum(-1) - (mu * x).sum(-1) ** 2,
+        "k2_variance": (mu * x**4 / 4).sum(-1) - (mu * x * x / 2).sum(-1) ** 2,
+        "k3_variance": (mu * (np.exp(-x) - 1 + x) ** 2).sum(-1) - (mu * (np.exp(-x) - 1 + x)).sum(-1) ** 2,
         "k1_negative": (mu * (x < 0)).sum(-1),
         "largest_two_sided": (np.abs(x) / (np.ptp(x, axis=-1)[..., None] * (1 - np.minimum(mu, pi)))).max(-1),
         "largest_printed": (np.abs(x) / (np.ptp(x, axis=-1)[..., None] * (1 - pi))).max(-1),
@@ -122,6 +128,53 @@ def test_truncation_has_no_finite_noise() -> None:
         assert np.isfinite(found[name]).all(), name
 
 
+def top_k(log_pi: np.ndarray, k: int) -> dict[str, np.ndarray]:
+    """Statistics of an engine that samples the trainer's k likeliest tokens, in the trainer's proportions."""
+    cut = np.where(log_pi >= np.sort(log_pi, axis=-1)[..., -k, None], log_pi, -np.inf)
+    return exact_statistics(cut, log_pi) | {"full_mask": np.ones(log_pi.shape[:2], bool)}
+
+
+def test_an_estimator_without_noise_in_any_context_has_none() -> None:
+    """k1 of every token is then the KL of its context, -log of the kept mass, which differs between contexts."""
+    part = top_k(distributions(0.1)[0][1], 20)
+    assert part["kl"].std() > 0.3 * part["kl"].mean()
+    row = estimators({"top_k": part}).rows[0]
+    assert row[3:6] == ("0.0", "0.0", "0.0")
+
+
+def test_a_sampler_that_leaves_tokens_out_has_no_proof_of_most_bounds() -> None:
+    part = top_k(distributions(0.1)[0][1], 20)
+    table = bound_table(
+        {"cut": part, "whole": top_k(distributions(0.1)[0][1], 60)}, MismatchSettings(response_length=100)
+    )
+    cells = {row[0]: row[1:] for row in table.rows}
+    for name in ("classical", "coupling", "adaptive", "mixed tv", "adaptive, as printed"):
+        assert cells[name][0] == "no proof"
+    for name in ("sequence kl", "linear", "average only", "mixed kl", "mixed kl, as printed"):
+        assert cells[name][0] != "no proof"
+    assert all(row[1] != "no proof" for row in cells.values())
+
+
+def test_a_response_with_a_number_that_is_none_is_dropped_and_counted() -> None:
+    generator = np.random.default_rng(0)
+    part = {name: generator.normal(size=(5, 4)) for name in ("log_mu", "log_pi")} | {"mask": np.ones((5, 4), bool)}
+    part |= {f"full_{name}": value[:3].copy() for name, value in part.items()} | {"kl": np.arange(12.0).reshape(3, 4)}
+    sound = np.ones(3, bool)
+    whole = kept_responses("engine", part, sound)
+    assert whole["dropped"] == 0
+    assert len(whole["log_mu"]) == 5
+    part["mask"][4, 3] = False
+    part["log_mu"][4, 3] = part["log_pi"][3, 0] = np.nan  # padding of one response, a token of another
+    part["log_mu"][2, 1] = -np.inf  # drawn, and impossible
+    with pytest.warns(UserWarning, match="engine: dropped 2 of 5 responses"):
+        kept = kept_responses("engine", part, sound)
+    assert kept["dropped"] == 2
+    np.testing.assert_array_equal(kept["log_mu"][:, 0], part["log_mu"][[0, 1, 4], 0])
+    np.testing.assert_array_equal(kept["kl"], part["kl"][:2])
+    with pytest.raises(ValueError, match="engine: 3 of 5 responses"):
+        kept_responses("engine", part, np.array([True, False, True]))
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("runs")
@@ -136,14 +189,24 @@ def test_the_tiny_twin_measures_both_sides(runs) -> None:
     assert exact["mean_change"] < 0.01 < rounded["mean_change"]
     assert exact["mean_kl"] < rounded["mean_kl"]
     assert summary["perturbation_top_p"]["largest_noise"] is None
-    assert summary["perturbation_top_p"]["worst_surrogate_error"] is None  # it has no responses of its own
+    for name in ("worst_surrogate_error", "unified_sharp", "unified_printed", "vacuous"):
+        assert summary["perturbation_top_p"][name] is None  # it has no responses of its own
+    assert exact["dropped"] == 0
     assert exact["worst_surrogate_error"] < rounded["worst_surrogate_error"]
     # What the engine said while it sampled is what its whole distributions say of the same tokens.
     part = results["engine_F32"]
     said, whole = part["log_mu"][:2][part["full_mask"]], part["full_log_mu"][part["full_mask"]]
     np.testing.assert_allclose(said, whole, atol=1e-4)
     page = run.report.read_text()
-    for text in ("Is the (1 - p) law obeyed?", "Signed bias", "acceptance against delta", "not vacuous?", "no claim"):
+    for text in (
+        "Is the (1 - p) law obeyed?",
+        "Signed bias",
+        "acceptance against delta",
+        "TRM-Avg",
+        "0 dropped",
+        "not vacuous?",
+        "no claim",
+    ):
         assert text in page
 
 
