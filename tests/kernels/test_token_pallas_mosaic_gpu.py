@@ -338,10 +338,17 @@ def test_one_hopper_runs_it_by_default(monkeypatch):
         return kernels(lambda z: dense_kl(z, logits, **options), logits)
 
     for devices, runs in (([Device()], 1), ([Device()] * 2, 0), (jax.devices(), 0)):
-        monkeypatch.setattr(jax, "devices", lambda devices=devices: devices)
+        monkeypatch.setattr(jax, "devices", lambda platform=None, devices=devices: devices)
         assert of((16, 128)) == of((128, 64), axis=0) == runs
         assert dense((16, 128)) == runs
-    monkeypatch.setattr(jax, "devices", lambda: [Device()])
+    hopper, host = Device(), jax.local_devices(backend="cpu")[0]
+    monkeypatch.setattr(jax, "devices", lambda platform="cuda": [host] if platform == "cpu" else [hopper])
+    assert of((16, 128))
+    for default in ("cpu", host):
+        with jax.default_device(default):
+            assert not of((16, 128))
+            assert not dense((16, 128))
+    assert of((16, 128))
     assert not of((16, 100))
     assert not of((16, 128), jnp.float32)
     assert not of((16, 128), statistics=("top_k_mass",), top_k=2)
