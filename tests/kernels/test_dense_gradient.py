@@ -197,7 +197,7 @@ def test_chunks_cover_every_row(monkeypatch, rows, chunk):
         assert error(found, weights[:, None] * gradient) < 1e-5
 
 
-@pytest.mark.parametrize("x", [0.0, 1e-7, 1e-3, 0.4, 0.999, 1.001, 5.0])
+@pytest.mark.parametrize("x", [0.0, 1e-7, 1e-3, 0.4, 0.499, 0.501, 0.999, 1.001, 5.0])
 def test_excess_keeps_its_digits(x):
     for value in (x, -x):
         wide = np.float64(np.float32(value))
