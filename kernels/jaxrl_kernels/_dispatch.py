@@ -35,5 +35,6 @@ def one_hopper() -> bool:
 
     Over several GPUs the compiler shards an XLA program by itself, and a kernel it cannot.
     """
-    devices = jax.devices()
+    default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    devices = jax.devices() if default is None else jax.devices(getattr(default, "platform", default))
     return len(devices) == 1 and getattr(devices[0], "compute_capability", None) == "9.0" and VERSION >= NEEDS

@@ -54,7 +54,7 @@ def compiled(monkeypatch, capfd):
     jax.config.update(option, kept)
 
 
-def statistics_of(axis, names, implementation, *, gradient=False):
+def statistics_of(axis, names, implementation, *, gradient=False, **options):
     def values(hidden, head, targets, *other):
         reference = Reference(*other) if other else None
         found = token_statistics(
@@ -65,6 +65,7 @@ def statistics_of(axis, names, implementation, *, gradient=False):
             vocabulary_axis=axis,
             statistics=names,
             implementation=implementation,
+            **options,
         )
         return [getattr(found, name) for name in names]
 
@@ -99,10 +100,27 @@ def test_forward_in_bfloat16(compiled, size, axis, names, kernels):
     assert held < 0.02 * size[0] * size[2] * 4 + copies
 
 
-def test_backward_in_bfloat16(compiled):
+@pytest.mark.parametrize(
+    ("names", "options", "kernels"),
+    [
+        # A sweep over the policy alone first.
+        pytest.param(("log_prob", "entropy"), {"log_min_p": -2.0}, 2, id="pruned"),
+        pytest.param(FOUR, {"log_min_p": -2.0}, 2, id="pruned-reference"),
+        pytest.param(("log_prob", "entropy"), {"soft_cap": 30.0}, 1, id="soft-cap"),
+        pytest.param(FOUR, {"soft_cap": 30.0}, 1, id="soft-cap-reference"),
+    ],
+)
+def test_forward_with_options(compiled, names, options, kernels):
+    function = statistics_of(1, names, "pallas_mosaic_gpu", **options)
+    held = compiled(function, *arrays(LARGE, 1, jnp.bfloat16, reference="kl" in names), kernels=kernels)
+    assert held < 0.02 * LARGE[0] * LARGE[2] * 4
+
+
+@pytest.mark.parametrize("axis", [1, 0])
+def test_backward_in_bfloat16(compiled, axis):
     """The backward pass holds blocks of the logits' gradient and the cotangent of the hidden states in float32."""
-    function = statistics_of(1, ("log_prob", "entropy"), "pallas_mosaic_gpu", gradient=True)
-    held = compiled(function, *arrays(LARGE, 1, jnp.bfloat16, reference=False), kernels=3)
+    function = statistics_of(axis, ("log_prob", "entropy"), "pallas_mosaic_gpu", gradient=True)
+    held = compiled(function, *arrays(LARGE, axis, jnp.bfloat16, reference=False), kernels=3)
     assert held < 0.6e9
 
 

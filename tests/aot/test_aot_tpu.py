@@ -15,6 +15,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxrl_kernels import Reference
+from jaxrl_kernels import dense_gradient
+from jaxrl_kernels import dense_kl
 from jaxrl_kernels import token_statistics
 
 pytestmark = [pytest.mark.aot, pytest.mark.requires_jax("0.11")]
@@ -68,3 +70,25 @@ def test_float32_ragged_all_statistics():
     """Rows and columns that fill no tile, full-precision products, the sweep of the total variation."""
     held = temporaries("v5e:2x2", 1000, 512, 50257, 0, jnp.float32, (*FOUR, "kl_reverse", "total_variation"))
     assert held < 0.02 * 1000 * 50257 * 4
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize(("rows", "vocabulary"), [(2048, 131072), (1000, 50257)])
+def test_dense_gradient(topology, dtype, rows, vocabulary):
+    """Logits that exist: whole tiles, and rows and columns that fill none."""
+    devices = topologies.get_topology_desc(topology, platform="tpu").devices
+    mesh = Mesh(np.array(devices[:1]), ("x",))
+    logits = jax.ShapeDtypeStruct((rows, vocabulary), dtype, sharding=NamedSharding(mesh, P()))
+
+    def both(z, z_ref):
+        return dense_gradient(z, z_ref, implementation="pallas_tpu")
+
+    def pulled(z, z_ref):
+        return jax.grad(lambda z: jnp.sum(dense_kl(z, z_ref, implementation="pallas_tpu")))(z)
+
+    for function in (both, pulled):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            compiled = jax.jit(function).trace(logits, logits).lower(lowering_platforms=("tpu",)).compile()
+        assert compiled.as_text().count("tpu_custom_call") >= 2
+        assert compiled.memory_analysis().temp_size_in_bytes < 0.02 * rows * vocabulary * 4

@@ -100,6 +100,26 @@ def expected(inputs: Inputs, temperature=1.0, log_min_p=None, soft_cap=None) -> 
         return jax.tree.map(np.asarray, values)
 
 
+def flipped(inputs: Inputs) -> TokenStatistics:
+    """The definitions with one sign wrong in each, in float64: no test's measure may take these for right."""
+    with jax.enable_x64(True):
+        z, z_ref = (np.asarray(x) for x in _logits(inputs, 1.0))
+    log_z, log_z_ref = (np.logaddexp.reduce(x, axis=1) for x in (z, z_ref))
+    log_p, log_q = z - log_z[:, None], z_ref - log_z_ref[:, None]
+    p, q = np.exp(log_p), np.exp(log_q)
+    shift = (z - z_ref) + (log_z - log_z_ref)[:, None]
+    return TokenStatistics(
+        log_prob=np.take_along_axis(z, inputs.targets[:, None], axis=1)[:, 0] + log_z,
+        entropy=log_z + (p * z).sum(1),
+        collision=np.exp(log_p + z + log_z[:, None]).sum(1),
+        max_log_prob=z.max(1) + log_z,
+        kl=(p * shift).sum(1),
+        kl_reverse=-(q * shift).sum(1),
+        total_variation=np.maximum(p + q, 0).sum(1),
+        chi_square=np.exp(2 * log_p + log_q).sum(1) - 1,
+    )  # fmt: skip
+
+
 def _logits(inputs: Inputs, temperature, soft_cap=None):
     hidden, head, hidden_ref, head_ref = inputs.arrays(jnp.float64)
     if inputs.axis == 0:

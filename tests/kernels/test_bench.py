@@ -92,14 +92,21 @@ def test_table_names_the_device_and_the_ratios():
 
 def test_nearest_tuned_block():
     found = tuple(
-        {"op": "token_statistics", "rows": rows, "vocabulary": vocabulary, "block": block}
-        for rows, vocabulary, block in ((2048, 49152, 256), (256, 49152, 1024), (2048, 151552, 512))
-    )
-    assert tuned.nearest(found, "token_statistics", 2048, 49152) == 256
-    assert tuned.nearest(found, "token_statistics", 300, 50257) == 1024
-    assert tuned.nearest(found, "token_statistics", 1500, 128000) == 512
-    assert tuned.nearest(found, "token_statistics", 8, 301) is None
-    assert tuned.nearest(found, "token_loss", 2048, 49152) is None
+        dict(zip(("op", "rows", "width", "vocabulary", "dtype", "block"), ("token_statistics", *entry), strict=True))
+        for entry in (
+            (2048, 576, 49152, "float32", 256), (256, 576, 49152, "float32", 1024), (2048, 576, 151552, "float32", 512),
+            (2048, 1536, 49152, "float32", 128), (2048, 576, 49152, "bfloat16", 2048),
+        )
+    )  # fmt: skip
+    assert tuned.nearest(found, "token_statistics", 2048, 576, 49152, "float32") == 256
+    assert tuned.nearest(found, "token_statistics", 300, 576, 50257, "float32") == 1024
+    assert tuned.nearest(found, "token_statistics", 1500, 576, 128000, "float32") == 512
+    assert tuned.nearest(found, "token_statistics", 8, 576, 301, "float32") is None
+    assert tuned.nearest(found, "token_loss", 2048, 576, 49152, "float32") is None
+    assert tuned.nearest(found, "token_statistics", 2048, 1024, 49152, "float32") == 128
+    assert tuned.nearest(found, "token_statistics", 2048, 8192, 49152, "float32") is None
+    assert tuned.nearest(found, "token_statistics", 2048, 576, 49152, "bfloat16") == 2048
+    assert tuned.nearest(found, "token_statistics", 2048, 576, 49152, "float16") is None
     assert tuned.entries("a device that nobody has") == ()
 
 
@@ -109,7 +116,8 @@ def test_tuned_files_are_complete():
         assert tuned.slug(data["device"]) == path.stem
         for entry in data["entries"]:
             assert entry["op"] in ("token_statistics", "token_loss")
-            assert min(entry["rows"], entry["vocabulary"], entry["block"]) >= 1
+            assert min(entry["rows"], entry["width"], entry["vocabulary"], entry["block"]) >= 1
+            assert entry["dtype"] in ("bfloat16", "float32")
 
 
 def test_bfloat16_log_probs():

@@ -71,14 +71,13 @@ def test_values_and_gradients(shape, options, scales):
     sloped = [name for name in oracle.WITH_GRADIENT if name in names]
     for scale in scales:
         inputs = oracle.make_inputs(**shape, scale=scale, near=0.3 * scale)
-        wanted = oracle.expected(inputs, **options)
+        wanted, wrong = oracle.expected(inputs, **options), oracle.flipped(inputs)
         cotangents = oracle.draw_cotangents(shape["rows"], sloped)
         values, gradients = run(inputs, cotangents, options)
         for value, right in zip(gradients, oracle.expected_gradient(inputs, cotangents, **options), strict=True):
             assert value.dtype == jnp.float32
             assert oracle.error(value, right) < 1e-5 * max(scale, 1.0), scale
             assert oracle.error(np.zeros_like(right), right) > 0.5
-            assert oracle.error(-np.asarray(value), right) > 0.5
         for name in names:
             value, right = np.asarray(getattr(values, name)), getattr(wanted, name)
             assert value.shape == (shape["rows"],)
@@ -86,6 +85,8 @@ def test_values_and_gradients(shape, options, scales):
             if name == "chi_square":
                 value, right = value[right < 1e36], right[right < 1e36]
             assert oracle.error(value, right) < bound, (name, scale)
+            other = getattr(wrong, name)[getattr(wanted, name) < 1e36] if name == "chi_square" else getattr(wrong, name)
+            assert right.size == 0 or oracle.error(other, right) > 10 * bound, (name, scale)
             assert right.size == 0 or oracle.error(np.zeros_like(right), right) > 0.5
         for name in ("kept_mass", "target_kept"):
             value, right = getattr(values, name), getattr(wanted, name)
@@ -338,10 +339,17 @@ def test_one_hopper_runs_it_by_default(monkeypatch):
         return kernels(lambda z: dense_kl(z, logits, **options), logits)
 
     for devices, runs in (([Device()], 1), ([Device()] * 2, 0), (jax.devices(), 0)):
-        monkeypatch.setattr(jax, "devices", lambda devices=devices: devices)
+        monkeypatch.setattr(jax, "devices", lambda platform=None, devices=devices: devices)
         assert of((16, 128)) == of((128, 64), axis=0) == runs
         assert dense((16, 128)) == runs
-    monkeypatch.setattr(jax, "devices", lambda: [Device()])
+    hopper, host = Device(), jax.local_devices(backend="cpu")[0]
+    monkeypatch.setattr(jax, "devices", lambda platform="cuda": [host] if platform == "cpu" else [hopper])
+    assert of((16, 128))
+    for default in ("cpu", host):
+        with jax.default_device(default):
+            assert not of((16, 128))
+            assert not dense((16, 128))
+    assert of((16, 128))
     assert not of((16, 100))
     assert not of((16, 128), jnp.float32)
     assert not of((16, 128), statistics=("top_k_mass",), top_k=2)

@@ -146,6 +146,32 @@ def test_split_vocabulary(op, options, shape):
         assert oracle.error(-np.asarray(value), expected) > 0.5
 
 
+def test_top_k_of_a_split_vocabulary():
+    """More tokens than one device's part holds; the vocabulary size that bounds them is that of all parts."""
+    inputs = oracle.make_inputs(rows=8, vocabulary=304, scale=2.0)
+    hidden, head = inputs.arrays()[:2]
+
+    def mass(hidden, head, targets, top_k, axis=None):
+        options = {"top_k": top_k, "vocabulary_mesh_axis": axis, "statistics": ("top_k_mass",), "block": 16}
+        return token_statistics(hidden, head, targets, implementation="xla", **options).top_k_mass
+
+    def split(top_k):
+        devices, specs = Mesh(np.array(jax.devices()), ("vocabulary",)), (P(), P(None, "vocabulary"), P())
+
+        def local(*arrays):
+            return mass(*arrays, top_k, "vocabulary")
+
+        return jax.jit(jax.shard_map(local, mesh=devices, in_specs=specs, out_specs=P()))(hidden, head, inputs.tokens)
+
+    p = np.sort(np.asarray(jax.nn.softmax(hidden @ head)), axis=1)[:, ::-1]
+    for top_k in (38, 39, 100, 304):
+        np.testing.assert_allclose(split(top_k), p[:, :top_k].sum(1), rtol=3e-6)
+        np.testing.assert_allclose(split(top_k), mass(hidden, head, inputs.tokens, top_k), rtol=3e-6)
+    assert np.min(p[:, :100].sum(1) - p[:, :38].sum(1)) > 1e-3
+    with pytest.raises(ValueError, match="top_k is 305; it must lie between 1 and the vocabulary size 304"):
+        split(305)
+
+
 def test_the_axis_must_be_one_of_a_shard_map():
     inputs = oracle.make_inputs(rows=2, vocabulary=24)
     with pytest.raises(ValueError, match="vocabulary_mesh_axis is 'vocabulary', which is no axis of a surrounding"):

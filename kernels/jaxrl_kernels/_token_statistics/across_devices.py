@@ -31,7 +31,7 @@ def join(part: Summary, axis: str | None) -> Summary:
     if axis is None:
         return part
     policy, scale = _join_moments(part.policy, axis)
-    shift = square = target_kept = ratio = reference = outside = top = None
+    shift = square = target_kept = ratio = reference = outside = top = beyond = None
     if part.shift is not None:
         moved = part.shift + (part.policy.maximum - policy.maximum) * part.policy.total
         shift = lax.psum(scale * moved, axis)
@@ -45,11 +45,13 @@ def join(part: Summary, axis: str | None) -> Summary:
         reference, scale_ref = _join_moments(part.reference, axis)
         if part.reference_outside is not None:
             outside = lax.psum(scale_ref * part.reference_outside, axis)
+    if part.policy_outside is not None:
+        beyond = lax.psum(scale * part.policy_outside, axis)
     if part.top is not None:
         every = lax.all_gather(part.top, axis, axis=1, tiled=True)
         top = lax.pmax(lax.top_k(every, part.top.shape[1])[0], axis)
     target = lax.psum(part.target, axis)
-    return Summary(policy, shift, square, target, target_kept, ratio, reference, outside, top)
+    return Summary(policy, shift, square, target, target_kept, ratio, reference, outside, top, beyond)
 
 
 def _join_moments(part: Moments, axis: str) -> tuple[Moments, Rows]:

@@ -64,8 +64,11 @@ def token_statistics(
     reference, temperature and log_min_p; there is no forward mode and no second derivative. Where the head is not
     differentiated (frozen), its cotangent is not computed.
 
-    A row with NaN or inf in it has NaN or inf statistics, so a loss that counts it is not finite; its gradient is zero
-    in `hidden` and left out of `head`'s, so the batch is not poisoned. Other rows do not notice.
+    A row with NaN or inf in it, in its hidden states or in the reference that it is compared with, has NaN for all its
+    statistics, so a loss that counts it is not finite; its gradient is zero in `hidden` and left out of `head`'s, so
+    the batch is not poisoned. Other rows do not notice. In other rows, too, a statistic that is not finite has no
+    gradient, whatever its cotangent: log_prob of a target that is pruned or outside the vocabulary, kl against a
+    reference without mass where the policy has some. The row's other statistics keep theirs.
 
     Args:
         hidden: [N, D] float16, bfloat16, float32 or float64. Everything accumulates in the wider of float32 and the
@@ -112,14 +115,15 @@ def token_statistics(
     op = "token_statistics"
     vocabulary = checks.shapes(op, hidden, head, targets, vocabulary_axis, reference)
     checks.rows(op, mask, hidden.shape[0])
-    targets = targets if mask is None else jnp.where(mask, targets, jnp.zeros((), targets.dtype))
-    wanted = checks.wanted(op, statistics, reference is not None, log_min_p is not None, top_k, vocabulary)
+    targets = checks.tokens(targets, mask)
     free = implementation is None and top_k is None and vocabulary_mesh_axis is None
     if free and _dispatch.one_hopper() and pallas_mosaic_gpu.preferred(Logits(hidden, head, reference, None)):
         implementation = "pallas_mosaic_gpu"
     chosen = _dispatch.resolve(op, implementation, IMPLEMENTATIONS)
     checks.supported(op, chosen, soft_cap, top_k, vocabulary_mesh_axis)
-    checks.target_range(op, targets, across_devices.whole_vocabulary(vocabulary, vocabulary_mesh_axis))
+    whole = across_devices.whole_vocabulary(vocabulary, vocabulary_mesh_axis)
+    wanted = checks.wanted(op, statistics, reference is not None, log_min_p is not None, top_k, whole)
+    checks.target_range(op, targets, whole)
     dtypes = _dtypes(hidden, head, reference)
     dtype = accumulator(*dtypes)
     inverse = checks.inverse_temperature(op, temperature, hidden.shape[0], dtype)
@@ -139,7 +143,7 @@ def token_statistics(
             )
         else:
             engine = ENGINES[chosen]
-            size = engine.columns(op, block, hidden.shape[0], vocabulary, dtypes)
+            size = engine.columns(op, block, *hidden.shape, vocabulary, dtypes)
             plan = vjp.Plan(Layout(vocabulary_axis, vocabulary, size), wanted, soft_cap, top_k, vocabulary_mesh_axis)
             by_row = (targets, inverse, pruning)
             heads, _ = vary_together(((hidden, head, reference), by_row))
@@ -216,11 +220,12 @@ def token_loss(
     rows = hidden.shape[0]
     checks.rows(op, mask, rows)
     mask = jnp.ones((rows,), bool) if mask is None else mask
-    targets = jnp.where(mask, targets, jnp.zeros((), targets.dtype))
-    wanted = checks.wanted(op, statistics, reference is not None, log_min_p is not None, top_k, vocabulary)
+    targets = checks.tokens(targets, mask)
     chosen = _dispatch.resolve(op, implementation, IMPLEMENTATIONS)
     checks.supported(op, chosen, soft_cap, top_k, vocabulary_mesh_axis)
-    checks.target_range(op, targets, across_devices.whole_vocabulary(vocabulary, vocabulary_mesh_axis))
+    whole = across_devices.whole_vocabulary(vocabulary, vocabulary_mesh_axis)
+    wanted = checks.wanted(op, statistics, reference is not None, log_min_p is not None, top_k, whole)
+    checks.target_range(op, targets, whole)
     dtypes = _dtypes(hidden, head, reference)
     dtype = accumulator(*dtypes)
     inverse = checks.inverse_temperature(op, temperature, rows, dtype)
@@ -256,7 +261,7 @@ def token_loss(
             return jnp.zeros((), dtype), count
         engine = ENGINES[chosen]
         tile = xla_loss.tile_rows(rows, vocabulary, jax.default_backend()) if chosen == "xla" else rows
-        size = engine.columns(op, block, tile, vocabulary, dtypes)
+        size = engine.columns(op, block, tile, hidden.shape[1], vocabulary, dtypes)
         layout = Layout(vocabulary_axis, vocabulary, size)
         plan = xla_loss.LossPlan(layout, wanted, tile, checked, soft_cap, top_k, vocabulary_mesh_axis)
         by_row = (targets, inverse, pruning, mask, side_arrays)

@@ -180,6 +180,11 @@ class Logits(NamedTuple):
         arrays = jax.tree.leaves((self.hidden, self.head, self.reference))
         return accumulator(*(x.dtype for x in arrays))
 
+    @property
+    def sparse(self) -> bool:
+        """Whether the reference may have logits of -inf: a head makes none."""
+        return isinstance(self.reference, ReferenceLogits)
+
     def _product(self, hidden: Array, head: Array, layout: Layout, start: int | Array, size: int) -> Array:
         axis = layout.vocabulary_axis
         block = lax.dynamic_slice_in_dim(head, start, size, axis=axis)

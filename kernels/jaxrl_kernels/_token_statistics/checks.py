@@ -78,6 +78,13 @@ def rows(op: str, mask: Array | None, count: int) -> None:
         raise TypeError(f"{op}: mask must be boolean, not {mask.dtype}.")
 
 
+def tokens(targets: Array, mask: Array | None) -> Array:
+    """The targets in integers that hold every token's number; 0 in masked rows."""
+    if targets.dtype.itemsize < jnp.dtype(jnp.int32).itemsize:
+        targets = targets.astype(jnp.int32)
+    return targets if mask is None else jnp.where(mask, targets, jnp.zeros((), targets.dtype))
+
+
 def target_range(op: str, targets: Array, vocabulary: int) -> None:
     """With jax_enable_checks on, raise on targets outside the vocabulary: at once where they are known, else when the
     program runs."""
@@ -152,7 +159,7 @@ def wanted(
     top_k: int | None,
     vocabulary: int,
 ) -> tuple[str, ...]:
-    """Names of the statistics to compute."""
+    """Names of the statistics to compute; `vocabulary` is the size over all devices."""
     if top_k is not None and not 1 <= top_k <= vocabulary:
         raise ValueError(f"{op}: top_k is {top_k}; it must lie between 1 and the vocabulary size {vocabulary}.")
     possible = ALWAYS + (() if top_k is None else WITH_TOP_K)

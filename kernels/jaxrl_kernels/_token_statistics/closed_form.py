@@ -17,15 +17,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
+from jaxtyping import Bool
 from jaxtyping import Int
 
 from jaxrl_kernels._token_statistics.elementary import across
 from jaxrl_kernels._token_statistics.elementary import expm1
+from jaxrl_kernels._token_statistics.streaming import NOTHING
 from jaxrl_kernels._token_statistics.streaming import Block
+from jaxrl_kernels._token_statistics.streaming import Moments
 from jaxrl_kernels._token_statistics.streaming import Rows
 from jaxrl_kernels._token_statistics.streaming import Summary
 from jaxrl_kernels._token_statistics.streaming import chi_square
 from jaxrl_kernels._token_statistics.streaming import divergence
+from jaxrl_kernels._token_statistics.streaming import log_normaliser
+from jaxrl_kernels._token_statistics.streaming import surprise
+from jaxrl_kernels._token_statistics.types import DIFFERENTIABLE
 from jaxrl_kernels._token_statistics.types import TokenStatistics
 
 
@@ -42,6 +48,7 @@ class Constants(NamedTuple):
     centre: Rows | None = None
     gap: Rows | None = None  # log-normaliser of the policy minus that of the reference, without their cancellation
     sign: Rows | None = None
+    outside: Rows | None = None  # weight of the policy where the reference has none; given if it may have none
 
 
 class Variation(NamedTuple):
@@ -104,27 +111,45 @@ def conclude(
     in_range = (targets >= 0) & (targets < vocabulary)
     values["log_prob"] = jnp.where(in_range, log_prob, jnp.nan)
     constants = Constants(policy.maximum, policy.total, shift, collision, floor)
-    if other is None:
-        return _select(values, wanted), constants
-    missing = None
-    if summary.reference_outside is not None:
-        missing = -jnp.log1p(-summary.reference_outside / other.total)
-    constants = constants._replace(maximum_ref=other.maximum, total_ref=other.total)
+    if other is not None:
+        compared, constants = _compared(summary, other, constants)
+        values |= compared
+    return _select(values, wanted, finite_rows(constants)), constants
+
+
+def _select(values: dict[str, Array], wanted: tuple[str, ...], finite: Array) -> TokenStatistics:
+    chosen = {name: value for name, value in values.items() if name in wanted}
+    marked = {name: x if x.dtype == bool else jnp.where(finite, x, jnp.nan) for name, x in chosen.items()}
+    return TokenStatistics(**marked)
+
+
+def _compared(summary: Summary, other: Moments, constants: Constants) -> tuple[dict[str, Array], Constants]:
+    """The statistics that compare with the reference, all but the total variation, and the constants with theirs."""
+    policy, outside = summary.policy, summary.policy_outside
+    values: dict[str, Array] = {}
+    constants = constants._replace(maximum_ref=other.maximum, total_ref=other.total, outside=outside)
     if other.spread is not None and other.centre is not None:
-        kl_reverse = divergence(other, policy, None)
+        kl_reverse = divergence(other, policy, surprise(outside, policy.total))
         values["kl_reverse"] = kl_reverse
         constants = constants._replace(gap=kl_reverse - other.centre)
     if policy.spread is not None and policy.centre is not None:
-        kl = divergence(policy, other, missing)
-        values["kl"] = kl
-        constants = constants._replace(centre=policy.centre, gap=policy.centre - kl)
+        kl = divergence(policy, other, surprise(summary.reference_outside, other.total))
+        gap, infinite = policy.centre - kl, jnp.zeros(kl.shape, bool)
+        if outside is not None:
+            infinite = outside > 0
+            gap = jnp.where(infinite, log_normaliser(policy) - log_normaliser(other), gap)
+        values["kl"] = jnp.where(infinite, jnp.inf, kl)
         if summary.ratio is not None:
-            values["chi_square"] = chi_square(policy, other, summary.ratio, kl)
-    return _select(values, wanted), constants
+            values["chi_square"] = jnp.where(infinite, jnp.inf, chi_square(policy, other, summary.ratio, kl))
+        constants = constants._replace(centre=policy.centre, gap=gap)
+    return values, constants
 
 
-def _select(values: dict[str, Array], wanted: tuple[str, ...]) -> TokenStatistics:
-    return TokenStatistics(**{name: value for name, value in values.items() if name in wanted})
+def finite_rows(constants: Constants) -> Bool[Array, " N"]:
+    """Rows without NaN or inf. In the others no statistic is a number and none has a gradient, so that nothing of them
+    reaches the head's cotangent."""
+    sums = jax.tree.leaves(constants._replace(floor=None))
+    return jnp.all(jnp.stack([jnp.isfinite(value) for value in sums]), axis=0)
 
 
 def logit_gradient(
@@ -150,7 +175,11 @@ def logit_gradient(
     if "collision" in g:
         bracket = bracket + 2 * g["collision"] * (p - column["collision"])
     if z_ref is not None and "kl" in g:
-        bracket = bracket + g["kl"] * ((z - z_ref) - column["centre"])
+        slope = (z - z_ref) - column["centre"]
+        if "outside" in column:
+            # Where the reference has no mass KL is infinite, without a gradient, or p is 0.
+            slope = jnp.where(z_ref <= NOTHING, jnp.zeros((), z.dtype), slope)
+        bracket = bracket + g["kl"] * slope
     if z_ref is not None and "total_variation" in g:
         bracket = bracket + 0.5 * g["total_variation"] * (jnp.sign((z - z_ref) - column["gap"]) - column["sign"])
     out = p * bracket
@@ -165,11 +194,12 @@ def logit_gradient(
     return out
 
 
-def usable(cotangents: TokenStatistics, differentiable: tuple[str, ...]) -> dict[str, Rows]:
-    """The cotangents that carry a gradient: of statistics with a VJP, and not known to be zero."""
-    named = cotangents._asdict()
+def usable(values: TokenStatistics, cotangents: TokenStatistics) -> dict[str, Rows]:
+    """The cotangents that carry a gradient: of statistics with a VJP, not known to be zero. They are zero where the
+    statistic itself is not finite: a pruned target, one outside the vocabulary, a divergence that is infinite."""
+    given = {name: (getattr(values, name), getattr(cotangents, name)) for name in DIFFERENTIABLE}
     return {
-        name: named[name]
-        for name in differentiable
-        if named[name] is not None and not isinstance(named[name], jax.custom_derivatives.SymbolicZero)
+        name: jnp.where(jnp.isfinite(value), cotangent, jnp.zeros((), value.dtype))
+        for name, (value, cotangent) in given.items()
+        if cotangent is not None and not isinstance(cotangent, jax.custom_derivatives.SymbolicZero)
     }

@@ -71,8 +71,9 @@ def preferred(logits: Logits) -> bool:
     return not isinstance(logits.reference, ReferenceLogits) and _in_place(_pairs(logits))
 
 
-def columns(op: str, block: int | None, rows: int, vocabulary: int, dtypes: tuple[Any, ...]) -> int:
+def columns(op: str, block: int | None, rows: int, width: int, vocabulary: int, dtypes: tuple[Any, ...]) -> int:
     """Columns of a block of the backward pass for a given `block` argument; raise on what the kernel cannot do."""
+    del width
     if _dispatch.VERSION < _dispatch.NEEDS:
         raise NotImplementedError(
             f"{op}: implementation 'pallas_mosaic_gpu' needs jax 0.11 or newer, not {jax.__version__}; choose 'xla'."

@@ -44,9 +44,9 @@ from jaxrl_kernels._token_statistics.vjp import live_rows
 from jaxrl_kernels._token_statistics.vjp import without_idle_reference
 
 
-def columns(op: str, block: int | None, rows: int, vocabulary: int, dtypes: tuple[Any, ...]) -> int:
+def columns(op: str, block: int | None, rows: int, width: int, vocabulary: int, dtypes: tuple[Any, ...]) -> int:
     """Columns of a tile for a given `block` argument (0: to be chosen); raise on what the kernels cannot do."""
-    del rows
+    del rows, width
     refused = [dtype for dtype in dtypes if dtype not in (jnp.bfloat16, jnp.float32, jnp.float64)]
     if refused:
         raise NotImplementedError(
@@ -139,7 +139,7 @@ def summary(plan: Plan, logits: Logits, targets: Array, wanted: tuple[str, ...],
     rows = {"floor": floor, "inverse": _scales(logits)}
 
     def tile(z, z_ref, targets, start, given) -> Summary:
-        return summarise(z, z_ref, targets, start, wanted, given.get("floor"), in_kernel=True)
+        return summarise(z, z_ref, targets, start, wanted, given.get("floor"), in_kernel=True, sparse=logits.sparse)
 
     block = jax.ShapeDtypeStruct((case.rows, case.columns), case.dtype)
     row = jax.ShapeDtypeStruct((case.rows,), case.dtype)

@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from jaxrl_kernels._token_statistics.blocks import accumulator
 from jaxrl_kernels._token_statistics.blocks import matmul
+from jaxrl_kernels._token_statistics.streaming import NOTHING
 from jaxrl_kernels._token_statistics.types import Reference
 from jaxrl_kernels._token_statistics.types import ReferenceLogits
 from jaxrl_kernels._token_statistics.types import TokenStatistics
@@ -29,26 +30,30 @@ def _logits(
     return z if inverse_temperature is None else z * inverse_temperature
 
 
-def _compare(log_p: Array, kept: Array, log_q: Array) -> dict[str, Array]:
+def _compare(log_p: Array, kept: Array, z_ref: Array) -> dict[str, Array]:
     """Divergences between p (zero outside `kept`) and q; the sums are over non-negative terms, so nothing cancels."""
-    p, q = jnp.where(kept, jnp.exp(log_p), 0.0), jnp.exp(log_q)
-    log_ratio = jnp.where(kept, log_p - log_q, 0.0)
+    seen = z_ref > NOTHING
+    p, q = jnp.where(kept, jnp.exp(log_p), 0.0), jnp.where(seen, jax.nn.softmax(z_ref, axis=-1), 0.0)
+    log_q = jnp.where(seen, jax.nn.log_softmax(z_ref, axis=-1), 0.0)
+    log_ratio = jnp.where(kept & seen, log_p - log_q, 0.0)
+    infinite = jnp.any(~seen & (p > 0), axis=-1)
     outside = jnp.sum(jnp.where(kept, 0.0, q), axis=-1)
     # sum_S p (l + e^{-l} - 1) = KL + q(S) - 1 = KL - q(outside S)
-    small = jnp.abs(log_ratio) < 0.5
+    small = seen & (jnp.abs(log_ratio) < 0.5)
     tame = jnp.where(small, log_ratio, 0.0)
     near = p * (tame + jnp.expm1(-tame))
-    kl = jnp.sum(jnp.where(small & kept, near, jnp.where(kept, p * log_ratio + q - p, 0.0)), axis=-1) + outside
+    kl = jnp.sum(jnp.where(small & kept, near, jnp.where(kept & seen, p * log_ratio + q - p, 0.0)), axis=-1) + outside
     near_reverse = q * (jnp.expm1(tame) - tame)
     kl_reverse = jnp.sum(jnp.where(small, near_reverse, p - q - q * log_ratio), axis=-1)
     near_distance = p * jnp.abs(jnp.expm1(-tame))
     distance = jnp.where(kept, jnp.where(small, near_distance, jnp.abs(p - q)), q)
-    chi = jnp.where(kept, jnp.where(small, q * jnp.square(jnp.expm1(tame)), jnp.exp(2 * log_p - log_q) - 2 * p + q), q)
+    far = jnp.where(seen, jnp.exp(2 * log_p - log_q) - 2 * p + q, 0.0)
+    chi = jnp.where(kept, jnp.where(small, q * jnp.square(jnp.expm1(tame)), far), q)
     return {
-        "kl": kl,
+        "kl": jnp.where(infinite, jnp.inf, kl),
         "kl_reverse": kl_reverse,
         "total_variation": 0.5 * jnp.sum(distance, axis=-1),
-        "chi_square": lax.stop_gradient(jnp.sum(chi, axis=-1)),
+        "chi_square": lax.stop_gradient(jnp.where(infinite, jnp.inf, jnp.sum(chi, axis=-1))),
     }
 
 
@@ -72,6 +77,10 @@ def statistics(
     if isinstance(reference, Reference):
         finite &= jnp.all(jnp.isfinite(reference.hidden), axis=-1)
         reference = reference._replace(hidden=jnp.where(finite[:, None], reference.hidden, 0.0))
+    elif reference is not None:
+        largest = jnp.max(reference.logits, axis=-1)
+        finite &= jnp.isfinite(largest) & (largest > NOTHING)
+        reference = reference._replace(logits=jnp.where(finite[:, None], reference.logits, 0.0))
     hidden = jnp.where(finite[:, None], hidden, 0.0)
     z = _logits(hidden, head, vocabulary_axis, inverse_temperature, soft_cap, dtype)
     top = lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True))
@@ -99,7 +108,7 @@ def statistics(
     values["log_prob"] = jnp.where(inside, log_prob, jnp.nan)
     if reference is not None:
         z_ref = _reference_logits(lax.stop_gradient(reference), vocabulary_axis, inverse_temperature, soft_cap, dtype)
-        values |= _compare(log_p, kept, jax.nn.log_softmax(z_ref, axis=-1))
+        values |= _compare(log_p, kept, z_ref)
     return TokenStatistics(
         **{
             name: value if value.dtype == bool else jnp.where(finite, value, jnp.nan)

@@ -17,6 +17,9 @@ summaries re-centres them by
     spread' = e^t spread + S phi(t),  t = centre' - centre        (a sum of non-negative terms again)
 
 KL(q || p) is the same with the roles of policy and reference exchanged.
+
+Where the reference is given as logits, some may say that q_k = 0 (types.ReferenceLogits). There d_k is set to 0, which
+no weight of q counts; the mass of the policy there says whether KL(p || q) is infinite, and completes KL(q || p).
 """
 
 from collections.abc import Callable
@@ -32,6 +35,9 @@ from jaxtyping import Int
 
 from jaxrl_kernels._token_statistics.elementary import across
 from jaxrl_kernels._token_statistics.elementary import excess
+
+NOTHING = -1e30
+"""A reference's logit up to which its probability is 0: e^(NOTHING - m) is 0."""
 
 Rows = Float[Array, " N"]
 Block = Float[Array, "N B"]
@@ -59,6 +65,7 @@ class Summary(NamedTuple):
     reference: Moments | None = None
     reference_outside: Rows | None = None
     top: Float[Array, "N k"] | None = None  # the largest logits, in falling order
+    policy_outside: Rows | None = None  # weight of the policy where the reference has none
 
 
 def _row_sum(x: Block) -> Rows:
@@ -182,11 +189,13 @@ def summarise(
     *,
     in_kernel: bool = False,
     top_k: int | None = None,
+    sparse: bool = False,
 ) -> Summary:
     """Summary of one block. Columns with logits under `floor` (if given) are outside the safe set and weigh nothing.
 
     in_kernel: whether this is part of a Pallas kernel, which cannot gather columns and needs no barriers.
     top_k: how many of the largest logits to keep.
+    sparse: whether the reference may have logits of -inf.
     """
     apart = jax.default_backend() == "cpu" and not in_kernel
     zero = jnp.zeros((), z.dtype)
@@ -196,7 +205,11 @@ def summarise(
     if kept is not None:
         weights = jnp.where(kept, weights, zero)
     spread = bool({"kl", "total_variation", "chi_square"} & set(wanted))
-    policy = moments(weights, maximum, z, z_ref, spread=spread, growth="chi_square" in wanted, apart=apart)
+    absent, near = None, z_ref
+    if sparse and z_ref is not None:
+        absent = z_ref <= NOTHING
+        near = jnp.where(absent, z, z_ref)
+    policy = moments(weights, maximum, z, near, spread=spread, growth="chi_square" in wanted, apart=apart)
     shift = square = target_kept = None
     if "entropy" in wanted:
         w, logits, top = _apart(apart, weights, z, maximum)
@@ -207,21 +220,31 @@ def summarise(
     if floor is not None:
         target_kept = (inside & (target >= floor)).astype(z.dtype)
     top_logits = None if top_k is None else _largest(z if kept is None else jnp.where(kept, z, -jnp.inf), top_k)
-    if z_ref is None:
+    if z_ref is None or near is None:
         return Summary(policy, shift, square, target, target_kept, top=top_logits)
-    ratio = outside = None
-    if "chi_square" in wanted:
-        exponent = z + (z - z_ref)
-        if kept is not None:
-            exponent = jnp.where(kept, exponent, -0.5 * float(jnp.finfo(z.dtype).max))
-        peak = row_maximum(exponent)
-        ratio = moments(jnp.exp(exponent - across(peak, exponent)), peak, None, None)
+    ratio = _ratio(z, near, kept, absent) if "chi_square" in wanted else None
     top = row_maximum(z_ref)
+    if absent is not None:
+        top = lax.max(top, jnp.full_like(top, NOTHING))  # finite where the reference has nothing in this block
     weights_ref = jnp.exp(z_ref - across(top, z_ref))
-    reference = moments(weights_ref, top, z_ref, z, spread="kl_reverse" in wanted, apart=apart)
+    if absent is not None:
+        weights_ref = jnp.where(absent, zero, weights_ref)
+    reference = moments(weights_ref, top, near, z, spread="kl_reverse" in wanted, apart=apart)
+    outside = None if kept is None else _row_sum(jnp.where(kept, zero, weights_ref))
+    beyond = None if absent is None else _row_sum(jnp.where(absent, weights, zero))
+    return Summary(policy, shift, square, target, target_kept, ratio, reference, outside, top_logits, beyond)
+
+
+def _ratio(z: Block, near: Block, kept: Array | None, absent: Array | None) -> Moments:
+    """Moments of p^2 / q over the columns that are kept and not absent."""
+    exponent = z + (z - near)
+    least = jnp.full((), -0.5 * float(jnp.finfo(z.dtype).max), z.dtype)
     if kept is not None:
-        outside = _row_sum(jnp.where(kept, zero, weights_ref))
-    return Summary(policy, shift, square, target, target_kept, ratio, reference, outside, top_logits)
+        exponent = jnp.where(kept, exponent, least)
+    if absent is not None:
+        exponent = jnp.where(absent, least, exponent)
+    peak = row_maximum(exponent)
+    return moments(jnp.exp(exponent - across(peak, exponent)), peak, None, None)
 
 
 def _largest(z: Block, count: int) -> Float[Array, "N k"]:
@@ -252,12 +275,20 @@ def combine(a: Summary, b: Summary) -> Summary:
             outside = ref_a * a.reference_outside + ref_b * b.reference_outside
     kept = None if a.target_kept is None or b.target_kept is None else a.target_kept + b.target_kept
     top = None if a.top is None or b.top is None else _largest(jnp.concatenate([a.top, b.top], 1), a.top.shape[1])
-    return Summary(policy, shift, square, a.target + b.target, kept, ratio, reference, outside, top)
+    beyond = None
+    if a.policy_outside is not None and b.policy_outside is not None:
+        beyond = scale_a * a.policy_outside + scale_b * b.policy_outside
+    return Summary(policy, shift, square, a.target + b.target, kept, ratio, reference, outside, top, beyond)
 
 
 def log_normaliser(own: Moments) -> Rows:
     """log sum_k e^{z_k}."""
     return own.maximum + jnp.log(own.total)
+
+
+def surprise(outside: Rows | None, total: Rows) -> Rows | None:
+    """-log(1 - outside / total) [nats]: +inf where everything is outside."""
+    return None if outside is None else -jnp.log1p(-lax.min(outside / total, jnp.ones_like(total)))
 
 
 def divergence(own: Moments, other: Moments, missing: Rows | None) -> Rows:

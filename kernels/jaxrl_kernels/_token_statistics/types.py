@@ -35,7 +35,9 @@ class ReferenceLogits(NamedTuple):
     """The distribution that the policy is compared with, from logits that exist already: softmax(logits / temperature).
     No gradient flows into it.
 
-    logits: [N, V], soft-capped if that is meant: the cap of the call acts on logits that a head makes.
+    logits: [N, V], soft-capped if that is meant: the cap of the call acts on logits that a head makes. One of -inf (or
+        below -1e30) is a probability of 0: kl and chi_square are +inf, without a gradient, where the policy has mass
+        there, and kl_reverse and total_variation are finite. A row of such logits alone counts as NaN.
     """
 
     logits: Float[Array, "N V"]

@@ -15,9 +15,9 @@ from jaxrl_kernels._token_statistics.blocks import Logits
 from jaxrl_kernels._token_statistics.closed_form import Constants
 from jaxrl_kernels._token_statistics.closed_form import Variation
 from jaxrl_kernels._token_statistics.closed_form import conclude
+from jaxrl_kernels._token_statistics.closed_form import finite_rows
 from jaxrl_kernels._token_statistics.closed_form import usable
 from jaxrl_kernels._token_statistics.streaming import Summary
-from jaxrl_kernels._token_statistics.types import DIFFERENTIABLE
 from jaxrl_kernels._token_statistics.types import WITH_REFERENCE
 from jaxrl_kernels._token_statistics.types import TokenStatistics
 
@@ -35,7 +35,7 @@ class Plan(NamedTuple):
 class Engine(NamedTuple):
     """How one implementation sweeps the vocabulary.
 
-    columns: (op, block argument or None, rows, vocabulary, dtypes) -> Layout.size; raises on what it cannot do.
+    columns: (op, block argument or None, rows, width, vocabulary, dtypes) -> Layout.size; raises on what it cannot do.
     summary: (plan, logits, targets, wanted, floor or None) -> Summary.
     total_variation: (plan, logits, constants) -> Variation.
     backward: (plan, logits, targets, constants, cotangent by name, head_gradient=) -> cotangents of hidden and head;
@@ -46,12 +46,6 @@ class Engine(NamedTuple):
     summary: Callable[..., Summary]
     total_variation: Callable[..., Variation]
     backward: Callable[..., tuple[Array, Array | None]]
-
-
-def finite_rows(constants: Constants) -> Bool[Array, " N"]:
-    """Rows whose statistics are finite. The others have no gradient, so that none reaches the head's cotangent."""
-    sums = jax.tree.leaves(constants._replace(floor=None))
-    return jnp.all(jnp.stack([jnp.isfinite(value) for value in sums]), axis=0)
 
 
 def live_rows(constants: Constants, cotangent: dict[str, Array]) -> Bool[Array, " N"]:
@@ -106,12 +100,12 @@ def _forward_rule(engine: Engine, plan: Plan, *arguments):
     # Whether the head was perturbed is a residual entry of its own, so that the backward rule knows it as structure.
     marker = () if perturbed["head"] else None
     local = across_devices.local_targets(targets, plan.layout.vocabulary, plan.mesh_axis)
-    return values, (logits._replace(soft_cap=None), local, constants, marker)
+    return values, (logits._replace(soft_cap=None), local, values, constants, marker)
 
 
 def _backward_rule(engine: Engine, plan: Plan, residuals, cotangents: TokenStatistics):
-    logits, targets, constants, marker = residuals
-    cotangent = usable(cotangents, DIFFERENTIABLE)
+    logits, targets, values, constants, marker = residuals
+    cotangent = usable(values, cotangents)
     if not cotangent:
         return (None,) * 6
     logits = logits._replace(soft_cap=plan.soft_cap)

@@ -23,6 +23,7 @@ from jaxrl_kernels._token_statistics.blocks import block_size
 from jaxrl_kernels._token_statistics.blocks import fold
 from jaxrl_kernels._token_statistics.blocks import head_cotangent
 from jaxrl_kernels._token_statistics.blocks import matmul
+from jaxrl_kernels._token_statistics.blocks import promoted
 from jaxrl_kernels._token_statistics.closed_form import Constants
 from jaxrl_kernels._token_statistics.closed_form import Variation
 from jaxrl_kernels._token_statistics.closed_form import logit_gradient
@@ -36,14 +37,14 @@ from jaxrl_kernels._token_statistics.vjp import live_rows
 from jaxrl_kernels._token_statistics.vjp import without_idle_reference
 
 
-def columns(op: str, block: int | None, rows: int, vocabulary: int, dtypes: tuple[jnp.dtype, ...]) -> int:
+def columns(op: str, block: int | None, rows: int, width: int, vocabulary: int, dtypes: tuple[jnp.dtype, ...]) -> int:
     """Columns of a block for a given `block` argument."""
     if block is None:
         platform = jax.default_backend()
         if op == "token_loss" and platform != "cpu":
             return vocabulary  # a tile of rows is one block there: xla_loss.py
         size = block_size(rows, vocabulary, accumulator(*dtypes).itemsize, platform)
-        return tuned.block(op, rows, vocabulary) or size
+        return tuned.block(op, rows, width, vocabulary, promoted(*dtypes)) or size
     if block < 1:
         raise ValueError(f"{op}: block must be at least 1 column, not {block}.")
     return min(block, vocabulary)
@@ -55,7 +56,8 @@ def summary(plan: Plan, logits: Logits, targets: Array, wanted: tuple[str, ...],
 
     def step(start: int | Array, size: int) -> Summary:
         top_k = plan.top_k if "top_k_mass" in wanted else None
-        return summarise(*logits.block(layout, start, size), targets, start, wanted, floor, top_k=top_k)
+        pair = logits.block(layout, start, size)
+        return summarise(*pair, targets, start, wanted, floor, top_k=top_k, sparse=logits.sparse)
 
     return fold(layout, step, combine)
 

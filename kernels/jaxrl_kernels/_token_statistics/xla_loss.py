@@ -27,18 +27,18 @@ from jaxrl_kernels._token_statistics.blocks import vary_together
 from jaxrl_kernels._token_statistics.closed_form import Constants
 from jaxrl_kernels._token_statistics.closed_form import Variation
 from jaxrl_kernels._token_statistics.closed_form import conclude
+from jaxrl_kernels._token_statistics.closed_form import finite_rows
 from jaxrl_kernels._token_statistics.closed_form import logit_gradient
+from jaxrl_kernels._token_statistics.closed_form import usable
 from jaxrl_kernels._token_statistics.closed_form import variation
 from jaxrl_kernels._token_statistics.streaming import Summary
 from jaxrl_kernels._token_statistics.streaming import combine
 from jaxrl_kernels._token_statistics.streaming import summarise
-from jaxrl_kernels._token_statistics.types import DIFFERENTIABLE
 from jaxrl_kernels._token_statistics.types import Reference
 from jaxrl_kernels._token_statistics.types import ReferenceLogits
 from jaxrl_kernels._token_statistics.types import TokenStatistics
 from jaxrl_kernels._token_statistics.vjp import Engine
 from jaxrl_kernels._token_statistics.vjp import Plan
-from jaxrl_kernels._token_statistics.vjp import finite_rows
 from jaxrl_kernels._token_statistics.vjp import statistics
 
 CPU_TILE_ROWS = 512
@@ -116,7 +116,7 @@ def _sweep(
     keep = keep or log_min_p is not None or "total_variation" in plan.wanted
 
     def part(pair: Kept, start: int | Array, floor: Array | None) -> Summary:
-        return summarise(*pair, targets, start, plan.wanted, floor, top_k=top_k)
+        return summarise(*pair, targets, start, plan.wanted, floor, top_k=top_k, sparse=logits.sparse)
 
     def first(start: int | Array, size: int) -> tuple[Summary, Kept]:
         pair = logits.block(layout, start, size)
@@ -171,8 +171,7 @@ def _tile_gradient(plan: LossPlan, logits: Logits, tile: Tile, log_min_p: Array 
     values, constants, kept, last = _sweep(plan, logits, tile, log_min_p, keep=True)
     loss, pull = jax.vjp(lambda s: _evaluate(plan, s, tile), values)
     (cotangents,) = pull(jnp.ones_like(loss))
-    named = cotangents._asdict()
-    cotangent = {name: named[name] for name in DIFFERENTIABLE if named[name] is not None}
+    cotangent = usable(values, cotangents)
     finite = finite_rows(constants)
     targets = across_devices.local_targets(tile.targets, layout.vocabulary, plan.mesh_axis)
     hidden = logits.hidden

@@ -1,6 +1,6 @@
 """Measured block sizes, one JSON file per device, and the look-up of the nearest shape.
 
-A file holds {"device": name, "entries": [{"op", "rows", "width", "vocabulary", "block", ...}]}. `python -m
+A file holds {"device": name, "entries": [{"op", "rows", "width", "vocabulary", "dtype", "block", ...}]}. `python -m
 jaxrl_kernels.bench --tune` writes it. A device without a file gets the sizes that blocks.py computes.
 """
 
@@ -13,11 +13,12 @@ import re
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 FOLDER = Path(__file__).parent
 
 NEAR = 4.0
-"""An entry serves shapes whose rows and vocabulary differ by no more than this factor together."""
+"""An entry serves shapes whose rows, width and vocabulary differ by no more than this factor together."""
 
 
 def device_name() -> str:
@@ -45,19 +46,22 @@ def entries(device: str) -> tuple[dict, ...]:
     return tuple(json.loads(path.read_text())["entries"]) if path.exists() else ()
 
 
-def nearest(found: tuple[dict, ...], op: str, rows: int, vocabulary: int) -> int | None:
-    """Block of the entry whose rows and vocabulary are nearest in ratio; None if none is near."""
+def nearest(found: tuple[dict, ...], op: str, rows: int, width: int, vocabulary: int, dtype: str) -> int | None:
+    """Block of the entry of this op and dtype whose rows, width and vocabulary are nearest in ratio; None if none is
+    near."""
+    shape = {"rows": rows, "width": width, "vocabulary": vocabulary}
 
     def distance(entry: dict) -> float:
-        return abs(math.log(max(rows, 1) / entry["rows"])) + abs(math.log(vocabulary / entry["vocabulary"]))
+        return sum(abs(math.log(max(size, 1) / entry[name])) for name, size in shape.items())
 
-    near = [entry for entry in found if entry["op"] == op and distance(entry) <= math.log(NEAR)]
+    same = [entry for entry in found if (entry["op"], entry["dtype"]) == (op, dtype)]
+    near = [entry for entry in same if distance(entry) <= math.log(NEAR)]
     return min(near, key=distance)["block"] if near else None
 
 
-def block(op: str, rows: int, vocabulary: int) -> int | None:
+def block(op: str, rows: int, width: int, vocabulary: int, dtype: jnp.dtype) -> int | None:
     """The tuned block for this op on the device that runs, if there is one for a shape near this."""
-    size = nearest(entries(_this_device()), op, rows, vocabulary)
+    size = nearest(entries(_this_device()), op, rows, width, vocabulary, jnp.dtype(dtype).name)
     return None if size is None else min(size, vocabulary)
 
 
