@@ -134,6 +134,16 @@ def test_bounds_and_sampled_error_of_a_shift():
     assert wide["bounds/vacuous"] == 1
 
 
+def test_samples_of_another_policy_bound_nothing():
+    kl, tv = np.random.default_rng(4).uniform(0, 0.01, (2, 3, 3)).astype(np.float32)
+    shift = Shift(*map(jnp.asarray, (kl, kl, kl / 2, tv)))
+    arrays = (shift, jnp.asarray(MASK), jnp.ones(3), jnp.arange(3))
+    values = shift_metrics(*arrays, reward_range=(0.0, 2.0), sampled_by_mu=False)
+    np.testing.assert_allclose(values["shift/kl_max"], kl[MASK].max(), rtol=1e-6)
+    assert {name.split("/")[0] for name in values} == {"shift"}
+    assert not {"shift/sequence_kl", "shift/sequence_tv_sampled"} & set(values)
+
+
 def test_optimiser_steps_are_added_before_they_are_divided():
     steps = [
         {"loss": (6.0, 2.0), "rejected_sequences": (1.0, 4.0), "skipped": (0.0, 1.0), "grad_norm": (3.0, 1.0)},
