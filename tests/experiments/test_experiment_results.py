@@ -6,11 +6,14 @@ import pytest
 from synthetic_run import write_synthetic_run
 
 from experiments.results import END
+from experiments.results import RESULTS
 from experiments.results import START
 from experiments.results import keep
 from experiments.results import write_tables
+from experiments.run_folder import ROOT
 from experiments.run_folder import RunFolder
 from experiments.run_folder import UserError
+from experiments.run_folder import read_json
 
 
 def test_tables_are_made_from_kept_results(tmp_path) -> None:
@@ -53,3 +56,26 @@ def test_a_run_with_changed_settings_stands_beside_that_of_the_claim(tmp_path) -
 def test_a_tiny_run_is_no_result(finished_runs, tmp_path) -> None:
     with pytest.raises(UserError, match="is a tiny one"):
         keep(RunFolder(finished_runs / "from_scratch" / "first"), tmp_path)
+
+
+def test_figures_of_the_errata_are_those_of_the_kept_runs() -> None:
+    """Errata F2.19 and F3.5, which say what two studies did not reproduce."""
+    text = " ".join((ROOT / "docs" / "errata.md").read_text().split())
+    trm, pruning = (read_json(RESULTS / f"{name}.json")["summary"] for name in ("trm_training", "pruning_training"))
+
+    def interval(summary: dict, name: str) -> tuple[float, float, float]:
+        mean, low = summary[name], summary[f"{name}_low"]
+        return mean, low, 2 * mean - low
+
+    gain, lower, upper = interval(trm, "sums_trm_minus_none")
+    assert f"above no correction by {gain:.3f} ({lower:.3f} to {upper:.3f})" in text
+    loss, lower, upper = interval(trm, "sums_trm_minus_tis")
+    assert f"by {-loss:.3f} ({-upper:.3f} to {-lower:.3f})" in text
+    assert trm["ladder_trm_minus_none_low"] < 0 < interval(trm, "ladder_trm_minus_none")[2]
+    gain, lower, upper = interval(pruning, "pruning_minus_none")
+    assert f"by {gain:.3f} ({lower:.3f} to {upper:.3f}) at the largest threshold" in text
+    added = [interval(pruning, f"dvp_{threshold}_minus_tis") for threshold in (13, 6, 3)]
+    assert "{:+.3f}, {:+.3f} and {:+.3f} at -13, -6 and -3".format(*(mean for mean, _, _ in added)) in text
+    assert all(lower < 0 < upper for _, lower, upper in added)
+    halves = sorted(upper - mean for mean, _, upper in added)
+    assert f"half-intervals {halves[0]:.3f} to {halves[-1]:.3f}" in text

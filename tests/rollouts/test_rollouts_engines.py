@@ -297,20 +297,28 @@ def test_a_server_behind_openais_protocol(served: LlamaCppEngine, ours: JaxEngin
         )
 
 
+class _Gone:
+    """A server that nobody is."""
+
+    listening_address = "http://127.0.0.1:9"
+
+
 def test_complete_rollouts_of_a_failed_batch_are_kept(model: Transformer, monkeypatch) -> None:
-    """The third of six requests runs into a timeout; the next call asks for the third and those after it."""
+    """The third of six requests finds no server; the next call asks for the third and those after it."""
     asked: list[int] = []
     with LlamaCppEngine(model, SETTINGS, cache_dtype="F32", slots=1, context=64) as engine:
         whole = engine.generate(*PROMPTS, KEY)
-        ask, timeout = engine._ask, engine.timeout
+        ask = engine._ask
 
-        def slow(body):
-            asked.append(body["seed"])
-            engine.timeout = 1e-6 if len(asked) == 3 else timeout
-            return ask(body)
+        def lost_once(body):
+            asked.append(body.get("seed"))
+            with monkeypatch.context() as patch:
+                if len(asked) == 3:
+                    patch.setattr(engine, "_server", _Gone())
+                return ask(body)
 
-        monkeypatch.setattr(engine, "_ask", slow)
-        with pytest.raises(IncompleteRolloutsError, match=r"2 of 6 .*did not answer within 1e-06 s") as caught:
+        monkeypatch.setattr(engine, "_ask", lost_once)
+        with pytest.raises(IncompleteRolloutsError, match=r"2 of 6 .*did not answer within .* or broke off") as caught:
             engine.generate(*PROMPTS, KEY)
         assert (caught.value.completed, caught.value.wanted, len(asked)) == (2, 6, 3)
         engine.generate(*PROMPTS, KEY, step=1)
@@ -328,6 +336,10 @@ def test_complete_rollouts_of_a_failed_batch_are_kept(model: Transformer, monkey
         engine.push_weights(model_of(1))
         engine.generate(*PROMPTS, KEY)
         assert len(asked) == 3 + 6
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "timeout", 1e-6)
+            with pytest.raises(EngineError, match=r"did not answer within 1e-06 s"):
+                engine.distributions(whole.tokens, whole.token_mask, response_width=SETTINGS.max_new_tokens)
     with pytest.raises(EngineError, match=r"^this llama\.cpp engine was stopped"):
         engine.generate(*PROMPTS, KEY)
 
