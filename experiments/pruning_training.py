@@ -3,7 +3,7 @@
 Claim      With a stale and noisy sampler, a transformer that learns sums with a pruned vocabulary ends with more
            reward than without a correction.
 Command    python -m experiments run pruning_training          (all nine arms: --arms all)
-Cost       12 minutes beside other work on a 2-core AMD EPYC, 6 minutes of processor time
+Cost       8 minutes beside other work on a 2-core AMD EPYC, 6.5 minutes of processor time
 Expected   pruning_minus_none_low >= 0.0 in summary.json: the lower end of the 95 % interval of that difference, over 16
            seeds, paired (+0.157, from +0.087 to +0.227, at the largest threshold)
 
@@ -180,7 +180,7 @@ TINY = PruningSettings(**{**dataclasses.asdict(TRM_TINY), "log_min_ps": (-6.0,)}
 EXPERIMENT = Study(
     name="pruning_training",
     claim="Dynamic vocabulary pruning keeps reward that training with a stale and noisy sampler loses.",
-    cost="12 minutes beside other work on a 2-core AMD EPYC, 6 minutes of processor time",
+    cost="8 minutes beside other work on a 2-core AMD EPYC, 6.5 minutes of processor time",
     settings=SETTINGS,
     tiny=TINY,
     expectation=Expectation("pruning_minus_none_low", at_least=0.0),

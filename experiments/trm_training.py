@@ -3,7 +3,7 @@
 Claim      With a stale and noisy sampler, a transformer that learns sums with Trust Region Masking ends with more
            reward than without a correction.
 Command    python -m experiments run trm_training          (all nine arms: --arms all)
-Cost       9 minutes beside other work on a 2-core AMD EPYC, 5.5 minutes of processor time
+Cost       7 minutes beside other work on a 2-core AMD EPYC, 7 minutes of processor time
 Expected   sums_trm_minus_none_low >= 0.0 in summary.json: the lower end of the 95 % interval of that difference, over
            seeds, paired; decided before the 16 seeds were run
 
@@ -199,7 +199,7 @@ EXPERIMENT = Study(
     claim=(
         "With a stale and noisy sampler, Trust Region Masking ends with more reward than training without a correction."
     ),
-    cost="9 minutes beside other work on a 2-core AMD EPYC, 5.5 minutes of processor time",
+    cost="7 minutes beside other work on a 2-core AMD EPYC, 7 minutes of processor time",
     settings=SETTINGS,
     tiny=TINY,
     expectation=Expectation("sums_trm_minus_none_low", at_least=0.0),
