@@ -48,8 +48,9 @@ SHAPES = (
 )
 """Width 0 means logits that exist already."""
 
-QUICK_SECONDS = 120
-"""After these no further round of --quick begins: compiling, errors and the logits' own shape take the third minute."""
+QUICK_SECONDS = 100
+"""After these no further round of --quick begins: a round, compiling, errors and the logits' own shape take the rest of
+three minutes."""
 
 
 def run_shape(shape: Shape, rounds: int, torch: str | None, limit: float) -> dict:
