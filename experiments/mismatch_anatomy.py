@@ -3,8 +3,8 @@
 Claim      For llama.cpp with weights in F32, F16, BF16, Q8_0 and the shipped Q4_1, the mean of |d log p| / (1 - p) over
            sampled tokens varies by less than a factor of two between p < 0.1, .1-.5, .5-.9 and > 0.9.
 Command    python -m experiments run mismatch_anatomy
-Cost       10 minutes on a 2-core AMD EPYC, from an empty compilation cache; two thirds of it are 1,200 distributions
-           over 49,152 tokens that llama.cpp writes as text
+Cost       10 minutes on a 2-core AMD EPYC, from an empty compilation cache; two thirds of it are the engines, whose
+           1,200 distributions over 49,152 tokens llama.cpp writes as text
 Expected   flatness >= 0.5 in summary.json: the smallest of these means over the largest, in the worst precision.
            Missed: 0.45 (95 % interval over responses 0.32 to 0.62), in BF16
 

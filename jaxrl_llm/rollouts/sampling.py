@@ -65,6 +65,11 @@ class SamplingSettings:
         """Whether the most likely token is always taken."""
         return self.temperature == 0
 
+    @property
+    def truncated(self) -> bool:
+        """Whether tokens may be left out that the model can draw."""
+        return self.top_p not in (None, 1) or self.min_p not in (None, 0)
+
 
 def rollout_keys(
     key: PRNGKey, step: Int[Array, ""] | int, prompt_index: Int[Array, " N"], sample_index: Int[Array, " G"]

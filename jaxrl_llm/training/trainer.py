@@ -77,7 +77,7 @@ def knows_sampler(parts: Parts, sampling: SamplingSettings) -> bool:
     cache, perturbed logits, and a truncated or pruned vocabulary are not in it.
     """
     engine = parts.perturbation
-    return all(what is None for what in (engine.cache, engine.logits, sampling.top_p, sampling.min_p))
+    return engine.cache is None and engine.logits is None and not sampling.truncated
 
 
 def _sampling(recipe: Recipe, sampling: SamplingSettings) -> SamplingSettings:
@@ -88,7 +88,7 @@ def _sampling(recipe: Recipe, sampling: SamplingSettings) -> SamplingSettings:
     """
     if recipe.log_min_p is None:
         return sampling
-    if sampling.top_p is not None or sampling.min_p is not None:
+    if sampling.truncated:
         raise ValueError(
             f"recipe {recipe.name!r} prunes to the safe set at log_min_p = {recipe.log_min_p}, and its sampler with "
             f"it; top_p = {sampling.top_p} and min_p = {sampling.min_p} must be None."

@@ -14,6 +14,7 @@ from jaxrl_llm.objectives.ratios import LOG_RATIO_LIMIT
 from jaxrl_llm.rollouts import SamplingSettings
 from jaxrl_llm.training import train
 from jaxrl_llm.training.trainer import Trainer
+from jaxrl_llm.training.trainer import knows_sampler
 
 LOG_MIN_P = -0.3
 
@@ -128,5 +129,8 @@ def test_samplers_that_do_not_fit_are_refused(tiny_run):
     ):
         with pytest.raises(ValueError, match=r"masks by the exact KL\(behaviour \|\| current\), .* without truncation"):
             Trainer(parts, settings, (256,))
+    whole = SamplingSettings(top_p=1.0, min_p=0.0)
+    assert knows_sampler(tiny_run.make_parts("trm"), whole)
+    assert not knows_sampler(tiny_run.make_parts("trm"), nucleus.sampling)
     with pytest.raises(ValueError, match=r"log_min_p of recipe 'dvp' is 0\.5; it must be at most 0"):
         dataclasses.replace(get_recipe("dvp"), log_min_p=0.5)

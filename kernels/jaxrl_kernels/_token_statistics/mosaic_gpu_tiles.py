@@ -29,6 +29,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from jaxrl_kernels._token_statistics.elementary import across
+from jaxrl_kernels._token_statistics.streaming import NOTHING
 
 ROWS = 64
 """Rows of a computing warpgroup: those of one tensor core instruction."""
@@ -57,9 +58,6 @@ SHORTEST = 8
 
 SWIZZLED = plgpu.TilingTransform((8, STEP)), plgpu.SwizzleTransform(2 * STEP)
 """How bfloat16 lies in shared memory: read without bank conflicts by the tensor cores and the copies."""
-
-NOTHING = -1e30
-"""Logit of a column beyond the vocabulary: e^(NOTHING - m) is 0, and nothing that multiplies it is infinite."""
 
 
 class Head(NamedTuple):

@@ -20,9 +20,6 @@ from jaxrl_kernels._token_statistics.vjp import Plan
 LANES = 128
 """Columns of a TPU vector register; tiles of columns are multiples of it."""
 
-NOTHING = -1e30
-"""Logit of a column beyond the vocabulary: e^(NOTHING - m) is 0, and nothing that multiplies it is infinite."""
-
 TILES = ((256, 512), (256, 256), (128, 256), (128, 128))
 """(rows, columns) to choose from, the largest that fits. Not measured: 256 rows per pass over the head keep the matrix
 unit of v5e and v5p busier than their memory; wider tiles compile for minutes."""

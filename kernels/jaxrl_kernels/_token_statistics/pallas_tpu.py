@@ -28,12 +28,12 @@ from jaxrl_kernels._token_statistics.closed_form import logit_gradient
 from jaxrl_kernels._token_statistics.closed_form import variation
 from jaxrl_kernels._token_statistics.elementary import across
 from jaxrl_kernels._token_statistics.mosaic_tpu_tiles import LANES
-from jaxrl_kernels._token_statistics.mosaic_tpu_tiles import NOTHING
 from jaxrl_kernels._token_statistics.mosaic_tpu_tiles import ZERO
 from jaxrl_kernels._token_statistics.mosaic_tpu_tiles import Case
 from jaxrl_kernels._token_statistics.mosaic_tpu_tiles import Operands
 from jaxrl_kernels._token_statistics.mosaic_tpu_tiles import call
 from jaxrl_kernels._token_statistics.mosaic_tpu_tiles import choose
+from jaxrl_kernels._token_statistics.streaming import NOTHING
 from jaxrl_kernels._token_statistics.streaming import Summary
 from jaxrl_kernels._token_statistics.streaming import combine
 from jaxrl_kernels._token_statistics.streaming import summarise

@@ -37,7 +37,8 @@ from jaxrl_kernels._token_statistics.elementary import across
 from jaxrl_kernels._token_statistics.elementary import excess
 
 NOTHING = -1e30
-"""A reference's logit up to which its probability is 0: e^(NOTHING - m) is 0."""
+"""Logit of a token without probability: of columns beyond the vocabulary in the kernels, and of a reference up to here.
+e^(NOTHING - m) is 0, and nothing that multiplies it is infinite."""
 
 Rows = Float[Array, " N"]
 Block = Float[Array, "N B"]
