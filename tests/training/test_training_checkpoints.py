@@ -11,16 +11,16 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from jaxrl_llm.training.checkpoints import Checkpoints
-from jaxrl_llm.training.checkpoints import Progress
-from jaxrl_llm.training.checkpoints import flatten_settings
-from jaxrl_llm.training.checkpoints import refuse_changed_settings
-from jaxrl_llm.training.errors import ChangedSettingsError
-from jaxrl_llm.training.errors import StorageError
-from jaxrl_llm.training.errors import TrainingError
-from jaxrl_llm.training.optimizer import OptimizerSettings
-from jaxrl_llm.training.state import TrainState
-from jaxrl_llm.training.state import state_hash
+from jaxrl_llm.training.run.checkpoints import Checkpoints
+from jaxrl_llm.training.run.checkpoints import Progress
+from jaxrl_llm.training.run.checkpoints import flatten_settings
+from jaxrl_llm.training.run.checkpoints import refuse_changed_settings
+from jaxrl_llm.training.run.errors import ChangedSettingsError
+from jaxrl_llm.training.run.errors import StorageError
+from jaxrl_llm.training.run.errors import TrainingError
+from jaxrl_llm.training.run.optimizer import OptimizerSettings
+from jaxrl_llm.training.run.state import TrainState
+from jaxrl_llm.training.run.state import state_hash
 
 
 def make_state(seed: int = 0, width: int = 3) -> TrainState:

@@ -17,9 +17,9 @@ from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.rollouts import perturb
 from jaxrl_llm.training import NonFiniteError
 from jaxrl_llm.training import train
-from jaxrl_llm.training.finite import find_finite
-from jaxrl_llm.training.reporting import Quiet
-from jaxrl_llm.training.trainer import Trainer
+from jaxrl_llm.training.run.reporting import Quiet
+from jaxrl_llm.training.text.finite import find_finite
+from jaxrl_llm.training.text.trainer import Trainer
 
 
 class Told(Quiet):

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from jaxrl_llm.training.errors import StorageError
-from jaxrl_llm.training.errors import TrainingError
-from jaxrl_llm.training.metrics import JsonLines
-from jaxrl_llm.training.metrics import TensorBoard
-from jaxrl_llm.training.metrics import WeightsAndBiases
+from jaxrl_llm.training.run.errors import StorageError
+from jaxrl_llm.training.run.errors import TrainingError
+from jaxrl_llm.training.run.metrics import JsonLines
+from jaxrl_llm.training.run.metrics import TensorBoard
+from jaxrl_llm.training.run.metrics import WeightsAndBiases
 
 
 def test_cutting_back_and_writing_again_gives_the_same_bytes(tmp_path: Path):

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrl_llm.training.minibatches import UpdateSettings
-from jaxrl_llm.training.minibatches import plan_minibatches
+from jaxrl_llm.training.text.minibatches import UpdateSettings
+from jaxrl_llm.training.text.minibatches import plan_minibatches
 
 
 @pytest.mark.parametrize("micro_batch", [0, 1, 2, 3])

@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrl_llm.training.optimizer import OptimizerSettings
-from jaxrl_llm.training.optimizer import learning_rate_schedule
-from jaxrl_llm.training.optimizer import make_optimizer
+from jaxrl_llm.training.run.optimizer import OptimizerSettings
+from jaxrl_llm.training.run.optimizer import learning_rate_schedule
+from jaxrl_llm.training.run.optimizer import make_optimizer
 
 PARAMS = {"matrix": jnp.array([[1.0, -2.0], [3.0, 0.5]]), "scale": jnp.array([1.0, 2.0])}
 GRADIENTS = [

@@ -13,8 +13,8 @@ from jaxrl_llm.objectives import get_recipe
 from jaxrl_llm.objectives.ratios import LOG_RATIO_LIMIT
 from jaxrl_llm.rollouts import SamplingSettings
 from jaxrl_llm.training import train
-from jaxrl_llm.training.trainer import Trainer
-from jaxrl_llm.training.trainer import knows_sampler
+from jaxrl_llm.training.text.trainer import Trainer
+from jaxrl_llm.training.text.trainer import knows_sampler
 
 LOG_MIN_P = -0.3
 

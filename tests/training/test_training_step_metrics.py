@@ -10,18 +10,18 @@ from jaxrl_llm.environments import Score
 from jaxrl_llm.models import trainable
 from jaxrl_llm.models.config import tiny
 from jaxrl_llm.models.transformer import Transformer
-from jaxrl_llm.training.diagnostics import mismatch_metrics
-from jaxrl_llm.training.packing import Layout
-from jaxrl_llm.training.packing import pack
-from jaxrl_llm.training.policy import split_policy
-from jaxrl_llm.training.scoring import Scorer
-from jaxrl_llm.training.scoring import Shift
-from jaxrl_llm.training.step import Heads
-from jaxrl_llm.training.step import UpdateBatch
-from jaxrl_llm.training.step_metrics import group_metrics
-from jaxrl_llm.training.step_metrics import sequence_metrics
-from jaxrl_llm.training.step_metrics import shift_metrics
-from jaxrl_llm.training.step_metrics import update_metrics
+from jaxrl_llm.training.text.diagnostics import mismatch_metrics
+from jaxrl_llm.training.text.layout import Layout
+from jaxrl_llm.training.text.layout import pack
+from jaxrl_llm.training.text.policy import split_policy
+from jaxrl_llm.training.text.scoring import Scorer
+from jaxrl_llm.training.text.scoring import Shift
+from jaxrl_llm.training.text.step_metrics import group_metrics
+from jaxrl_llm.training.text.step_metrics import sequence_metrics
+from jaxrl_llm.training.text.step_metrics import shift_metrics
+from jaxrl_llm.training.text.step_metrics import update_metrics
+from jaxrl_llm.training.text.update import Heads
+from jaxrl_llm.training.text.update import UpdateBatch
 
 MASK = np.array([[True, True, False], [True, False, False], [True, True, True]])
 

@@ -45,8 +45,8 @@ def main() -> None:
     from jaxrl_llm.training import Parts
     from jaxrl_llm.training import TrainSettings
     from jaxrl_llm.training import UpdateSettings
-    from jaxrl_llm.training.policy import parameter_count
-    from jaxrl_llm.training.trainer import Trainer
+    from jaxrl_llm.training.text.policy import parameter_count
+    from jaxrl_llm.training.text.trainer import Trainer
 
     model, tokenizer = load_pretrained(work["model"])
     prompts, group, new = work["prompts"], work["group_size"], work["new_tokens"]

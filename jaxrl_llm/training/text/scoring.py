@@ -10,12 +10,12 @@ from flax import nnx
 
 from jaxrl_llm.models.lora import merge_lora
 from jaxrl_llm.rollouts.perturb import WeightPerturbation
-from jaxrl_llm.training.packing import PackedTokens
-from jaxrl_llm.training.policy import Policy
-from jaxrl_llm.training.step import Heads
-from jaxrl_llm.training.step import UpdateBatch
-from jaxrl_llm.training.step import sampling_policy
-from jaxrl_llm.training.step import statistics
+from jaxrl_llm.training.text.layout import PackedTokens
+from jaxrl_llm.training.text.policy import Policy
+from jaxrl_llm.training.text.update import Heads
+from jaxrl_llm.training.text.update import UpdateBatch
+from jaxrl_llm.training.text.update import sampling_policy
+from jaxrl_llm.training.text.update import statistics
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Float
 from jaxrl_llm.typing import Int

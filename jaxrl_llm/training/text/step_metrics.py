@@ -35,7 +35,7 @@ from jaxrl_llm.bounds import surrogate_error_bounds
 from jaxrl_llm.environments import Score
 from jaxrl_llm.masked import masked_max
 from jaxrl_llm.masked import masked_mean
-from jaxrl_llm.training.scoring import Shift
+from jaxrl_llm.training.text.scoring import Shift
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Bool
 from jaxrl_llm.typing import Float

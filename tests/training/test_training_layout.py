@@ -8,12 +8,12 @@ from flax import nnx
 
 from jaxrl_llm.models.config import tiny
 from jaxrl_llm.models.transformer import Transformer
-from jaxrl_llm.training.packing import Layout
-from jaxrl_llm.training.packing import attention_mask
-from jaxrl_llm.training.packing import choose_slots
-from jaxrl_llm.training.packing import pack
-from jaxrl_llm.training.packing import predicting_states
-from jaxrl_llm.training.packing import through_layers
+from jaxrl_llm.training.text.layout import Layout
+from jaxrl_llm.training.text.layout import attention_mask
+from jaxrl_llm.training.text.layout import choose_slots
+from jaxrl_llm.training.text.layout import pack
+from jaxrl_llm.training.text.layout import predicting_states
+from jaxrl_llm.training.text.layout import through_layers
 
 PROMPT, RESPONSE, GROUP = 5, 4, 6
 

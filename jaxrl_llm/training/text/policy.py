@@ -11,9 +11,9 @@ from jaxrl_llm.models.trainable import Trainable
 from jaxrl_llm.models.trainable import first_trained_layer
 from jaxrl_llm.models.transformer import ACTIVATION_AXES
 from jaxrl_llm.models.transformer import Transformer
-from jaxrl_llm.training.packing import PackedTokens
-from jaxrl_llm.training.packing import predicting_states
-from jaxrl_llm.training.packing import through_layers
+from jaxrl_llm.training.text.layout import PackedTokens
+from jaxrl_llm.training.text.layout import predicting_states
+from jaxrl_llm.training.text.layout import through_layers
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Float
 from jaxrl_llm.typing import PyTree

@@ -16,16 +16,16 @@ from jaxrl_llm.models.trainable import combine
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.objectives import RECIPES
 from jaxrl_llm.objectives import Recipe
-from jaxrl_llm.training.packing import Layout
-from jaxrl_llm.training.packing import pack
-from jaxrl_llm.training.policy import head_copy
-from jaxrl_llm.training.policy import split_policy
-from jaxrl_llm.training.scoring import Scorer
-from jaxrl_llm.training.state import TrainState
-from jaxrl_llm.training.state import state_hash
-from jaxrl_llm.training.step import Heads
-from jaxrl_llm.training.step import Update
-from jaxrl_llm.training.step import UpdateBatch
+from jaxrl_llm.training.run.state import TrainState
+from jaxrl_llm.training.run.state import state_hash
+from jaxrl_llm.training.text.layout import Layout
+from jaxrl_llm.training.text.layout import pack
+from jaxrl_llm.training.text.policy import head_copy
+from jaxrl_llm.training.text.policy import split_policy
+from jaxrl_llm.training.text.scoring import Scorer
+from jaxrl_llm.training.text.update import Heads
+from jaxrl_llm.training.text.update import Update
+from jaxrl_llm.training.text.update import UpdateBatch
 
 PROMPT, RESPONSE, GROUP, PROMPTS = 4, 3, 2, 4
 SEQUENCES = PROMPTS * GROUP

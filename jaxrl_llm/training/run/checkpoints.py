@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from jaxrl_llm.training.errors import ChangedSettingsError
-from jaxrl_llm.training.errors import StorageError
-from jaxrl_llm.training.errors import TrainingError
-from jaxrl_llm.training.state import TrainState
-from jaxrl_llm.training.state import named_leaves
+from jaxrl_llm.training.run.errors import ChangedSettingsError
+from jaxrl_llm.training.run.errors import StorageError
+from jaxrl_llm.training.run.errors import TrainingError
+from jaxrl_llm.training.run.state import TrainState
+from jaxrl_llm.training.run.state import named_leaves
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 from typing import Protocol
 
-from jaxrl_llm.training.errors import StorageError
-from jaxrl_llm.training.errors import TrainingError
+from jaxrl_llm.training.run.errors import StorageError
+from jaxrl_llm.training.run.errors import TrainingError
 
 
 class MetricWriter(Protocol):

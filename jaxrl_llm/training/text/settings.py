@@ -13,8 +13,8 @@ from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.objectives import Recipe
 from jaxrl_llm.rollouts import SamplingSettings
 from jaxrl_llm.rollouts.perturb import Perturbation
-from jaxrl_llm.training.minibatches import UpdateSettings
-from jaxrl_llm.training.optimizer import OptimizerSettings
+from jaxrl_llm.training.run.optimizer import OptimizerSettings
+from jaxrl_llm.training.text.minibatches import UpdateSettings
 
 
 @dataclasses.dataclass(frozen=True)

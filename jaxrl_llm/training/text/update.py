@@ -18,9 +18,9 @@ from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.objectives import LossTerms
 from jaxrl_llm.objectives import Recipe
 from jaxrl_llm.objectives import policy_loss
-from jaxrl_llm.training.packing import PackedTokens
-from jaxrl_llm.training.policy import Policy
-from jaxrl_llm.training.state import TrainState
+from jaxrl_llm.training.run.state import TrainState
+from jaxrl_llm.training.text.layout import PackedTokens
+from jaxrl_llm.training.text.policy import Policy
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Bool
 from jaxrl_llm.typing import Float

@@ -1,0 +1,1 @@
+"""What any training loop needs: checkpoints, metrics, optimiser, state, reporting, interrupts."""
