@@ -17,6 +17,10 @@ from jaxrl_kernels import Reference
 from jaxrl_llm.bounds import SHARP
 from jaxrl_llm.bounds import bound_inputs_from_scalars
 from jaxrl_llm.objectives import RECIPES
+from jaxrl_llm.objectives import SignalInputs
+from jaxrl_llm.typing import Array
+from jaxrl_llm.typing import Float
+from jaxrl_llm.typing import Int
 
 SIZES = {"B": 4, "T": 3, "K": 2, "V": 3, "H": 2, "D": 2, "N": 5, "_": 4}
 OTHERS = {
@@ -59,6 +63,8 @@ OTHERS = {
     "hit_probability": 0.1,
     "sequence_tv": 0.1,
     "eps": 0.1,
+    "columns": 3,
+    "slope": 0.1,
     "rank": 2,
     "smallest_kept_mass": 0.9,
 }
@@ -105,6 +111,28 @@ def sample(annotation, sizes, position):
     return (0.2 + 0.1 * ((jnp.arange(count, dtype=jnp.float32) * 3 + position) % 7)).reshape(shape)
 
 
+def signal_inputs(sizes):
+    """A batch as signals read it, everything there."""
+    shape = (sizes["B"], sizes["T"])
+    tokens = -sample(Float[Array, "B T"], sizes, 0)
+    return SignalInputs(
+        response_mask=jnp.ones(shape, bool),
+        rewards=sample(Float[Array, " B"], sizes, 1),
+        rewards_t=tokens,
+        group_ids=sample(Int[Array, " B"], sizes, 0),
+        step_ids=jnp.zeros(shape, jnp.int32),
+        actor_ids=jnp.zeros(shape, jnp.int32),
+        ended=jnp.ones(shape[0], bool),
+        log_prob_old=tokens,
+        log_prob_behaviour=2 * tokens,
+        log_prob_ref=3 * tokens,
+        entropy=-tokens,
+        collision=-tokens,
+        kl_ref_t=-tokens,
+        values=-tokens,
+    )
+
+
 def good_call(name, **sizes):
     """Arguments by name without a mistake, and the annotations of those that are arrays."""
     sizes = {**SIZES, **sizes}
@@ -115,6 +143,8 @@ def good_call(name, **sizes):
             arguments[key], arrays[key] = sample(annotation, sizes, position), annotation
         elif parameter.default is inspect.Parameter.empty or key == "length_normaliser":
             arguments[key] = OTHERS.get(key)
+    if name in ("objectives.signals.advantages_of", "objectives.signals.value_targets"):
+        arguments = {"recipe": RECIPES["ppo"], "inputs": signal_inputs(sizes)}
     if name == "objectives.hybrid.chunked_hybrid_loss":
         head = jnp.ones((sizes["D"], sizes["V"]))
         arguments |= {"head": head, "reference": Reference(arguments["hidden"], 2 * head)}

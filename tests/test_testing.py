@@ -7,6 +7,7 @@ import pytest
 
 from jaxrl_llm import testing
 from jaxrl_llm.objectives import RECIPES
+from jaxrl_llm.objectives import SIGNALS
 from jaxrl_llm.objectives import policy_loss
 from jaxrl_llm.objectives import pruning
 from jaxrl_llm.objectives import sequence_advantages
@@ -37,10 +38,14 @@ def importance_weighted(b):
     return token_mean(-jnp.exp(log_ratio(b)) * advantage(b), b.response_mask)
 
 
+def from_elsewhere(recipe):
+    """Whether its advantages need more than rewards and groups."""
+    return recipe.advantage == "given" or bool(SIGNALS[recipe.advantage].needs)
+
+
 def from_recipe(recipe):
     def loss(b):
-        given = recipe.advantage == "given"
-        advantages = b.advantages if given else sequence_advantages(recipe, b.rewards, b.group_ids)
+        advantages = b.advantages if from_elsewhere(recipe) else sequence_advantages(recipe, b.rewards, b.group_ids)
         log_prob, kept = b.log_prob, None
         if recipe.log_min_p is not None:
             log_prob, kept, _ = pruning.pruned_log_prob(b.logits, b.tokens, log_min_p=recipe.log_min_p)
@@ -62,7 +67,7 @@ def from_recipe(recipe):
 
 def promises_of(recipe):
     promises = {"aggregation": recipe.aggregation, "advantages": "group"}
-    if recipe.advantage == "given":
+    if from_elsewhere(recipe):
         promises["advantages"] = "sequence"
     elif "batch" in recipe.advantage:
         promises["advantages"] = "batch"

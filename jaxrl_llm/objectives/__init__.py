@@ -19,4 +19,9 @@ from jaxrl_llm.objectives.policy_loss import token_losses as token_losses
 from jaxrl_llm.objectives.recipes import RECIPES as RECIPES
 from jaxrl_llm.objectives.recipes import Recipe as Recipe
 from jaxrl_llm.objectives.recipes import get_recipe as get_recipe
+from jaxrl_llm.objectives.recipes import loss_needs as loss_needs
 from jaxrl_llm.objectives.recipes import sequence_advantages as sequence_advantages
+from jaxrl_llm.objectives.signals import SIGNALS as SIGNALS
+from jaxrl_llm.objectives.signals import SignalInputs as SignalInputs
+from jaxrl_llm.objectives.signals import advantages_of as advantages_of
+from jaxrl_llm.objectives.signals import value_targets as value_targets

@@ -14,13 +14,16 @@ from jaxrl_llm.objectives.divergences import ESTIMATORS
 from jaxrl_llm.objectives.divergences import k3
 from jaxrl_llm.objectives.ratios import LOG_RATIO_LIMIT
 from jaxrl_llm.objectives.ratios import ratio_from_log
-from jaxrl_llm.objectives.recipes import Recipe
+from jaxrl_llm.objectives.recipe_fields import RecipeFields
 
 Pair = tuple[Float[Array, ""], Float[Array, ""]]
 
 
 def _of_the_ratio(
-    recipe: Recipe, log_ratio: Float[Array, "B T"], advantages: Float[Array, "B T"]
+    recipe: RecipeFields,
+    log_ratio: Float[Array, "B T"],
+    advantages: Float[Array, "B T"],
+    kl_t: Float[Array, "B T"] | None,
 ) -> dict[str, Float[Array, "B T"]]:
     ratio = ratio_from_log(log_ratio)
     values = {"ratio": ratio, "ratio_limited": (jnp.abs(log_ratio) > LOG_RATIO_LIMIT).astype(ratio.dtype)}
@@ -30,12 +33,15 @@ def _of_the_ratio(
         values["clip_fraction"] = binds.astype(ratio.dtype)
     if recipe.surrogate == "clipped_weight":
         values["clip_fraction"] = ((ratio < 1 - low) | (ratio > 1 + high)).astype(ratio.dtype)
+    if recipe.surrogate == "divergence_masked" and kl_t is not None:
+        outwards = ((advantages > 0) & (ratio > 1)) | ((advantages < 0) & (ratio < 1))
+        values["clip_fraction"] = (outwards & ~(kl_t <= recipe.divergence_threshold)).astype(ratio.dtype)
     return values
 
 
 @checked
 def loss_metrics(
-    recipe: Recipe,
+    recipe: RecipeFields,
     response_mask: Bool[Array, "B T"],
     *,
     weights: Float[Array, "B T"],
@@ -51,11 +57,11 @@ def loss_metrics(
 ) -> dict[str, Pair]:
     """Name -> (sum, count), for whatever was given.
 
-    Per response token: ratio; ratio_limited (its clamp binds); clip_fraction (the clip removes the gradient; for CISPO
-    it changes the weight); weight, weight_zero (correction and pruning, times acceptance); kl_old_k3 (KL(old || pi),
-    sampled); kl_behaviour_k3 (KL(behaviour || pi), sampled) and kl_behaviour (exact); kl_ref (KL(pi || ref), exact if
-    given, else by the recipe's estimator, k3 if it has none); entropy; rejected_tokens (they lie in rejected
-    sequences). Per sequence: rejected_sequences.
+    Per response token: ratio; ratio_limited (its clamp binds); clip_fraction (the clip, or the divergence mask, removes
+    the gradient; for CISPO it changes the weight); weight, weight_zero (correction and pruning, times acceptance);
+    kl_old_k3 (KL(old || pi), sampled); kl_behaviour_k3 (KL(behaviour || pi), sampled) and kl_behaviour (exact); kl_ref
+    (KL(pi || ref), exact if given, else by the recipe's estimator, k3 if it has none); entropy; rejected_tokens (they
+    lie in rejected sequences). Per sequence: rejected_sequences.
 
     Args:
         recipe: which parts were used.
@@ -84,7 +90,7 @@ def loss_metrics(
         "entropy": entropy,
     }
     if log_ratio is not None:
-        values |= _of_the_ratio(recipe, log_ratio, advantages)
+        values |= _of_the_ratio(recipe, log_ratio, advantages, kl_t)
     if recipe.correction != "none" or recipe.log_min_p is not None:
         values |= {"weight": weights, "weight_zero": (weights == 0).astype(weights.dtype)}
     metrics = {name: masked_sum_count(x, response_mask) for name, x in values.items() if x is not None}

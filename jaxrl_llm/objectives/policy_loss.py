@@ -14,9 +14,6 @@ from jaxrl_llm.checks import require_dtype
 from jaxrl_llm.checks import require_rank
 from jaxrl_llm.checks import require_same_shape
 from jaxrl_llm.masked import masked_mean
-from jaxrl_llm.objectives import corrections
-from jaxrl_llm.objectives import masks
-from jaxrl_llm.objectives import surrogates
 from jaxrl_llm.objectives.aggregation import aggregate
 from jaxrl_llm.objectives.aggregation import aggregate_accepted
 from jaxrl_llm.objectives.divergences import ESTIMATORS
@@ -24,7 +21,14 @@ from jaxrl_llm.objectives.loss_metrics import Pair
 from jaxrl_llm.objectives.loss_metrics import loss_metrics
 from jaxrl_llm.objectives.ratios import ratio_from_log
 from jaxrl_llm.objectives.ratios import token_log_ratio
-from jaxrl_llm.objectives.recipes import Recipe
+from jaxrl_llm.objectives.recipe_fields import RecipeFields
+from jaxrl_llm.objectives.rules import CORRECTIONS
+from jaxrl_llm.objectives.rules import MASKS
+from jaxrl_llm.objectives.rules import PRODUCTS
+from jaxrl_llm.objectives.rules import SURROGATES
+from jaxrl_llm.objectives.rules import CorrectionInputs
+from jaxrl_llm.objectives.rules import MaskInputs
+from jaxrl_llm.objectives.rules import SurrogateInputs
 
 
 class LossTerms(NamedTuple):
@@ -39,16 +43,21 @@ class LossTerms(NamedTuple):
     metrics: dict[str, Pair]
 
 
-def _need(recipe: Recipe, field: str, name: str, array: Array | None) -> Array:
+def _need(recipe: RecipeFields, field: str, name: str, array: Array | None) -> Array:
     if array is None:
-        what = f"its {field} ({getattr(recipe, field)!r})"
+        what = f"its {field} ({vars(recipe)[field]!r})"
         raise ValueError(f"{name} is None; recipe {recipe.name!r} needs it for {what}.")
     return array
 
 
+def _need_all(recipe: RecipeFields, field: str, needs: tuple[str, ...], given: dict[str, Array | None]) -> None:
+    for name in needs:
+        _need(recipe, field, name, given[name])
+
+
 @checked
 def policy_weights(
-    recipe: Recipe,
+    recipe: RecipeFields,
     *,
     log_prob: Float[Array, "B T"],
     response_mask: Bool[Array, "B T"],
@@ -76,58 +85,44 @@ def policy_weights(
         ValueError: if an array that the recipe needs is missing.
     """
     weights = jnp.ones(log_prob.shape, log_prob.dtype)
+    given = {"log_prob_old": log_prob_old, "log_prob_behaviour": log_prob_behaviour, "kl_t": kl_t}
     if recipe.correction != "none":
-        old = _need(recipe, "correction", "log_prob_old", log_prob_old)
-        behaviour = _need(recipe, "correction", "log_prob_behaviour", log_prob_behaviour)
-        log_weight = token_log_ratio(old, behaviour, response_mask)
-        correct = getattr(corrections, recipe.correction)
-        if recipe.correction.endswith("truncated"):
-            weights = correct(log_weight, response_mask, cap=recipe.correction_high)
-        else:
-            weights = correct(log_weight, response_mask, low=recipe.correction_low, high=recipe.correction_high)
+        rule = CORRECTIONS[recipe.correction]
+        _need_all(recipe, "correction", rule.needs, given)
+        log_weight = token_log_ratio(log_prob_old, log_prob_behaviour, response_mask)
+        weights = rule.function(recipe, CorrectionInputs(log_weight, response_mask))
     if recipe.log_min_p is not None:
         kept = _need(recipe, "log_min_p", "target_kept", target_kept) | ~response_mask
-        if recipe.correction.startswith("sequence"):  # a product with a zero in it
+        if recipe.correction in PRODUCTS:
             kept = jnp.broadcast_to(jnp.all(kept, axis=1)[:, None], kept.shape)
         weights = jnp.where(kept, weights, jnp.zeros((), weights.dtype))
     if recipe.mask == "none":
         return weights, jnp.ones(log_prob.shape[0], bool)
-    if recipe.mask.startswith("sampled"):
-        behaviour = _need(recipe, "mask", "log_prob_behaviour", log_prob_behaviour)
-        statistic = token_log_ratio(log_prob, behaviour, response_mask)
-    else:
-        statistic = _need(recipe, "mask", "kl_t", kl_t)
-    test = getattr(masks, f"accept_by_{recipe.mask}")
-    if recipe.mask.endswith("both"):
-        accepted = test(statistic, response_mask, maximum=recipe.mask_maximum, average=recipe.mask_average)
-    else:
-        threshold = recipe.mask_maximum if recipe.mask.endswith("maximum") else recipe.mask_average
-        accepted = test(statistic, response_mask, threshold=threshold)
+    rule = MASKS[recipe.mask]
+    _need_all(recipe, "mask", rule.needs, given)
+    accepted = rule.function(recipe, MaskInputs(response_mask, log_prob, log_prob_behaviour, kl_t))
     return jnp.where(accepted[:, None], weights, jnp.zeros((), weights.dtype)), accepted
 
 
 def _surrogate_losses(
-    recipe: Recipe,
+    recipe: RecipeFields,
     log_prob: Float[Array, "*shape"],
     advantages: Float[Array, "*shape"],
     log_ratio: Float[Array, "*shape"] | None,
+    kl_t: Float[Array, "*shape"] | None,
 ) -> Float[Array, "*shape"]:
-    if recipe.surrogate == "score_function":
-        return surrogates.score_function(log_prob, advantages)
-    ratio = ratio_from_log(_need(recipe, "surrogate", f"log_prob_{recipe.denominator}", log_ratio))
-    low, high = recipe.clip_low, recipe.clip_high
-    if recipe.surrogate == "importance_weighted":
-        return surrogates.importance_weighted(ratio, advantages)
-    if recipe.surrogate == "clipped":
-        return surrogates.clipped(ratio, advantages, clip_low=low, clip_high=high)
-    if recipe.surrogate == "dual_clipped":
-        return surrogates.dual_clipped(ratio, advantages, clip_low=low, clip_high=high, dual_clip=recipe.dual_clip)
-    return surrogates.clipped_weight(log_prob, ratio, advantages, clip_low=low, clip_high=high)
+    rule = SURROGATES[recipe.surrogate]
+    ratio = None
+    if "ratio" in rule.needs:
+        ratio = ratio_from_log(_need(recipe, "surrogate", f"log_prob_{recipe.denominator}", log_ratio))
+    inputs = SurrogateInputs(log_prob, advantages, ratio, kl_t)
+    _need_all(recipe, "surrogate", rule.needs, inputs._asdict())
+    return rule.function(recipe, inputs)
 
 
 @checked
 def token_losses(
-    recipe: Recipe,
+    recipe: RecipeFields,
     *,
     log_prob: Float[Array, "*shape"],
     advantages: Float[Array, "*shape"],
@@ -136,6 +131,7 @@ def token_losses(
     log_ratio_ref: Float[Array, "*shape"] | None = None,
     kl_ref_t: Float[Array, "*shape"] | None = None,
     entropy: Float[Array, "*shape"] | None = None,
+    kl_t: Float[Array, "*shape"] | None = None,
 ) -> Float[Array, "*shape"]:
     """The loss of each token, elementwise, from its own statistics and constants: what `token_loss` of the kernels
     takes.
@@ -152,6 +148,7 @@ def token_losses(
         log_ratio_ref: log pi - log pi_ref [nats], for a sampled KL estimator.
         kl_ref_t: exact KL(pi || ref) [nats], for the estimator "exact".
         entropy: exact entropy of each context [nats], for an entropy bonus.
+        kl_t: exact KL(behaviour || pi) of each context [nats], for the divergence-masked surrogate; a constant.
 
     Returns:
         the loss of each token.
@@ -159,13 +156,15 @@ def token_losses(
     Raises:
         ValueError: if an array that the recipe needs is missing.
     """
-    losses = _surrogate_losses(recipe, log_prob, advantages, log_ratio)
+    losses = _surrogate_losses(recipe, log_prob, advantages, log_ratio, kl_t)
     if weights is not None:
         fixed = jax.lax.stop_gradient(weights)
         losses = jnp.where(fixed == 0, jnp.zeros((), losses.dtype), fixed * losses)
-    if recipe.kl_estimator == "exact":
+    if recipe.kl_estimator == "none" or recipe.kl_coefficient == 0:
+        pass
+    elif recipe.kl_estimator == "exact":
         losses = losses + recipe.kl_coefficient * _need(recipe, "kl_estimator", "kl_ref_t", kl_ref_t)
-    elif recipe.kl_estimator != "none":
+    else:
         log_ratio_ref = _need(recipe, "kl_estimator", "log_prob_ref", log_ratio_ref)
         losses = losses + recipe.kl_coefficient * ESTIMATORS[recipe.kl_estimator](log_ratio_ref)
     if recipe.entropy_coefficient != 0:
@@ -201,7 +200,7 @@ def _inside(x: Array | None, target_kept: Bool[Array, "B T"]) -> Array | None:
 
 
 def _recipe_log_ratio(
-    recipe: Recipe, log_ratio: Float[Array, "B T"] | None, response_mask: Bool[Array, "B T"]
+    recipe: RecipeFields, log_ratio: Float[Array, "B T"] | None, response_mask: Bool[Array, "B T"]
 ) -> Float[Array, "B T"] | None:
     if log_ratio is None or recipe.ratio == "token":
         return log_ratio
@@ -209,7 +208,7 @@ def _recipe_log_ratio(
 
 
 def _aggregate(
-    recipe: Recipe,
+    recipe: RecipeFields,
     losses: Float[Array, "B T"],
     response_mask: Bool[Array, "B T"],
     accepted: Bool[Array, " B"],
@@ -227,7 +226,7 @@ def _aggregate(
 
 @checked
 def policy_loss(
-    recipe: Recipe,
+    recipe: RecipeFields,
     *,
     log_prob: Float[Array, "B T"],
     advantages: Float[Array, " B"] | Float[Array, "B T"],
@@ -254,7 +253,8 @@ def policy_loss(
         log_prob_old: under the policy at the start of the update [nats].
         log_prob_behaviour: under the policy that sampled [nats].
         log_prob_ref: under the reference policy [nats], for a sampled KL estimator.
-        kl_t: exact KL(behaviour || pi) of each context [nats], for the exact masks and the metrics; a constant.
+        kl_t: exact KL(behaviour || pi) of each context [nats], for the exact masks, the divergence-masked
+            surrogate and the metrics; a constant.
         kl_ref_t: exact KL(pi || ref) of each context [nats], with its gradient.
         entropy: exact entropy of each context under pi [nats], with its gradient if the recipe rewards it.
         target_kept: true where the token is in the safe set of the trained policy, for a recipe with log_min_p and
@@ -296,6 +296,7 @@ def policy_loss(
         log_ratio_ref=to_ref,
         kl_ref_t=kl_ref_t,
         entropy=entropy,
+        kl_t=kl_t,
     )
     metrics = loss_metrics(
         recipe,

@@ -9,114 +9,60 @@ A recipe says which part fills each place. Read `RECIPES` line by line against t
 
 import dataclasses
 
+import jax.numpy as jnp
 from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Int
 
 from jaxrl_llm.checks import checked
 from jaxrl_llm.checks import require_choice
-from jaxrl_llm.objectives import advantages
 from jaxrl_llm.objectives.aggregation import AGGREGATIONS
+from jaxrl_llm.objectives.divergence_augmented import PSEUDO_REWARDS
 from jaxrl_llm.objectives.divergences import ESTIMATORS
+from jaxrl_llm.objectives.recipe_fields import RecipeFields
+from jaxrl_llm.objectives.rules import CORRECTIONS
+from jaxrl_llm.objectives.rules import MASKS
+from jaxrl_llm.objectives.rules import SURROGATES
+from jaxrl_llm.objectives.signals import SIGNALS
+from jaxrl_llm.objectives.signals import SignalInputs
+from jaxrl_llm.objectives.signals import advantages_of
 
 CHOICES = {
-    "advantage": (
-        "given",
-        "group_normalised",
-        "group_centred",
-        "leave_one_out",
-        "batch_centred",
-        "batch_normalised",
-        "group_centred_batch_normalised",
-    ),
+    "advantage": ("given", *SIGNALS),
     "ratio": ("token", "geometric"),
     "denominator": ("old", "behaviour"),
-    "surrogate": ("score_function", "importance_weighted", "clipped", "dual_clipped", "clipped_weight"),
-    "correction": (
-        "none",
-        "token_truncated",
-        "token_masked",
-        "sequence_truncated",
-        "sequence_masked",
-        "geometric_masked",
-    ),
-    "mask": ("none", "maximum", "average", "both", "sampled_maximum", "sampled_average", "sampled_both"),
+    "surrogate": tuple(SURROGATES),
+    "correction": ("none", *CORRECTIONS),
+    "mask": ("none", *MASKS),
     "normalise_by": ("all", "accepted"),
     "aggregation": AGGREGATIONS,
     "kl_estimator": ("none", "exact", *ESTIMATORS),
+    "divergence": PSEUDO_REWARDS,
 }
-"""What each field of a recipe may say."""
+"""What each field of a recipe may say: the names of the rules."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
-    """One policy-gradient objective as data. Hashable: pass it to jit as a static argument.
-
-    Attributes:
-        name: for tables and logs.
-        source: the paper.
-        advantage: a function of `advantages.py`; "given" where the recipe needs a value function or the caller's own.
-        ratio: "token", or "geometric" for the length-normalised sequence ratio of GSPO.
-        denominator: the policy under the ratio: "old" (start of the update) or "behaviour" (the one that sampled).
-        surrogate: a function of `surrogates.py`.
-        aggregation: a name of `aggregation.AGGREGATIONS`.
-        clip_low: the ratio is clipped below at 1 - clip_low.
-        clip_high: the ratio is clipped above at 1 + clip_high.
-        dual_clip: bound of the loss for negative advantages, read by "dual_clipped" only.
-        correction: a function of `corrections.py` applied to log pi_old - log mu, or "none".
-        correction_low: lower end of the weights a masked correction keeps.
-        correction_high: cap of a truncated correction, upper end of a masked one.
-        mask: which test of `masks.py` accepts a sequence, or "none".
-        mask_maximum: threshold of the maximum test [nats].
-        mask_average: threshold of the average test [nats].
-        normalise_by: "all" sequences (the estimator of the papers) or the "accepted" ones.
-        kl_estimator: how KL(pi || ref) is computed: a name of `divergences.ESTIMATORS`, "exact", or "none".
-        kl_coefficient: weight of the KL term.
-        entropy_coefficient: weight of the entropy bonus, which needs the exact entropy of each context.
-        length_normaliser: constant length of "seq-mean-token-sum-norm" [tokens].
-        log_min_p: the policy is the one renormalised on its safe set at this threshold (`pruning.py`): log-probs are
-            passed under it, with whether each target is inside; None for the whole vocabulary.
+class Recipe(RecipeFields):
+    """One policy-gradient objective as data: `RecipeFields`, each name of which exists. Hashable: pass it to jit as a
+    static argument.
 
     Raises:
-        ValueError: if a field holds a name that does not exist, or a threshold that keeps nothing.
+        ValueError: if a field holds a name that does not exist, or a number that it must not.
     """
 
-    name: str
-    source: str
-    advantage: str
-    surrogate: str
-    aggregation: str
-    ratio: str = "token"
-    denominator: str = "old"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    dual_clip: float = 3.0
-    correction: str = "none"
-    correction_low: float = 0.0
-    correction_high: float = 2.0
-    mask: str = "none"
-    mask_maximum: float = 0.05
-    mask_average: float = 0.001
-    normalise_by: str = "all"
-    kl_estimator: str = "none"
-    kl_coefficient: float = 0.0
-    entropy_coefficient: float = 0.0
-    length_normaliser: float | None = None
-    log_min_p: float | None = None
-
     def __post_init__(self):
+        given = vars(self)
         for field, choices in CHOICES.items():
-            require_choice(f"{field} of recipe {self.name!r}", getattr(self, field), choices)
-        if self.log_min_p is not None and not self.log_min_p <= 0:
-            raise ValueError(
-                f"log_min_p of recipe {self.name!r} is {self.log_min_p}; it must be at most 0, or nothing is kept."
-            )
+            require_choice(f"{field} of recipe {self.name!r}", given[field], choices)
+        super().__post_init__()
 
 
 _PPO = Recipe(
     name="ppo",
-    source="Schulman et al. 2017, arXiv 1707.06347, eq. 7",
-    advantage="given",
+    source="Schulman et al. 2017, arXiv 1707.06347, eqs. 7 and 11",
+    # Normalised, as every public implementation has it: else the unit of the reward scales the step.
+    advantage="gae_normalised",
     surrogate="clipped",
     aggregation="token-mean",
 )
@@ -221,6 +167,7 @@ _ALL = (
         _PPO,
         name="empg",
         source="Wang et al. 2025, arXiv 2509.09265 (advantages from `modulation.modulated_advantages`)",
+        advantage="empg",
     ),
     Recipe(
         name="dvp",
@@ -235,7 +182,7 @@ _ALL = (
     Recipe(
         name="hybrid",
         source="arXiv 2512.23097 (advantages: minus `hybrid.sparse_coefficient`; the reference is the teacher)",
-        advantage="given",
+        advantage="sparse_imitation",
         surrogate="score_function",
         aggregation="seq-mean-token-sum",
         kl_estimator="exact",
@@ -244,9 +191,10 @@ _ALL = (
     Recipe(
         name="divergence_augmented",
         source="Wang et al. 2019, arXiv 2501.15034 (advantages: `divergence_augmented.augmented_advantages`)",
-        advantage="given",
+        advantage="divergence_augmented",
         surrogate="importance_weighted",
         aggregation="token-mean",
+        discount=0.99,
     ),
 )
 
@@ -264,10 +212,33 @@ def get_recipe(name: str) -> Recipe:
     return RECIPES[name]
 
 
+def loss_needs(recipe: RecipeFields) -> tuple[str, ...]:
+    """Names of the arguments of `policy_loss` that may be None and that this recipe needs, in no order that matters.
+
+    log_prob_old, log_prob_behaviour, log_prob_ref, kl_t, kl_ref_t, entropy, target_kept: what nobody names here need
+    not be computed. What its advantages need is `SIGNALS[recipe.advantage].needs`.
+    """
+    below = {"ratio": f"log_prob_{recipe.denominator}"}
+    names = [below.get(name, name) for name in SURROGATES[recipe.surrogate].needs]
+    if recipe.correction != "none":
+        names += CORRECTIONS[recipe.correction].needs
+    if recipe.mask != "none":
+        names += MASKS[recipe.mask].needs
+    if recipe.log_min_p is not None:
+        names.append("target_kept")
+    if recipe.kl_estimator != "none" and recipe.kl_coefficient != 0:
+        names.append("kl_ref_t" if recipe.kl_estimator == "exact" else "log_prob_ref")
+    if recipe.entropy_coefficient != 0:
+        names.append("entropy")
+    return tuple(dict.fromkeys(names))
+
+
 @checked
-def sequence_advantages(recipe: Recipe, rewards: Float[Array, " B"], group_ids: Int[Array, " B"]) -> Float[Array, " B"]:
-    """The advantage of each sequence by the recipe's rule; call it on the whole batch, before it is cut into
-    micro-batches.
+def sequence_advantages(
+    recipe: RecipeFields, rewards: Float[Array, " B"], group_ids: Int[Array, " B"]
+) -> Float[Array, " B"]:
+    """The advantage of each sequence, for rules that need rewards and groups alone: `advantages_of` in short. Call it
+    on the whole batch, before it is cut into micro-batches.
 
     Args:
         recipe: whose field `advantage` names the rule.
@@ -278,13 +249,20 @@ def sequence_advantages(recipe: Recipe, rewards: Float[Array, " B"], group_ids: 
         one advantage per sequence.
 
     Raises:
-        ValueError: if the recipe's advantages must be given ("given": a value function, or the caller's own).
+        ValueError: if the recipe's advantages must be given ("given"), or their rule needs more than rewards and
+            groups.
     """
-    if recipe.advantage == "given":
-        raise ValueError(
-            f"recipe {recipe.name!r} takes advantages as given; compute them, for instance by "
-            "generalised_advantage_estimation, or replace its field advantage."
-        )
-    if recipe.advantage in ("batch_centred", "batch_normalised"):
-        return getattr(advantages, recipe.advantage)(rewards)
-    return getattr(advantages, recipe.advantage)(rewards, group_ids)
+    nothing = jnp.zeros((rewards.shape[0], 0), rewards.dtype)
+    nobody = jnp.zeros((rewards.shape[0], 0), jnp.int32)
+    return advantages_of(
+        recipe,
+        SignalInputs(
+            response_mask=jnp.zeros((rewards.shape[0], 0), bool),
+            rewards=rewards,
+            rewards_t=nothing,
+            group_ids=group_ids,
+            step_ids=nobody,
+            actor_ids=nobody,
+            ended=jnp.ones(rewards.shape[0], bool),
+        ),
+    )

@@ -249,5 +249,8 @@ def test_a_mistake_is_answered_in_a_sentence(without_type_hook):
         get_recipe("gropo")
     with pytest.raises(ValueError, match=r"surrogate of recipe 'mine' is 'clip'; .* Did you mean 'clipped'"):
         Recipe(name="mine", source="", advantage="given", surrogate="clip", aggregation="token-mean")
-    with pytest.raises(ValueError, match="recipe 'ppo' takes advantages as given"):
+    given = dataclasses.replace(RECIPES["ppo"], name="mine", advantage="given")
+    with pytest.raises(ValueError, match="recipe 'mine' takes advantages as given"):
+        sequence_advantages(given, jnp.ones(2), jnp.ones(2, int))
+    with pytest.raises(ValueError, match="values of the signal's inputs is None; recipe 'ppo' needs it"):
         sequence_advantages(RECIPES["ppo"], jnp.ones(2), jnp.ones(2, int))

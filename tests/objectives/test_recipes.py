@@ -14,13 +14,10 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.objectives import RECIPES
-from jaxrl_llm.objectives import advantages
-from jaxrl_llm.objectives import divergence_augmented as augmented
-from jaxrl_llm.objectives import hybrid as hybrid_parts
-from jaxrl_llm.objectives import modulation
+from jaxrl_llm.objectives import SIGNALS
+from jaxrl_llm.objectives import SignalInputs
+from jaxrl_llm.objectives import advantages_of
 from jaxrl_llm.objectives import policy_loss
-from jaxrl_llm.objectives import ratios
-from jaxrl_llm.objectives import sequence_advantages
 
 B, T = 6, 7
 GROUPS = np.array([4, 9, 4, 9, 4, 9])
@@ -44,6 +41,7 @@ def batch():
         "entropy": rng.uniform(0.1, 1.5, (B, T)),
         "kept": rng.random((B, T)) < 0.8,
         "steps": np.where(np.arange(T) < 4, 0, 1) + np.zeros((B, 1), int),
+        "values": rng.normal(0.3, 0.2, (B, T)),
     }
     data["kl"][0, 3] = 0.2  # rejected by every maximum test
     data["kl"][4] = 0.0004  # accepted by every average test
@@ -132,8 +130,21 @@ def cispo(d, now, frozen):
     return -np.mean(terms)
 
 
+def mean_of_others(d, i):
+    return np.mean([d["rewards"][j] for j in range(B) if GROUPS[j] == GROUPS[i] and j != i])
+
+
 def ppo(d, now, frozen):
-    return ppo_token_mean(d, now, d["rewards"] - 0.3)
+    a = {}
+    for i, s in enumerate(spans(d["mask"])):
+        later_value, later = 0.0, 0.0
+        for n, t in reversed(list(enumerate(s))):
+            reward = d["rewards"][i] if n == len(s) - 1 else 0.0
+            later = reward + later_value - d["values"][i, t] + 0.95 * later
+            later_value, a[i, t] = d["values"][i, t], later
+    flat = np.array(list(a.values()))
+    scaled = {key: (x - flat.mean()) / flat.std(ddof=1) for key, x in a.items()}
+    return -np.mean([ppo_term(now[i, t], d["old"][i, t], x, 0.2, 0.2) for (i, t), x in scaled.items()])
 
 
 def trm(maximum, average):
@@ -177,22 +188,40 @@ def hybrid(d, now, frozen):
     # Its KL is exact and enters as numbers here, so it moves the value and not the gradient in log_prob.
     total = 0.0
     for i, s in enumerate(spans(d["mask"])):
-        log_ratio = frozen[i] - d["ref"][i]
+        log_ratio = d["old"][i] - d["ref"][i]
         for t in s:
             future = sum(log_ratio[u] for u in s if u > t)
-            total += d["kl_ref"][i, t] + (future - 2.0 * (d["rewards"][i] - 0.3)) * now[i, t]
+            total += d["kl_ref"][i, t] + (future - (d["rewards"][i] - mean_of_others(d, i))) * now[i, t]
     return total / B
 
 
 def divergence_augmented(d, now, frozen):
-    terms = []
+    gamma, own, divergence = 0.99, {}, {}
     for i, s in enumerate(spans(d["mask"])):
+        phi = d["old"][i] - d["behaviour"][i]
+        cut = np.minimum(1.0, np.exp(phi))
+        value = dict.fromkeys(range(T + 1), 0.0) | {t: d["values"][i, t] for t in s}
+        follower = dict(zip(s, [*s[1:], T], strict=True))
+        reward = dict.fromkeys(s, 0.0) | {s[-1]: d["rewards"][i]}
+
+        def target(t, value=value, follower=follower, reward=reward, cut=cut):
+            # IMPALA eq. 1, its sum written out
+            if t == T:
+                return 0.0
+            total, weight, u = value[t], 1.0, t
+            while u != T:
+                total += weight * cut[u] * (reward[u] + gamma * value[follower[u]] - value[u])
+                weight, u = weight * gamma * cut[u], follower[u]
+            return total
+
         for n, t in enumerate(s):
-            divergence, trace = frozen[i, t] - d["old"][i, t], 1.0
+            own[i, t] = reward[t] + gamma * target(follower[t]) - value[t]
+            divergence[i, t], trace = phi[t], 1.0
             for m, u in enumerate(s[n + 1 :], start=1):
-                trace *= min(1.0, np.exp(frozen[i, u] - d["old"][i, u]))
-                divergence += 0.9**m * trace * (frozen[i, u] - d["old"][i, u])
-            terms.append(-(d["rewards"][i] - 0.3 - 0.5 * divergence) * np.exp(now[i, t] - d["old"][i, t]))
+                trace *= cut[u]
+                divergence[i, t] += gamma**m * trace * phi[u]
+    scale = np.sqrt(np.mean([x**2 for x in own.values()]))
+    terms = [-(x / scale - divergence[key]) * np.exp(now[key] - d["old"][key]) for key, x in own.items()]
     return np.mean(terms)
 
 
@@ -227,47 +256,32 @@ def central_difference(f, x, step=1e-6):
     return gradient
 
 
-def given_empg(d):
-    mask, ids = jnp.asarray(d["mask"]), jnp.asarray(d["steps"])
-    step_h, step_mask = modulation.step_entropy(jnp.asarray(d["entropy"], jnp.float32), ids, mask, steps=2)
-    a = advantages.group_normalised(jnp.asarray(d["rewards"], jnp.float32), jnp.asarray(GROUPS))
-    return modulation.spread_to_tokens(modulation.modulated_advantages(a, step_h, step_mask), ids, mask)
-
-
-def given_hybrid(d):
-    mask = jnp.asarray(d["mask"])
-    rewards = hybrid_parts.terminal_rewards(jnp.asarray(d["rewards"], jnp.float32), mask)
-    log_ratio = jnp.asarray(d["now"] - d["ref"], jnp.float32)
-    return -hybrid_parts.sparse_coefficient(log_ratio, rewards, mask, reward_weight=2.0, baseline=jnp.full(B, 0.3))
-
-
-def given_divergence_augmented(d):
-    mask, now, old = jnp.asarray(d["mask"]), jnp.asarray(d["now"], jnp.float32), jnp.asarray(d["old"], jnp.float32)
-    phi = augmented.pseudo_reward(now, old)
-    ratio = ratios.token_ratio(now - old, mask)
-    divergence = augmented.multi_step_divergence(phi, ratio, mask, discount=0.9)
-    a = jnp.broadcast_to(jnp.asarray(d["rewards"], jnp.float32)[:, None] - 0.3, mask.shape)
-    return augmented.augmented_advantages(a, divergence, coefficient=0.5)
-
-
-GIVEN = {
-    "ppo": lambda d: jnp.asarray(d["rewards"] - 0.3, jnp.float32),
-    "empg": given_empg,
-    "hybrid": given_hybrid,
-    "divergence_augmented": given_divergence_augmented,
-}
+def signal_inputs(d):
+    """The batch as signals read it; the outcome stands at the last response token."""
+    mask, f = jnp.asarray(d["mask"]), lambda x: jnp.asarray(x, jnp.float32)
+    last = np.array([s[-1] for s in spans(d["mask"])])
+    return SignalInputs(
+        response_mask=mask,
+        rewards=f(d["rewards"]),
+        rewards_t=f(np.where(np.arange(T) == last[:, None], d["rewards"][:, None], 0.0)),
+        group_ids=jnp.asarray(GROUPS),
+        step_ids=jnp.asarray(np.where(d["mask"], d["steps"], -1)),
+        actor_ids=jnp.asarray(np.where(d["mask"], 0, -1)),
+        ended=jnp.ones(B, bool),
+        steps=2,
+        log_prob_old=f(d["old"]),
+        log_prob_behaviour=f(d["behaviour"]),
+        log_prob_ref=f(d["ref"]),
+        entropy=f(d["entropy"]),
+        values=f(d["values"]),
+    )
 
 
 def evaluate(recipe, d, log_prob=None):
     def f(x):
         return jnp.asarray(x, jnp.float32)
 
-    rewards = f(d["rewards"])
-    a = (
-        GIVEN[recipe.name](d)
-        if recipe.advantage == "given"
-        else sequence_advantages(recipe, rewards, jnp.asarray(GROUPS))
-    )
+    a = advantages_of(recipe, signal_inputs(d))
 
     def loss(log_prob):
         terms = policy_loss(
@@ -336,7 +350,7 @@ def test_gradient_is_zero_outside_the_mask_whatever_is_there(batch, name):
 
 
 @pytest.mark.parametrize(
-    "name", sorted(n for n, r in RECIPES.items() if r.advantage != "given" and r.kl_estimator == "none")
+    "name", sorted(n for n, r in RECIPES.items() if not SIGNALS[r.advantage].needs and r.kl_estimator == "none")
 )
 def test_equal_rewards_give_exactly_zero(batch, name):
     _, gradient, _ = evaluate(RECIPES[name], {**batch, "rewards": np.full(B, 0.1)})

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 from jaxrl_llm.models.lora import merge_lora
 from jaxrl_llm.models.sharding import shard
 from jaxrl_llm.models.trainable import combine
+from jaxrl_llm.objectives import SIGNALS
 from jaxrl_llm.objectives import Recipe
 from jaxrl_llm.objectives import sequence_advantages
 from jaxrl_llm.objectives.ratios import LOG_RATIO_LIMIT
@@ -122,8 +123,11 @@ class Trainer:
 
     def __init__(self, parts: Parts, settings: TrainSettings, end_ids: Sequence[int]) -> None:
         """Split the model, place it on its devices, and prepare what is compiled at first use."""
-        if parts.recipe.advantage == "given":
-            raise ValueError(f"recipe {parts.recipe.name!r} needs a value function, which this loop does not train.")
+        if parts.recipe.advantage == "given" or SIGNALS[parts.recipe.advantage].needs:
+            raise ValueError(
+                f"recipe {parts.recipe.name!r} needs a value function, or statistics of tokens, for its advantages, "
+                "which this loop does not make."
+            )
         sampling = _sampling(parts.recipe, settings.sampling)
         _refuse_unknown_law(parts, sampling)
         self.knows_sampler = knows_sampler(parts, sampling)
