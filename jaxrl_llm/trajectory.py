@@ -31,6 +31,10 @@ LOG_PROB_SLACK = 1e-3
 """How far above 0 rounding may put the log-prob of a certain token [nats]."""
 
 
+Column = Array | np.ndarray
+"""On the host, or under jit."""
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Trajectories:
@@ -53,20 +57,20 @@ class Trajectories:
         routes: experts that each token went to in each layer, where they were recorded.
     """
 
-    tokens: Int[Array, "B T"]
-    token_mask: Bool[Array, "B T"]
-    action_mask: Bool[Array, "B T"]
-    group_ids: Int[Array, " B"]
-    rewards: Float[Array, "B T"]
-    log_prob_behaviour: Float[Array, "B T"] | None
-    step_ids: Int[Array, "B T"]
-    actor_ids: Int[Array, "B T"]
-    versions: Int[Array, "B T"]
-    ended: Bool[Array, " B"]
-    routes: Int[Array, "B T L K"] | None = None
+    tokens: Int[Column, "B T"]
+    token_mask: Bool[Column, "B T"]
+    action_mask: Bool[Column, "B T"]
+    group_ids: Int[Column, " B"]
+    rewards: Float[Column, "B T"]
+    log_prob_behaviour: Float[Column, "B T"] | None
+    step_ids: Int[Column, "B T"]
+    actor_ids: Int[Column, "B T"]
+    versions: Int[Column, "B T"]
+    ended: Bool[Column, " B"]
+    routes: Int[Column, "B T L K"] | None = None
 
     @property
-    def returns(self) -> Float[Array, " B"]:
+    def returns(self) -> Float[Column, " B"]:
         """What each row earned: the sum of its rewards."""
         return self.rewards.sum(axis=-1)
 

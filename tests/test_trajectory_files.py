@@ -85,8 +85,9 @@ def test_there_and_back(tmp_path: Path) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(
-    seed=st.integers(0, 2**32 - 1), rows=st.integers(0, 4), width=st.integers(4, 9), known=st.booleans(), routed=st.booleans(),
-    floats=st.sampled_from(["f2", "f4", "f8", "bf"]), ints=st.sampled_from(["i2", "i4", "i8", ">i4"]),
+    seed=st.integers(0, 2**32 - 1), rows=st.integers(0, 4), width=st.integers(4, 9), known=st.booleans(),
+    routed=st.booleans(), floats=st.sampled_from(["f2", "f4", "f8", "bf"]),
+    ints=st.sampled_from(["i2", "i4", "i8", ">i4"]),
 )  # fmt: skip
 def test_there_and_back_for_every_kind(tmp_path_factory, seed, rows, width, floats, ints, known, routed) -> None:
     dtype = np.dtype(jnp.bfloat16) if floats == "bf" else np.dtype(floats)
