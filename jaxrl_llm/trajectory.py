@@ -2,7 +2,7 @@
 
 A batch is B rows of T tokens. What the policy chose is said by `action_mask`: one stretch per row for a single answer,
 several where it acted more than once. Every `[B, T]` column is aligned to its token: the reward, log-prob and version
-at column t belong to token t. `actions` gathers the chosen tokens into `[B, R]` columns, which is where signals and
+at column t belong to token t. `Actions` gathers the chosen tokens into `[B, R]` columns, which is where signals and
 losses live; nothing else slices a row.
 """
 
@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_llm.typing import Array
@@ -19,6 +20,19 @@ from jaxrl_llm.typing import Int
 
 OUTSIDE = -1
 """Step, actor and version of a token that nobody chose."""
+
+OPTIONAL = ("log_prob_behaviour", "routes")
+"""Columns that may be None."""
+
+KINDS = {jnp.integer: "integer", jnp.bool_: "bool", jnp.floating: "floating"}
+"""Kinds of dtypes, as a sentence names them."""
+
+LOG_PROB_SLACK = 1e-3
+"""How far above 0 rounding may put the log-prob of a certain token [nats]."""
+
+
+Column = Array | np.ndarray
+"""On the host, or under jit."""
 
 
 @jax.tree_util.register_dataclass
@@ -32,8 +46,8 @@ class Trajectories:
         action_mask: true at tokens that the policy chose, an end token included. Never the first real token of its
             row, as nothing predicts that one.
         group_ids: equal for rows that are compared with each other: answers to one prompt, the sides of a pair.
-        rewards: of each token: what a step earned at the last token of the step, the outcome at the last token of the
-            row; 0 elsewhere. Their sum is the return of the row.
+        rewards: of each token: what a step earned at the last token chosen in it, the outcome at the last chosen token
+            of the row; 0 elsewhere. Their sum is the return of the row.
         log_prob_behaviour: of each chosen token under the policy that sampled it, in the precision that did [nats], 0
             elsewhere; None where nobody recorded it, as in demonstrations.
         step_ids: which step of its row each chosen token belongs to, 0, 1, ..; -1 elsewhere.
@@ -43,22 +57,22 @@ class Trajectories:
         routes: experts that each token went to in each layer, where they were recorded.
     """
 
-    tokens: Int[Array, "B T"]
-    token_mask: Bool[Array, "B T"]
-    action_mask: Bool[Array, "B T"]
-    group_ids: Int[Array, " B"]
-    rewards: Float[Array, "B T"]
-    log_prob_behaviour: Float[Array, "B T"] | None
-    step_ids: Int[Array, "B T"]
-    actor_ids: Int[Array, "B T"]
-    versions: Int[Array, "B T"]
-    ended: Bool[Array, " B"]
-    routes: Int[Array, "B T L K"] | None = None
+    tokens: Int[Column, "B T"]
+    token_mask: Bool[Column, "B T"]
+    action_mask: Bool[Column, "B T"]
+    group_ids: Int[Column, " B"]
+    rewards: Float[Column, "B T"]
+    log_prob_behaviour: Float[Column, "B T"] | None
+    step_ids: Int[Column, "B T"]
+    actor_ids: Int[Column, "B T"]
+    versions: Int[Column, "B T"]
+    ended: Bool[Column, " B"]
+    routes: Int[Column, "B T L K"] | None = None
 
     @property
-    def returns(self) -> Float[Array, " B"]:
+    def returns(self) -> Float[Column, " B"]:
         """What each row earned: the sum of its rewards."""
-        return self.rewards.sum(axis=1)
+        return self.rewards.sum(axis=-1)
 
 
 def single_step(
@@ -92,7 +106,7 @@ def single_step(
             f"row {row} has the outcome {outcomes[row]} and no action token to put it at; every row must have one."
         )
     rewards = np.zeros(actions.shape, np.float32)
-    last = actions.shape[1] - 1 - np.argmax(actions[:, ::-1], axis=1)
+    last = np.where(actions, np.arange(actions.shape[1]), -1).max(axis=1, initial=-1)
     rewards[chosen, last[chosen]] = outcomes[chosen]
     nobody = np.full(actions.shape, OUTSIDE, np.int32)
     return Trajectories(
@@ -140,9 +154,11 @@ class Actions:
         return cls(columns, np.arange(width) < counts[:, None])
 
     def take(self, values: Any, *, fill: Any = 0) -> np.ndarray:
-        """A `[B, T]` column at the chosen tokens, `[B, R]`; `fill` beyond the last one."""
-        gathered = np.take_along_axis(np.asarray(values), self.columns, axis=1)
-        return np.where(self.mask, gathered, np.asarray(fill, gathered.dtype))
+        """A `[B, T, ..]` column at the chosen tokens, `[B, R, ..]`, in its own dtype; `fill` beyond the last one."""
+        values = np.asarray(values)
+        gathered = values[np.arange(len(values))[:, None], self.columns]
+        mask = self.mask.reshape(self.mask.shape + (1,) * (values.ndim - 2))
+        return np.where(mask, gathered, np.asarray(fill, gathered.dtype))
 
 
 def check_trajectory(trajectories: Trajectories, *, vocab_size: int | None = None) -> None:
@@ -170,8 +186,8 @@ def check_trajectory(trajectories: Trajectories, *, vocab_size: int | None = Non
     _refuse(actions & real & first, "has its first real token as an action; nothing predicts that one")
     holes = np.diff(real.astype(np.int8), axis=1, prepend=0, append=0) == 1
     _refuse(holes.sum(axis=1, keepdims=True) > 1, "has padding between real tokens")
-    for name in ("step_ids", "actor_ids"):
-        ids = np.asarray(getattr(t, name))
+    for name, column in (("step_ids", t.step_ids), ("actor_ids", t.actor_ids)):
+        ids = np.asarray(column)
         _refuse(actions & (ids < 0), f"has an action token with {name} below 0")
         _refuse(~actions & (ids != OUTSIDE), f"has {name} other than {OUTSIDE} where no token was chosen")
     versions = np.asarray(t.versions)
@@ -185,36 +201,45 @@ def check_trajectory(trajectories: Trajectories, *, vocab_size: int | None = Non
     if t.log_prob_behaviour is not None:
         behaviour = np.asarray(t.log_prob_behaviour)
         _refuse(~actions & (behaviour != 0), "has a log-prob other than 0 at a token that was not chosen")
-        _refuse(actions & (behaviour > 1e-3), "has a log-prob above 0")
+        _refuse(actions & np.isfinite(behaviour) & (behaviour > LOG_PROB_SLACK), "has a log-prob above 0")
 
 
 def _check_columns(t: Trajectories) -> None:
     shape = np.shape(t.tokens)
-    if len(shape) != 2:
-        raise ValueError(f"tokens has shape {shape}; it must have two axes, rows and tokens.")
-    kinds = {
-        "tokens": np.integer,
-        "token_mask": np.bool_,
-        "action_mask": np.bool_,
-        "rewards": np.floating,
-        "log_prob_behaviour": np.floating,
-        "step_ids": np.integer,
-        "actor_ids": np.integer,
-        "versions": np.integer,
-        "group_ids": np.integer,
-        "ended": np.bool_,
+    if len(shape) != 2 or not shape[1]:
+        raise ValueError(f"tokens has shape {shape}; it must have two axes, rows and at least one token.")
+    columns: dict[str, tuple[Any, Any, tuple[int, ...]]] = {
+        "tokens": (t.tokens, jnp.integer, shape),
+        "token_mask": (t.token_mask, jnp.bool_, shape),
+        "action_mask": (t.action_mask, jnp.bool_, shape),
+        "group_ids": (t.group_ids, jnp.integer, shape[:1]),
+        "rewards": (t.rewards, jnp.floating, shape),
+        "log_prob_behaviour": (t.log_prob_behaviour, jnp.floating, shape),
+        "step_ids": (t.step_ids, jnp.integer, shape),
+        "actor_ids": (t.actor_ids, jnp.integer, shape),
+        "versions": (t.versions, jnp.integer, shape),
+        "ended": (t.ended, jnp.bool_, shape[:1]),
     }
-    for name, kind in kinds.items():
-        column = getattr(t, name)
-        if column is None and name == "log_prob_behaviour":
+    for name, (column, kind, wanted) in columns.items():
+        if column is None and name in OPTIONAL:
             continue
-        wanted = shape[:1] if name in ("group_ids", "ended") else shape
-        if np.shape(column) != wanted:
-            raise ValueError(f"{name} has shape {np.shape(column)}; it must be {wanted} beside tokens of {shape}.")
-        if not np.issubdtype(np.asarray(column).dtype, kind):
-            raise TypeError(f"{name} is of {np.asarray(column).dtype}; it must be of kind {kind.__name__}.")
-    if t.routes is not None and np.shape(t.routes)[:2] != shape:
-        raise ValueError(f"routes has shape {np.shape(t.routes)}; its first two axes must be {shape}.")
+        array = np.asarray(column)
+        if array.shape != wanted:
+            raise ValueError(f"{name} has shape {array.shape}; it must be {wanted} beside tokens of {shape}.")
+        _require_kind(name, array, kind)
+    if t.routes is not None:
+        routes = np.asarray(t.routes)
+        if routes.ndim != 4 or routes.shape[:2] != shape:
+            raise ValueError(
+                f"routes has shape {routes.shape}; it must be {shape} with two more axes, layers and experts."
+            )
+        _require_kind("routes", routes, jnp.integer)
+
+
+def _require_kind(name: str, array: np.ndarray, kind: Any) -> None:
+    # jax's issubdtype, as bfloat16 is no floating number to NumPy.
+    if not jnp.issubdtype(array.dtype, kind):
+        raise TypeError(f"{name} is of {array.dtype}; it must be of kind {KINDS[kind]}.")
 
 
 def _refuse(broken: np.ndarray, what: str) -> None:
