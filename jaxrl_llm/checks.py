@@ -73,6 +73,16 @@ def require_dtype(kind: str, **arrays: object) -> None:
             raise TypeError(f"{name} is {_describe(array)}; its dtype must be {kind}.")
 
 
+def present(array: Array | None) -> Array:
+    """An optional array that has been found to be there: tells the type checker, and stops where it was not looked for.
+
+    Raises:
+        AssertionError: if it is None after all, which is a mistake of ours and not of the caller.
+    """
+    assert array is not None, "an array that was needed is None, and nothing has refused it"
+    return array
+
+
 def require_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """`value` must be one of `choices`.
 

@@ -22,7 +22,7 @@ from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Float
 from jaxrl_llm.typing import Int
 
-SIZES = {"B": 4, "T": 3, "K": 2, "V": 3, "H": 2, "D": 2, "N": 5, "_": 4}
+SIZES = {"B": 4, "T": 3, "R": 3, "K": 2, "V": 3, "H": 2, "D": 2, "N": 5, "_": 4}
 OTHERS = {
     "mode": "token-mean",
     "length_normaliser": 4.0,

@@ -8,11 +8,16 @@ import pytest
 from jaxrl_llm import testing
 from jaxrl_llm.objectives import RECIPES
 from jaxrl_llm.objectives import SIGNALS
+from jaxrl_llm.objectives import distillation
+from jaxrl_llm.objectives import modulation
 from jaxrl_llm.objectives import policy_loss
 from jaxrl_llm.objectives import pruning
 from jaxrl_llm.objectives import sequence_advantages
 from jaxrl_llm.testing import check_objective
 from jaxrl_llm.testing import examine_objective
+from jaxrl_llm.testing import example_batch
+from jaxrl_llm.testing.case import Case
+from jaxrl_llm.testing.promises import Promises
 
 stop = jax.lax.stop_gradient
 
@@ -111,6 +116,27 @@ def test_token_advantages():
         return token_mean(-jnp.exp(log_ratio(b)) * advantages, b.response_mask)
 
     check_objective(loss, advantages="token", aggregation="token-mean", skip=("precision", "vmap"))
+
+
+def test_a_loss_may_read_the_forward_kl_and_the_steps():
+    def loss(b):
+        entropies, exists = modulation.step_entropy(b.entropy, b.step_ids, b.response_mask, steps=4)
+        # Each step weighs by how certain it was; which steps there are is said by step_ids, -1 outside the mask.
+        weight = modulation.spread_to_tokens(jnp.where(exists, jnp.exp(-entropies), 0.0), b.step_ids, b.response_mask)
+        total, count = token_mean(-jnp.exp(log_ratio(b)) * weight * stop(b.advantages), b.response_mask)
+        kl, _ = distillation.forward_kl(b.kl_from_ref_t, b.response_mask)
+        return total + 0.1 * kl, count
+
+    skip = ("on_policy_gradient", *COMPILED_APART)  # its tokens are weighted by more than their advantage
+    check_objective(loss, skip=skip, advantages="token")
+    case = Case(lambda b: distillation.forward_kl(b.kl_from_ref_t, b.response_mask), Promises(), example_batch())
+    p, ref = (jax.nn.softmax(z) for z in (case.batch.logits, case.batch.logits_ref))
+    mask = np.asarray(case.batch.response_mask)
+    np.testing.assert_allclose(case.base.gradient, np.where(mask[..., None], p - ref, 0) / mask.sum(), atol=1e-7)
+    steps = np.asarray(case.batch.step_ids)
+    assert np.all(steps[~mask] == -1)
+    assert np.all(steps[mask] >= 0)
+    assert steps.max() == 2
 
 
 def test_errors_of_use():

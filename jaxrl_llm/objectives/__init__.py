@@ -3,13 +3,17 @@
 from jaxrl_llm.objectives import advantages as advantages
 from jaxrl_llm.objectives import aggregation as aggregation
 from jaxrl_llm.objectives import corrections as corrections
+from jaxrl_llm.objectives import distillation as distillation
 from jaxrl_llm.objectives import divergence_augmented as divergence_augmented
 from jaxrl_llm.objectives import divergences as divergences
 from jaxrl_llm.objectives import hybrid as hybrid
+from jaxrl_llm.objectives import likelihood as likelihood
 from jaxrl_llm.objectives import masks as masks
 from jaxrl_llm.objectives import modulation as modulation
+from jaxrl_llm.objectives import preferences as preferences
 from jaxrl_llm.objectives import pruning as pruning
 from jaxrl_llm.objectives import ratios as ratios
+from jaxrl_llm.objectives import signals as signals
 from jaxrl_llm.objectives import surrogates as surrogates
 from jaxrl_llm.objectives import token_baseline as token_baseline
 from jaxrl_llm.objectives.policy_loss import LossTerms as LossTerms

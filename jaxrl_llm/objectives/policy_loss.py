@@ -10,6 +10,7 @@ from jaxtyping import Float
 from jaxtyping import ScalarLike
 
 from jaxrl_llm.checks import checked
+from jaxrl_llm.checks import present
 from jaxrl_llm.checks import require_dtype
 from jaxrl_llm.checks import require_rank
 from jaxrl_llm.checks import require_same_shape
@@ -89,7 +90,7 @@ def policy_weights(
     if recipe.correction != "none":
         rule = CORRECTIONS[recipe.correction]
         _need_all(recipe, "correction", rule.needs, given)
-        log_weight = token_log_ratio(log_prob_old, log_prob_behaviour, response_mask)
+        log_weight = token_log_ratio(present(log_prob_old), present(log_prob_behaviour), response_mask)
         weights = rule.function(recipe, CorrectionInputs(log_weight, response_mask))
     if recipe.log_min_p is not None:
         kept = _need(recipe, "log_min_p", "target_kept", target_kept) | ~response_mask

@@ -36,11 +36,12 @@ class Range(NamedTuple):
         """Whether the field may hold `value`."""
         if value is None:
             return self.optional
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
             return False
-        if self.whole and value != int(value):
+        number = float(value)
+        if not math.isfinite(number) or (self.whole and not number.is_integer()):
             return False
-        return self.low <= value <= self.high and not (self.above and value == self.low)
+        return self.low <= number <= self.high and not (self.above and number == self.low)
 
 
 RANGES = {

@@ -13,6 +13,7 @@ from jaxtyping import Array
 from jaxtyping import Bool
 from jaxtyping import Float
 
+from jaxrl_llm.checks import present
 from jaxrl_llm.objectives import corrections
 from jaxrl_llm.objectives import masks
 from jaxrl_llm.objectives import surrogates
@@ -47,27 +48,29 @@ def _score_function(recipe: RecipeFields, x: SurrogateInputs) -> Array:
 
 
 def _importance_weighted(recipe: RecipeFields, x: SurrogateInputs) -> Array:
-    return surrogates.importance_weighted(x.ratio, x.advantages)
+    return surrogates.importance_weighted(present(x.ratio), x.advantages)
 
 
 def _clipped(recipe: RecipeFields, x: SurrogateInputs) -> Array:
-    return surrogates.clipped(x.ratio, x.advantages, clip_low=recipe.clip_low, clip_high=recipe.clip_high)
+    return surrogates.clipped(present(x.ratio), x.advantages, clip_low=recipe.clip_low, clip_high=recipe.clip_high)
 
 
 def _dual_clipped(recipe: RecipeFields, x: SurrogateInputs) -> Array:
     return surrogates.dual_clipped(
-        x.ratio, x.advantages, clip_low=recipe.clip_low, clip_high=recipe.clip_high, dual_clip=recipe.dual_clip
+        present(x.ratio), x.advantages, clip_low=recipe.clip_low, clip_high=recipe.clip_high, dual_clip=recipe.dual_clip
     )
 
 
 def _clipped_weight(recipe: RecipeFields, x: SurrogateInputs) -> Array:
     return surrogates.clipped_weight(
-        x.log_prob, x.ratio, x.advantages, clip_low=recipe.clip_low, clip_high=recipe.clip_high
+        x.log_prob, present(x.ratio), x.advantages, clip_low=recipe.clip_low, clip_high=recipe.clip_high
     )
 
 
 def _divergence_masked(recipe: RecipeFields, x: SurrogateInputs) -> Array:
-    return surrogates.divergence_masked(x.ratio, x.advantages, x.kl_t, threshold=recipe.divergence_threshold)
+    return surrogates.divergence_masked(
+        present(x.ratio), x.advantages, present(x.kl_t), threshold=recipe.divergence_threshold
+    )
 
 
 SURROGATES = {
@@ -139,19 +142,21 @@ class MaskInputs(NamedTuple):
 
     def log_ratio(self) -> Float[Array, "B T"]:
         """log pi - log mu of each sampled token [nats]."""
-        return token_log_ratio(self.log_prob, self.log_prob_behaviour, self.response_mask)
+        return token_log_ratio(self.log_prob, present(self.log_prob_behaviour), self.response_mask)
 
 
 def _maximum(recipe: RecipeFields, x: MaskInputs) -> Array:
-    return masks.accept_by_maximum(x.kl_t, x.response_mask, threshold=recipe.mask_maximum)
+    return masks.accept_by_maximum(present(x.kl_t), x.response_mask, threshold=recipe.mask_maximum)
 
 
 def _average(recipe: RecipeFields, x: MaskInputs) -> Array:
-    return masks.accept_by_average(x.kl_t, x.response_mask, threshold=recipe.mask_average)
+    return masks.accept_by_average(present(x.kl_t), x.response_mask, threshold=recipe.mask_average)
 
 
 def _both(recipe: RecipeFields, x: MaskInputs) -> Array:
-    return masks.accept_by_both(x.kl_t, x.response_mask, maximum=recipe.mask_maximum, average=recipe.mask_average)
+    return masks.accept_by_both(
+        present(x.kl_t), x.response_mask, maximum=recipe.mask_maximum, average=recipe.mask_average
+    )
 
 
 def _sampled_maximum(recipe: RecipeFields, x: MaskInputs) -> Array:

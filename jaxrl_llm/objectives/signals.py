@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_llm.checks import checked
+from jaxrl_llm.checks import present
 from jaxrl_llm.checks import require_choice
 from jaxrl_llm.masked import masked_count
 from jaxrl_llm.masked import masked_max
@@ -127,7 +128,7 @@ def normalised_over_tokens(advantages_t: Float[Array, "B R"], response_mask: Boo
 
 def _gae_and_returns(recipe: RecipeFields, x: SignalInputs) -> tuple[Array, Array]:
     return advantages.generalised_advantage_estimation(
-        x.rewards_t, x.values, x.response_mask, discount=recipe.discount, trace=recipe.trace
+        x.rewards_t, present(x.values), x.response_mask, discount=recipe.discount, trace=recipe.trace
     )
 
 
@@ -152,14 +153,14 @@ def _step_numbers(recipe: RecipeFields) -> dict[str, float]:
 
 
 def _empg(recipe: RecipeFields, x: SignalInputs) -> Array:
-    entropy, exists = modulation.step_entropy(x.entropy, x.step_ids, x.response_mask, steps=x.steps)
+    entropy, exists = modulation.step_entropy(present(x.entropy), x.step_ids, x.response_mask, steps=x.steps)
     of_rows = advantages.group_normalised(x.rewards, x.group_ids)
     of_steps = modulation.modulated_advantages(of_rows, entropy, exists, **_step_numbers(recipe))
     return modulation.spread_to_tokens(of_steps, x.step_ids, x.response_mask)
 
 
 def _empg_potential(recipe: RecipeFields, x: SignalInputs) -> Array:
-    entropy, exists = modulation.step_entropy(x.entropy, x.step_ids, x.response_mask, steps=x.steps)
+    entropy, exists = modulation.step_entropy(present(x.entropy), x.step_ids, x.response_mask, steps=x.steps)
     of_rows = advantages.group_normalised(x.rewards, x.group_ids)
     of_steps = modulation.potential_modulated_advantages(of_rows, entropy, exists, **_step_numbers(recipe))
     return modulation.spread_to_tokens(of_steps, x.step_ids, x.response_mask)
@@ -195,24 +196,32 @@ def _against_divergence(recipe: RecipeFields, x: SignalInputs, divergence_t: Arr
 
 
 def _sparse_imitation(recipe: RecipeFields, x: SignalInputs) -> Array:
-    return _against_divergence(recipe, x, token_log_ratio(x.log_prob_old, x.log_prob_ref, x.response_mask))
+    return _against_divergence(
+        recipe, x, token_log_ratio(present(x.log_prob_old), present(x.log_prob_ref), x.response_mask)
+    )
 
 
 def _sparse_imitation_exact(recipe: RecipeFields, x: SignalInputs) -> Array:
-    return _against_divergence(recipe, x, x.kl_ref_t)
+    return _against_divergence(recipe, x, present(x.kl_ref_t))
 
 
 def _v_trace(recipe: RecipeFields, x: SignalInputs) -> tuple[Array, Array, Array]:
     # Both caps of V-trace are 1, as in the paper; `trace_cap` belongs to the sum of divergences.
-    ratio = token_ratio(token_log_ratio(x.log_prob_old, x.log_prob_behaviour, x.response_mask), x.response_mask)
-    targets, q = divergence_augmented.v_trace(x.values, x.rewards_t, ratio, x.response_mask, discount=recipe.discount)
+    ratio = token_ratio(
+        token_log_ratio(present(x.log_prob_old), present(x.log_prob_behaviour), x.response_mask), x.response_mask
+    )
+    targets, q = divergence_augmented.v_trace(
+        present(x.values), x.rewards_t, ratio, x.response_mask, discount=recipe.discount
+    )
     return ratio, targets, q
 
 
 def _divergence_augmented(recipe: RecipeFields, x: SignalInputs) -> Array:
     ratio, _, q = _v_trace(recipe, x)
-    own = divergence_augmented.scaled_by_root_mean_square(q - x.values, x.response_mask)
-    phi = divergence_augmented.pseudo_reward(x.log_prob_old, x.log_prob_behaviour, divergence=recipe.divergence)
+    own = divergence_augmented.scaled_by_root_mean_square(q - present(x.values), x.response_mask)
+    phi = divergence_augmented.pseudo_reward(
+        present(x.log_prob_old), present(x.log_prob_behaviour), divergence=recipe.divergence
+    )
     divergence = divergence_augmented.multi_step_divergence(
         phi, ratio, x.response_mask, discount=recipe.discount, trace_cap=recipe.trace_cap
     )
@@ -224,11 +233,15 @@ def _v_trace_targets(recipe: RecipeFields, x: SignalInputs) -> Array:
 
 
 def _optimal_token_baseline(recipe: RecipeFields, x: SignalInputs) -> Array:
-    return token_baseline.optimal_token_baseline(x.rewards, x.log_prob_old, x.collision, x.response_mask, x.group_ids)
+    return token_baseline.optimal_token_baseline(
+        x.rewards, present(x.log_prob_old), present(x.collision), x.response_mask, x.group_ids
+    )
 
 
 def _own_token_baseline(recipe: RecipeFields, x: SignalInputs) -> Array:
-    return token_baseline.own_token_baseline(x.rewards, x.log_prob_old, x.collision, x.response_mask, x.group_ids)
+    return token_baseline.own_token_baseline(
+        x.rewards, present(x.log_prob_old), present(x.collision), x.response_mask, x.group_ids
+    )
 
 
 _OFF_POLICY = ("values", "log_prob_old", "log_prob_behaviour")

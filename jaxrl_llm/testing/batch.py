@@ -36,6 +36,8 @@ class Batch(NamedTuple):
         entropy: of pi in each context [nats].
         kl_t: KL(mu || pi) of each context [nats].
         kl_ref_t: KL(pi || ref) of each context [nats].
+        kl_from_ref_t: KL(ref || pi) of each context [nats].
+        step_ids: which step of its row each response token belongs to, 0, 1, ..; -1 outside the mask.
     """
 
     tokens: Int[Array, "B T"]
@@ -54,9 +56,11 @@ class Batch(NamedTuple):
     entropy: Float[Array, "B T"]
     kl_t: Float[Array, "B T"]
     kl_ref_t: Float[Array, "B T"]
+    kl_from_ref_t: Float[Array, "B T"]
+    step_ids: Int[Array, "B T"]
 
 
-POLICY_FIELDS = ("log_prob", "entropy", "kl_t", "kl_ref_t")
+POLICY_FIELDS = ("log_prob", "entropy", "kl_t", "kl_ref_t", "kl_from_ref_t")
 """Fields that are functions of `logits`."""
 
 CONSTANT_FIELDS = (
@@ -79,6 +83,7 @@ def policy_statistics(logits: Float[Array, "B T V"], batch: Batch) -> dict[str, 
         "entropy": categorical.entropy(logits),
         "kl_t": categorical.kl(batch.logits_behaviour, logits),
         "kl_ref_t": categorical.kl(logits, batch.logits_ref),
+        "kl_from_ref_t": categorical.kl(batch.logits_ref, logits),
     }
 
 
@@ -115,6 +120,7 @@ def make_batch(
     group_ids: np.ndarray,
     rewards: np.ndarray,
     advantages: np.ndarray,
+    step_ids: np.ndarray | None = None,
 ) -> Batch:
     """A batch from NumPy arrays, in jax's default floating dtype.
 
@@ -125,7 +131,9 @@ def make_batch(
         group_ids: `[B]`.
         rewards: `[B]`.
         advantages: `[B]` or `[B, T]`.
+        step_ids: `[B, T]`, read at response tokens; None where every row is one step.
     """
+    steps = np.zeros(tokens.shape, int) if step_ids is None else step_ids
     dtype = jnp.result_type(float)
     logits = [jnp.asarray(z, dtype) for z in policies]
     empty = jnp.zeros(tokens.shape, dtype)
@@ -136,7 +144,8 @@ def make_batch(
         jnp.asarray(rewards, dtype),
         jnp.asarray(advantages, dtype),
         *logits,
-        *[empty] * 7,
+        *[empty] * 8,
+        jnp.asarray(np.where(response_mask, steps, -1), jnp.int32),
     )
     return with_policies(batch, *logits)
 
@@ -149,7 +158,7 @@ def example_batch(seed: int = 0, *, advantages: str = "sequence") -> Batch:
     """A batch of 12 responses in 8 columns over 6 tokens, a little off-policy; the last two columns are all padding.
 
     Some sequences have moved by 1e-5 nats per token and some by 0.1, so that tests of trust regions accept a part. One
-    token of every context has probability 1e-9 and is never sampled.
+    token of every context has probability 1e-9 and is never sampled. A step is two tokens.
 
     Args:
         seed: of the random numbers.
@@ -173,4 +182,5 @@ def example_batch(seed: int = 0, *, advantages: str = "sequence") -> Batch:
         group_ids=np.where(np.arange(rows) % 2 == 0, 7, 3),
         rewards=np.round(rng.permutation(rows) / 8.0 + 0.05 * np.arange(rows), 2),
         advantages=rng.choice([-1.0, 1.0], size=shape) * rng.uniform(0.3, 1.5, size=shape),
+        step_ids=(np.cumsum(mask, axis=1) - 1) // 2,
     )
