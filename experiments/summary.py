@@ -53,4 +53,4 @@ def replaced_problems(run: RunFolder) -> int:
     if not saved:
         return 0
     progress = read_json(max(saved, key=lambda path: int(path.parts[-3])))
-    return len(progress["task"].get("replaced", ()))
+    return len(progress["cursor"].get("replaced", ()))

@@ -15,7 +15,6 @@ from jax.sharding import NamedSharding
 from jaxrl_llm.models import trainable
 from jaxrl_llm.models.sharding import make_mesh
 from jaxrl_llm.models.sharding import shardings
-from jaxrl_llm.training import Trainer
 from jaxrl_llm.training import state_hash
 from jaxrl_llm.training import train
 
@@ -34,23 +33,23 @@ def tiny_run() -> ModuleType:
     return module
 
 
-def one_batch(tiny_run, mesh, rollout=None):
+def one_batch(tiny_run, mesh, experience=None):
     """Gradient, loss, parameters after one step, and comparison with the policy before, on a given rollout."""
     settings = dataclasses.replace(tiny_run.SETTINGS, response_length=3)
     parts = tiny_run.make_parts("trm_max", mesh=mesh)
-    trainer = Trainer(parts, settings, (parts.tokenizer.eos_id,))
+    trainer, collector = tiny_run.make_trainer(parts, settings)
     with trainer.devices():
         state = trainer.initial_state()
-        if rollout is None:
-            rollout = trainer.sample(state, 0, [f"{digit}>" for digit in range(settings.prompts)])
-        rewards = np.linspace(0, 1, settings.prompts * settings.group_size, dtype=np.float32) ** 2
-        prepared = trainer.prepare(state, 0, rollout, rewards)
-        everything = jnp.arange(prepared.batch.targets.shape[0], dtype=jnp.int32)[None]
+        if experience is None:
+            rewards = np.linspace(0, 1, settings.prompts * settings.group_size, dtype=np.float32) ** 2
+            experience = tiny_run.with_outcomes(tiny_run.collected(trainer, collector, state), rewards)
+        prepared = trainer.prepare(state, 0, experience)
+        everything = jnp.arange(prepared.batch.rows.tokens.shape[0], dtype=jnp.int32)[None]
         arguments = (state.params, trainer.frozen, prepared.batch, prepared.heads, everything, 1)
         gradient, terms = jax.jit(trainer.update.gradient)(*arguments)
         state, _ = trainer.improve(state, prepared)
         shift = trainer.compare(state, prepared)
-    return rollout, gradient, terms.loss, state, shift, trainer.update.traces
+    return experience, gradient, terms.loss, state, shift, trainer.update.traces
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +59,9 @@ def on_one_device(tiny_run):
 
 @pytest.mark.parametrize("shape", MESHES)
 def test_loss_gradient_and_updated_parameters_equal_those_of_one_device(tiny_run, on_one_device, shape):
-    rollout, gradient, loss, state, shift, _ = on_one_device
+    experience, gradient, loss, state, shift, _ = on_one_device
     mesh = make_mesh(**MESHES[shape])
-    _, got_gradient, got_loss, got_state, got_shift, traces = one_batch(tiny_run, mesh, rollout)
+    _, got_gradient, got_loss, got_state, got_shift, traces = one_batch(tiny_run, mesh, experience)
     # Advantages are normalised, so what is averaged has size 1 and cancels to 0.015: two roundings of 1.
     np.testing.assert_allclose(got_loss[0] / got_loss[1], loss[0] / loss[1], rtol=0, atol=2 * np.finfo(np.float32).eps)
 

@@ -43,29 +43,34 @@ def test_what_is_at_padding_does_not_matter():
 
 
 @pytest.fixture(scope="module")
-def trainer(tiny_run) -> Trainer:
-    return Trainer(tiny_run.make_parts(), tiny_run.SETTINGS, (256,))
+def made(tiny_run):
+    return tiny_run.make_trainer(tiny_run.make_parts())
 
 
 @pytest.fixture(scope="module")
-def sampled(trainer):
+def trainer(made) -> Trainer:
+    return made[0]
+
+
+@pytest.fixture(scope="module")
+def sampled(made, tiny_run):
+    trainer, collector = made
     state = trainer.initial_state()
-    rollout = trainer.sample(state, 0, [f"{digit}>" for digit in range(8)])
-    return state, rollout, np.linspace(0, 1, 64, dtype=np.float32)
+    return state, tiny_run.collected(trainer, collector, state), np.linspace(0, 1, 64, dtype=np.float32)
 
 
 @pytest.mark.parametrize("cause", ["sampler", "reward"])
-def test_a_broken_rollout_changes_nothing_but_its_own_absence(cause, trainer, sampled):
+def test_a_broken_rollout_changes_nothing_but_its_own_absence(cause, trainer, sampled, tiny_run):
     """Its group is compared without it, and the gradient is that of the batch in which it has no token."""
-    state, rollout, rewards = sampled
-    broken, rewards = np.array(rollout.log_prob_behaviour), rewards.copy()
+    state, experience, rewards = sampled
+    broken, rewards = np.array(experience.trajectories.log_prob_behaviour), rewards.copy()
     if cause == "sampler":
         broken[5, -1] = np.nan
     else:
         rewards[5] = np.inf
-    prepared = trainer.prepare(state, 0, dataclasses.replace(rollout, log_prob_behaviour=broken), rewards)
+    prepared = trainer.prepare(state, 0, tiny_run.with_outcomes(experience, rewards, log_prob_behaviour=broken))
     assert prepared.finite.dropped == 1
-    advantages = np.asarray(prepared.batch.advantages).reshape(8, 8)
+    advantages = np.asarray(prepared.advantages).reshape(8, 8)
     group = np.delete(rewards[:8], 5)
     expected = (group - group.mean()) / group.std(ddof=1)
     np.testing.assert_allclose(np.delete(advantages[0], 5), expected, rtol=1e-4)
@@ -77,7 +82,7 @@ def test_a_broken_rollout_changes_nothing_but_its_own_absence(cause, trainer, sa
     gradient_of = jax.jit(trainer.update.gradient, static_argnums=5)
 
     def gradient(batch) -> list[np.ndarray]:
-        rows = jnp.arange(batch.packed.tokens.shape[0])[None]
+        rows = jnp.arange(batch.rows.tokens.shape[0])[None]
         found, terms = gradient_of(state.params, trainer.frozen, batch, prepared.heads, rows, 1)
         assert float(terms.loss[1]) == 63  # tokens, which this recipe divides by
         return [np.asarray(leaf) for leaf in jax.tree.leaves((found, terms))]
@@ -96,7 +101,7 @@ def gradients(trainer):
 
     def gradient(state, prepared) -> tuple[dict[str, np.ndarray], float]:
         # One row of padding as well, which reads row 0.
-        rows = jnp.append(jnp.arange(prepared.batch.packed.tokens.shape[0]), -1)[None]
+        rows = jnp.append(jnp.arange(prepared.batch.rows.tokens.shape[0]), -1)[None]
         found, terms = jitted(state.params, trainer.frozen, prepared.batch, prepared.heads, rows, 1)
         paths = jax.tree_util.tree_leaves_with_path(found)
         return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in paths}, float(terms.loss[1])
@@ -116,23 +121,24 @@ def test_a_broken_row_of_the_trainer_leaves_the_gradient_finite(recipe, share_pr
     tokenizer = ByteTokenizer()
     config = tiny(vocab_size=tokenizer.vocab_size, num_layers=1, tie_embeddings=False)
     model = Transformer(config, rngs=nnx.Rngs(0))
-    trainer = Trainer(tiny_run.make_parts(recipe, model=model), settings, (256,))
+    trainer, collector = tiny_run.make_trainer(tiny_run.make_parts(recipe, model=model), settings)
     state = trainer.initial_state()
-    rollout = trainer.sample(state, 0, ["1>", "2>"])
+    experience = tiny_run.collected(trainer, collector, state)
+    rollout = experience.trajectories
     tokens, width, unused = np.array(rollout.tokens), settings.prompt_length, 7
     tokens[tokens == unused] = 8
     tokens[5, width] = unused
-    mask = np.array(rollout.response_mask)
+    mask = np.array(rollout.action_mask)
     mask[5, width:] = True
-    rollout = dataclasses.replace(rollout, tokens=tokens, response_mask=mask, token_mask=rollout.token_mask | mask)
+    changed = {"tokens": tokens, "action_mask": mask, "token_mask": rollout.token_mask | mask}
     rewards = np.linspace(0, 1, 16, dtype=np.float32)
 
     def poison(path, leaf):
         return leaf.at[unused].set(jnp.nan) if jax.tree_util.keystr(path).startswith("['embedding']") else leaf
 
     broken = dataclasses.replace(state, params=jax.tree_util.tree_map_with_path(poison, state.params))
-    prepared = trainer.prepare(broken, 0, rollout, rewards)
-    slots = trainer.layout.slots
+    prepared = trainer.prepare(broken, 0, tiny_run.with_outcomes(experience, rewards, **changed))
+    slots = prepared.batch.rows.layout.sequences
     assert (slots > 1) == share_prompts
     first = 5 // slots * slots
     out = np.isin(np.arange(16), np.arange(first, first + slots))
@@ -143,7 +149,8 @@ def test_a_broken_row_of_the_trainer_leaves_the_gradient_finite(recipe, share_pr
     found, count = gradient(broken, prepared)
 
     log_probs = np.where(out[:, None], np.nan, rollout.log_prob_behaviour)  # the sampler's fault drops the same rows
-    absent = trainer.prepare(state, 0, dataclasses.replace(rollout, log_prob_behaviour=log_probs), rewards)
+    changed["log_prob_behaviour"] = log_probs
+    absent = trainer.prepare(state, 0, tiny_run.with_outcomes(experience, rewards, **changed))
     expected, expected_count = gradient(state, absent)
     assert count == expected_count > 0
     assert max(np.abs(leaf).max() for leaf in expected.values()) > 1e-3
@@ -191,13 +198,15 @@ def test_a_step_without_a_sound_rollout_stops_the_run(tiny_run, tmp_path):
 def test_a_quantised_sampler_is_seen_exactly(tiny_run):
     """The trainer's law of the sampler gives the log-probs that the sampler recorded, and divergences from it."""
     parts = tiny_run.make_parts("trm", perturbation=perturb.perturbation("fp8_weights"))
-    trainer = Trainer(parts, tiny_run.SETTINGS, (256,))
+    trainer, collector = tiny_run.make_trainer(parts)
     state = trainer.initial_state()
-    rollout = trainer.sample(state, 0, [f"{digit}>" for digit in range(8)])
-    prepared = trainer.prepare(state, 0, rollout, np.zeros(64, np.float32))
-    shift = trainer.compare(state, prepared)  # nothing was updated: what is left is the quantisation
+    experience = tiny_run.collected(trainer, collector, state)
+    rollout = experience.trajectories
+    prepared = trainer.prepare(state, 0, experience)
+    # Nothing was updated: what is left is the quantisation.
+    shift = jax.tree.map(prepared.gather, trainer.compare(state, prepared))
     recorded = np.asarray(rollout.log_prob_behaviour)[:, -1]
-    old = np.asarray(prepared.batch.log_prob_old).reshape(-1)
+    old = prepared.gather(prepared.batch.log_prob_old)[:, 0]
     np.testing.assert_allclose(np.asarray(shift.log_ratio)[:, 0], old - recorded, atol=1e-5)
     model = trainer.policy.model(state.params, trainer.frozen)
     engine = perturb.perturbed_logits(model, rollout.tokens, rollout.token_mask, parts.perturbation, response_width=1)
@@ -212,4 +221,4 @@ def test_a_quantised_sampler_is_seen_exactly(tiny_run):
 def test_exact_masks_refuse_a_sampler_whose_law_the_trainer_cannot_compute(tiny_run):
     parts = tiny_run.make_parts("trm", perturbation=perturb.perturbation("gaussian_noise"))
     with pytest.raises(ValueError, match="masks by the exact KL"):
-        Trainer(parts, tiny_run.SETTINGS, (256,))
+        tiny_run.make_trainer(parts)

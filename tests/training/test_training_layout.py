@@ -1,5 +1,7 @@
 """A packed row gives every response token the state and the gradient that the plain layout gives it."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,11 +10,11 @@ from flax import nnx
 
 from jaxrl_llm.models.config import tiny
 from jaxrl_llm.models.transformer import Transformer
-from jaxrl_llm.training.text.layout import Layout
+from jaxrl_llm.training.text.layout import Grid
 from jaxrl_llm.training.text.layout import attention_mask
 from jaxrl_llm.training.text.layout import choose_slots
+from jaxrl_llm.training.text.layout import chosen_states
 from jaxrl_llm.training.text.layout import pack
-from jaxrl_llm.training.text.layout import predicting_states
 from jaxrl_llm.training.text.layout import through_layers
 
 PROMPT, RESPONSE, GROUP = 5, 4, 6
@@ -34,10 +36,10 @@ def batch() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def states(model: Transformer, batch, slots: int) -> jax.Array:
-    layout = Layout(PROMPT, slots, RESPONSE)
-    packed = pack(*batch, layout)
+    layout = Grid(PROMPT, slots, RESPONSE)
+    packed = jax.tree.map(jnp.asarray, pack(*batch, layout))
     x = through_layers(model, model.embed(packed.tokens), packed, start=0)
-    return predicting_states(model.final_norm(x), layout).reshape(2 * GROUP, RESPONSE, -1)
+    return chosen_states(model.final_norm(x), packed).reshape(2 * GROUP, RESPONSE, -1)
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 6])
@@ -69,9 +71,9 @@ def test_states_and_gradients_equal_the_plain_forward_pass(batch, slots):
 
 
 def test_an_answer_sees_its_prompt_and_itself_only(batch):
-    layout = Layout(PROMPT, 2, RESPONSE)
-    packed = pack(*batch, layout)
-    mask = np.asarray(attention_mask(jnp.ones_like(packed.token_mask), layout))[0]
+    layout = Grid(PROMPT, 2, RESPONSE)
+    packed = jax.tree.map(jnp.asarray, pack(*batch, layout))
+    mask = np.asarray(attention_mask(dataclasses.replace(packed, token_mask=jnp.ones_like(packed.token_mask))))[0]
     first, second = PROMPT, PROMPT + RESPONSE - 1
     assert mask[second, :PROMPT].all()
     assert not mask[second, first:second].any()
@@ -82,9 +84,9 @@ def test_an_answer_sees_its_prompt_and_itself_only(batch):
 
 def test_one_token_answers_leave_the_prompt_alone(batch):
     tokens, mask, ids = batch
-    packed = pack(tokens[:, : PROMPT + 1], mask[:, : PROMPT + 1], ids, Layout(PROMPT, GROUP, 1))
+    packed = pack(tokens[:, : PROMPT + 1], mask[:, : PROMPT + 1], ids, Grid(PROMPT, GROUP, 1))
     assert packed.tokens.shape == (2, PROMPT)
-    assert predicting_states(jnp.ones((2, PROMPT, 8)), packed.layout).shape == (2, GROUP, 1, 8)
+    assert chosen_states(jnp.ones((2, PROMPT, 8)), packed).shape == (2, GROUP, 8)
 
 
 def test_short_answers_share_a_row_and_long_ones_do_not():
@@ -96,8 +98,8 @@ def test_short_answers_share_a_row_and_long_ones_do_not():
 def test_wrong_widths_and_mixed_groups_are_refused(batch):
     tokens, mask, ids = batch
     with pytest.raises(ValueError, match=r"tokens has 9 columns; it must have 6 \(prompt\) \+ 4"):
-        pack(tokens, mask, ids, Layout(6, 1, 4))
+        pack(tokens, mask, ids, Grid(6, 1, 4))
     with pytest.raises(ValueError, match="runs of 4 equal ids"):
-        pack(tokens, mask, ids, Layout(PROMPT, 4, RESPONSE))
+        pack(tokens, mask, ids, Grid(PROMPT, 4, RESPONSE))
     with pytest.raises(ValueError, match="slots is 0"):
-        Layout(4, 0, 4)
+        Grid(4, 0, 4)

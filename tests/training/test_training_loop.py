@@ -240,7 +240,7 @@ def test_replaced_generator_keys_are_in_the_checkpoint(tiny_run, tmp_path):
     assert outcome.checkpoint is not None
     progress = json.loads((outcome.checkpoint / "progress" / "metadata").read_text())
     expected = [{"step": 2, "index": 0, "key": key, "replaced_by": 5} for key in (3, 4)]
-    assert progress["task"]["replaced"] == expected
+    assert progress["cursor"]["replaced"] == expected
 
 
 @pytest.mark.parametrize(
@@ -270,5 +270,6 @@ def test_impossible_settings_are_refused(tiny_run, changes, sentence):
 
 
 def test_a_recipe_without_advantages_of_its_own_is_refused(tiny_run, tmp_path):
-    with pytest.raises(ValueError, match="'ppo' needs a value function"):
-        train(tiny_run.make_parts("ppo"), tiny_run.SETTINGS, tmp_path)
+    given = dataclasses.replace(get_recipe("dapo"), advantage="given")
+    with pytest.raises(ValueError, match="'dapo' takes advantages as given; pass a signal"):
+        train(tiny_run.make_parts(given), tiny_run.SETTINGS, tmp_path)

@@ -14,7 +14,6 @@ from jaxrl_llm.objectives.ratios import LOG_RATIO_LIMIT
 from jaxrl_llm.rollouts import SamplingSettings
 from jaxrl_llm.training import train
 from jaxrl_llm.training.text.trainer import Trainer
-from jaxrl_llm.training.text.trainer import knows_sampler
 
 LOG_MIN_P = -0.3
 
@@ -24,22 +23,29 @@ def pruning(**changes):
 
 
 @pytest.fixture(scope="module")
-def trainer(tiny_run) -> Trainer:
-    return Trainer(tiny_run.make_parts(pruning()), tiny_run.SETTINGS, (256,))
+def made(tiny_run):
+    return tiny_run.make_trainer(tiny_run.make_parts(pruning()))
 
 
 @pytest.fixture(scope="module")
-def sampled(trainer):
+def trainer(made) -> Trainer:
+    return made[0]
+
+
+@pytest.fixture(scope="module")
+def sampled(made, tiny_run):
+    trainer, collector = made
     state = trainer.initial_state()
-    rollout = trainer.sample(state, 0, [f"{digit}>" for digit in range(8)])
-    return state, rollout, np.linspace(0, 1, 64, dtype=np.float32)
+    rewards = np.linspace(0, 1, 64, dtype=np.float32)
+    experience = tiny_run.with_outcomes(tiny_run.collected(trainer, collector, state), rewards)
+    return state, experience, rewards
 
 
 def logits_of(trainer: Trainer, params, rollout):
     """[64, V]: of the one response token of each rollout."""
     model = trainer.policy.model(params, trainer.frozen)
     tokens, mask = jnp.asarray(rollout.tokens), jnp.asarray(rollout.token_mask)
-    return model.logits(model(tokens, mask)[:, trainer.layout.prompt_length - 1 : -1])[:, 0]
+    return model.logits(model(tokens, mask)[:, trainer.shape.prompt_length - 1 : -1])[:, 0]
 
 
 def pruned_log_probs(logits):
@@ -51,12 +57,13 @@ def taken(log_probs, rollout):
 
 
 def test_sampler_and_scorer_have_the_same_pruned_policy(trainer, sampled):
-    state, rollout, rewards = sampled
+    state, experience, _ = sampled
+    rollout = experience.trajectories
     logits = logits_of(trainer, state.params, rollout)
     expected = taken(pruned_log_probs(logits), rollout)
     assert np.min(expected - taken(jax.nn.log_softmax(logits), rollout)) > 0.1, "pruning must matter here"
     np.testing.assert_allclose(np.asarray(rollout.log_prob_behaviour)[:, -1], expected, atol=2e-5)
-    prepared = trainer.prepare(state, 0, rollout, rewards)
+    prepared = trainer.prepare(state, 0, experience)
     np.testing.assert_allclose(prepared.batch.log_prob_old.reshape(-1), expected, atol=2e-5)
     entropy = categorical.entropy(categorical.restrict(logits, categorical.safe_set(logits, log_min_p=LOG_MIN_P)))
     np.testing.assert_allclose(prepared.entropy[:, 0], entropy, atol=2e-5)
@@ -64,8 +71,9 @@ def test_sampler_and_scorer_have_the_same_pruned_policy(trainer, sampled):
 
 def test_the_gradient_is_that_of_the_pruned_policy(trainer, sampled):
     """REINFORCE on the renormalised policy, written out with logits; tokens that the new policy prunes have none."""
-    state, rollout, rewards = sampled
-    prepared = trainer.prepare(state, 0, rollout, rewards)
+    state, experience, rewards = sampled
+    rollout = experience.trajectories
+    prepared = trainer.prepare(state, 0, experience)
     params = jax.tree.map(
         lambda leaf: leaf + 0.05 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), state.params
     )
@@ -82,7 +90,7 @@ def test_the_gradient_is_that_of_the_pruned_policy(trainer, sampled):
 
     expected = jax.grad(loss)(params, prune=True)
     whole = jax.grad(loss)(params, prune=False)
-    rows = jnp.arange(prepared.batch.packed.tokens.shape[0])[None]
+    rows = jnp.arange(prepared.batch.rows.tokens.shape[0])[None]
     got, terms = trainer.update.gradient(params, trainer.frozen, prepared.batch, prepared.heads, rows, 1)
     largest = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(expected))
 
@@ -95,13 +103,14 @@ def test_the_gradient_is_that_of_the_pruned_policy(trainer, sampled):
     assert float(weight / count) == pytest.approx(float(1 - kept.mean()))
 
 
-def test_a_token_that_the_old_policy_prunes_keeps_its_rollout(trainer, sampled):
+def test_a_token_that_the_old_policy_prunes_keeps_its_rollout(trainer, sampled, tiny_run):
     """Sampler and scorer may differ at the edge of the set: the token's weight is 0 to the clamp, nothing breaks."""
-    state, rollout, rewards = sampled
+    state, experience, rewards = sampled
+    rollout = experience.trajectories
     logits = np.asarray(logits_of(trainer, state.params, rollout))
     tokens = np.array(rollout.tokens)
     tokens[3, -1] = np.argmin(logits[3])
-    prepared = trainer.prepare(state, 0, dataclasses.replace(rollout, tokens=tokens), rewards)
+    prepared = trainer.prepare(state, 0, tiny_run.with_outcomes(experience, rewards, tokens=tokens))
     assert prepared.finite.dropped == 0
     ratio = np.asarray(prepared.batch.log_prob_old - prepared.batch.log_prob_behaviour).reshape(-1)
     assert ratio[3] == pytest.approx(-LOG_RATIO_LIMIT, abs=1e-4)
@@ -122,15 +131,15 @@ def test_a_run_has_no_bounds_of_policies_that_did_not_sample(tiny_run, tmp_path)
 def test_samplers_that_do_not_fit_are_refused(tiny_run):
     nucleus = dataclasses.replace(tiny_run.SETTINGS, sampling=SamplingSettings(top_p=0.9))
     with pytest.raises(ValueError, match=r"recipe 'dvp' prunes .* top_p = 0\.9 and min_p = None must be None"):
-        Trainer(tiny_run.make_parts(pruning()), nucleus, (256,))
+        tiny_run.make_trainer(tiny_run.make_parts(pruning()), nucleus)
     for parts, settings in (
         (tiny_run.make_parts("trm"), nucleus),
         (tiny_run.make_parts(dataclasses.replace(get_recipe("trm"), log_min_p=-3.0)), tiny_run.SETTINGS),
     ):
         with pytest.raises(ValueError, match=r"masks by the exact KL\(behaviour \|\| current\), .* without truncation"):
-            Trainer(parts, settings, (256,))
-    whole = SamplingSettings(top_p=1.0, min_p=0.0)
-    assert knows_sampler(tiny_run.make_parts("trm"), whole)
-    assert not knows_sampler(tiny_run.make_parts("trm"), nucleus.sampling)
-    with pytest.raises(ValueError, match=r"log_min_p of recipe 'dvp' is 0\.5; it must be at most 0"):
+            tiny_run.make_trainer(parts, settings)
+    whole = dataclasses.replace(tiny_run.SETTINGS, sampling=SamplingSettings(top_p=1.0, min_p=0.0))
+    assert tiny_run.make_trainer(tiny_run.make_parts("trm"), whole)[0].law.known
+    assert not tiny_run.make_trainer(tiny_run.make_parts("dapo"), nucleus)[0].law.known
+    with pytest.raises(ValueError, match=r"log_min_p of recipe 'dvp' is 0\.5; it must be a finite number of at most 0"):
         dataclasses.replace(get_recipe("dvp"), log_min_p=0.5)

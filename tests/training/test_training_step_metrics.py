@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxrl_llm.environments import Score
 from jaxrl_llm.models import trainable
 from jaxrl_llm.models.config import tiny
 from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.rollouts.collect import Experience
 from jaxrl_llm.training.text.diagnostics import mismatch_metrics
-from jaxrl_llm.training.text.layout import Layout
+from jaxrl_llm.training.text.layout import Grid
 from jaxrl_llm.training.text.layout import pack
 from jaxrl_llm.training.text.policy import split_policy
 from jaxrl_llm.training.text.scoring import Scorer
@@ -19,9 +19,11 @@ from jaxrl_llm.training.text.scoring import Shift
 from jaxrl_llm.training.text.step_metrics import group_metrics
 from jaxrl_llm.training.text.step_metrics import sequence_metrics
 from jaxrl_llm.training.text.step_metrics import shift_metrics
+from jaxrl_llm.training.text.step_metrics import staleness_metrics
 from jaxrl_llm.training.text.step_metrics import update_metrics
 from jaxrl_llm.training.text.update import Heads
 from jaxrl_llm.training.text.update import UpdateBatch
+from jaxrl_llm.trajectory import single_step
 
 MASK = np.array([[True, True, False], [True, False, False], [True, True, True]])
 
@@ -64,13 +66,24 @@ def test_shift_is_the_new_policy_against_the_old_one():
     policy, params, frozen = split_policy(model, trainable.full())
     new = jax.tree.map(lambda leaf: leaf + 0.03 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), params)
     tokens = np.random.default_rng(0).integers(0, 64, (4, 5)).astype(np.int32)
-    packed = pack(tokens, np.ones_like(tokens, bool), np.arange(4), Layout(2, 1, 3))
-    targets = jnp.asarray(tokens[:, 2:])[:, None]
+    packed = pack(tokens, np.ones_like(tokens, bool), np.arange(4), Grid(2, 1, 3))
+    rows = jax.tree.map(jnp.asarray, packed)
     scorer = Scorer(policy, temperature=0.7)
-    scores = scorer.score(params, frozen, packed, targets)
-    mask, zeros = jnp.ones(targets.shape, bool), jnp.zeros(targets.shape)
-    batch = UpdateBatch(packed, targets, mask, zeros[..., 0], zeros, scores.log_prob, scores.hidden, scores.trunk)
-    shift = scorer.shift(new, frozen, batch, Heads(old=model.head()[0]))
+    scores = scorer.score(params, frozen, rows)
+    mask, zeros = jnp.ones((4, 1, 3), bool), jnp.zeros((4, 1, 3))
+    batch = UpdateBatch(
+        rows=rows,
+        response_mask=mask,
+        group_ids=jnp.arange(4)[:, None],
+        step_ids=jnp.zeros((4, 1, 3), jnp.int32),
+        rewards=zeros[..., 0],
+        advantages=zeros,
+        log_prob_behaviour=zeros,
+        log_prob_old=scores.log_prob,
+        hidden_old=scores.hidden,
+        trunk=scores.trunk,
+    )
+    shift = jax.tree.map(lambda leaf: leaf[:, 0], scorer.shift(new, frozen, batch, Heads(old=model.head()[0])))
 
     def distribution(params):
         model = policy.model(params, frozen)
@@ -159,11 +172,24 @@ def test_optimiser_steps_are_added_before_they_are_divided():
 
 
 def test_rewards_lengths_and_groups():
-    scores = [Score(reward, reward > 0.5, reward == 1) for reward in (0.0, 0.75, 1.0)]
-    values = sequence_metrics(
-        scores, np.array([1.0, -1.0, 0.0]), MASK, np.ones((3, 2), bool), np.array([True, False, True])
+    outcomes, real = np.array([0.0, 0.75, 1.0]), np.concatenate([np.ones((3, 2), bool), MASK], axis=1)
+    chosen = np.concatenate([np.zeros((3, 2), bool), MASK], axis=1)
+    trajectories = single_step(
+        np.ones((3, 5), np.int32),
+        real,
+        chosen,
+        group_ids=np.arange(3),
+        outcomes=outcomes,
+        ended=np.array([True, False, True]),
+        version=4,
     )
+    per_row = {"task/lenient": outcomes > 0.5, "task/strict": outcomes == 1}
+    experience = Experience(trajectories, per_row=per_row)
+    advantages = np.where(MASK, np.array([[1.0], [-1.0], [0.5]]), 9.0)
+    values = sequence_metrics(experience, advantages, MASK, np.ones(3, bool))
     assert values["critic/rewards/mean"] == pytest.approx(1.75 / 3)
+    assert values["critic/advantages/mean"] == pytest.approx(0.5 / 3)
+    assert staleness_metrics(experience, MASK, 6) == {"rollout/staleness": 2.0, "rollout/staleness_max": 2.0}
     assert (values["task/lenient"], values["task/strict"]) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
     assert (values["response_length/mean"], values["response_length/max"], values["response_length/min"]) == (2, 3, 1)
     assert values["response_length/clip_ratio"] == pytest.approx(1 / 3)

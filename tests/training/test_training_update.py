@@ -18,8 +18,9 @@ from jaxrl_llm.objectives import RECIPES
 from jaxrl_llm.objectives import Recipe
 from jaxrl_llm.training.run.state import TrainState
 from jaxrl_llm.training.run.state import state_hash
-from jaxrl_llm.training.text.layout import Layout
+from jaxrl_llm.training.text.layout import Grid
 from jaxrl_llm.training.text.layout import pack
+from jaxrl_llm.training.text.objective import recipe_objective
 from jaxrl_llm.training.text.policy import head_copy
 from jaxrl_llm.training.text.policy import split_policy
 from jaxrl_llm.training.text.scoring import Scorer
@@ -61,18 +62,21 @@ def make_world(choice: trainable.Trainable, slots: int = GROUP) -> World:
         noisy = jax.tree.map(lambda leaf: leaf + 0.02 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), state)
         model = nnx.merge(graphdef, noisy)
     policy, params, frozen = split_policy(model, choice)
-    layout = Layout(PROMPT, slots, RESPONSE)
-    packed = pack(tokens, mask, np.repeat(np.arange(PROMPTS), GROUP), layout)
+    layout = Grid(PROMPT, slots, RESPONSE)
+    packed = jax.tree.map(jnp.asarray, pack(tokens, mask, np.repeat(np.arange(PROMPTS), GROUP), layout))
     shape = (SEQUENCES // slots, slots, RESPONSE)
-    targets = jnp.asarray(tokens[:, PROMPT:]).reshape(shape)
     # The old policy is another one, so that ratios and divergences are not trivial.
     moved = jax.tree.map(lambda leaf: leaf + 0.01 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), params)
-    scores = Scorer(policy).score(moved, frozen, packed, targets)
+    scores = Scorer(policy).score(moved, frozen, packed)
+    real = jnp.asarray(mask[:, PROMPT:]).reshape(shape)
+    per_sequence = jnp.asarray(rng.normal(size=shape[:2]), jnp.float32)
     batch = UpdateBatch(
-        packed=packed,
-        targets=targets,
-        response_mask=jnp.asarray(mask[:, PROMPT:]).reshape(shape),
-        advantages=jnp.asarray(rng.normal(size=shape[:2]), jnp.float32),
+        rows=packed,
+        response_mask=real,
+        group_ids=jnp.repeat(jnp.arange(PROMPTS, dtype=jnp.int32), GROUP).reshape(shape[:2]),
+        step_ids=jnp.where(real, 0, -1),
+        rewards=jnp.zeros(shape[:2]),
+        advantages=jnp.broadcast_to(per_sequence[:, :, None], shape),
         log_prob_behaviour=scores.log_prob + 0.1,
         log_prob_old=scores.log_prob,
         hidden_old=scores.hidden,
@@ -88,7 +92,8 @@ def rows(*lists: list[int]) -> jax.Array:
 def in_the_middle(world: World) -> float:
     """A threshold that half of the sequences keep: between their largest exact KL(old || current) of a token. [nats]"""
     shift = Scorer(world.policy).shift(world.params, world.frozen, world.batch, world.heads)
-    largest = np.sort(np.where(world.mask[:, PROMPT:], shift.kl, 0).max(axis=1))
+    kl = np.asarray(shift.kl).reshape(SEQUENCES, RESPONSE)
+    largest = np.sort(np.where(world.mask[:, PROMPT:], kl, 0).max(axis=1))
     return float(largest[SEQUENCES // 2 - 1 : SEQUENCES // 2 + 1].mean())
 
 
@@ -98,7 +103,7 @@ def written_out(world: World, recipe: Recipe):
     real = mask[:, PROMPT:]
     old = world.batch.log_prob_old.reshape(SEQUENCES, RESPONSE)
     behaviour = world.batch.log_prob_behaviour.reshape(SEQUENCES, RESPONSE)
-    advantage = world.batch.advantages.reshape(-1, 1)
+    advantage = world.batch.advantages[:, :, :1].reshape(-1, 1)
     old_hidden = world.batch.hidden_old.reshape(SEQUENCES, RESPONSE, -1)
 
     def loss(params):
@@ -147,7 +152,7 @@ CHOICES = {
 def test_gradient_is_that_of_the_objective_written_out(choice, name, slots):
     world = make_world(CHOICES[choice], slots)
     recipe = dataclasses.replace(RECIPES[name], mask_maximum=in_the_middle(world))
-    update = Update(world.policy, recipe, optax.sgd(1.0))
+    update = Update(world.policy, recipe_objective(recipe), optax.sgd(1.0))
     everything = jnp.arange(SEQUENCES // slots, dtype=jnp.int32)[None]
     gradient, terms = jax.jit(update.gradient)(world.params, world.frozen, world.batch, world.heads, everything, 1)
     loss, expected = written_out(world, recipe)
@@ -165,7 +170,7 @@ def test_gradient_is_that_of_the_objective_written_out(choice, name, slots):
 def test_micro_batches_equal_the_batch(name):
     world = make_world(trainable.top_layers(1))
     recipe = dataclasses.replace(RECIPES[name], mask_maximum=in_the_middle(world))
-    update = Update(world.policy, recipe, optax.sgd(1.0))
+    update = Update(world.policy, recipe_objective(recipe), optax.sgd(1.0))
     gradient = jax.jit(update.gradient)
     arguments = (world.params, world.frozen, world.batch, world.heads)
     whole, terms = gradient(*arguments, rows([0, 1, 2]), 1)
@@ -182,7 +187,7 @@ def test_micro_batches_equal_the_batch(name):
 def test_an_update_is_the_optimizer_applied_to_the_gradient():
     world = make_world(trainable.full())
     optimizer = optax.adam(0.01)
-    update = Update(world.policy, RECIPES["dapo"], optimizer)
+    update = Update(world.policy, recipe_objective(RECIPES["dapo"]), optimizer)
     everything = rows(range(PROMPTS))
     gradient, _ = jax.jit(update.gradient)(world.params, world.frozen, world.batch, world.heads, everything, 1)
     changes, _ = optimizer.update(gradient, optimizer.init(world.params))
@@ -201,7 +206,7 @@ def test_an_update_is_the_optimizer_applied_to_the_gradient():
 def test_buffers_are_donated_and_the_step_is_compiled_once():
     world = make_world(trainable.top_layers(1))
     optimizer = optax.adam(0.01)
-    update = Update(world.policy, RECIPES["trm"], optimizer)
+    update = Update(world.policy, recipe_objective(RECIPES["trm"]), optimizer)
     state = world.state(optimizer)
     for micro_batches in (2, 1, 2):
         before = jax.tree.leaves(state)
@@ -216,7 +221,7 @@ def test_buffers_are_donated_and_the_step_is_compiled_once():
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(where):
     world = make_world(trainable.top_layers(1))
     optimizer = optax.adam(0.01)
-    update = Update(world.policy, RECIPES["rloo"], optimizer)
+    update = Update(world.policy, recipe_objective(RECIPES["rloo"]), optimizer)
     # One broken advantage, or finite ones whose product overflows only in the gradient's norm.
     broken = world.batch.advantages.at[2, 1].set(jnp.nan if where == "loss" else 1e30)
     bad = dataclasses.replace(world.batch, advantages=broken)
@@ -247,10 +252,10 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(where):
 def test_a_recipe_with_a_reference_gets_it():
     world = make_world(trainable.top_layers(1))
     recipe = dataclasses.replace(RECIPES["grpo"], kl_estimator="exact", kl_coefficient=0.5)
-    reference = Scorer(world.policy).score(world.params, world.frozen, world.batch.packed, world.batch.targets)
+    reference = Scorer(world.policy).score(world.params, world.frozen, world.batch.rows)
     same = dataclasses.replace(world.batch, log_prob_ref=reference.log_prob, hidden_ref=reference.hidden)
     other = dataclasses.replace(world.batch, log_prob_ref=world.batch.log_prob_old, hidden_ref=world.batch.hidden_old)
-    update = Update(world.policy, recipe, optax.sgd(1.0))
+    update = Update(world.policy, recipe_objective(recipe), optax.sgd(1.0))
     for batch, zero in ((same, True), (other, False)):
         arguments = (world.params, world.frozen, batch, world.heads, rows(range(PROMPTS)), 1)
         _, terms = jax.jit(update.gradient)(*arguments)
@@ -260,7 +265,7 @@ def test_a_recipe_with_a_reference_gets_it():
 def test_rows_scored_a_few_at_a_time_are_the_same():
     world = make_world(trainable.top_layers(1))
     whole, parts = (Scorer(world.policy, rows=rows) for rows in (0, 3))
-    arguments = (world.params, world.frozen, world.batch.packed, world.batch.targets)
+    arguments = (world.params, world.frozen, world.batch.rows)
     chex.assert_trees_all_close(whole.score(*arguments), parts.score(*arguments), atol=1e-4)
     arguments = (world.params, world.frozen, world.batch, world.heads)
     chex.assert_trees_all_close(whole.shift(*arguments), parts.shift(*arguments), atol=1e-4)

@@ -27,16 +27,14 @@ class Progress:
         settings: the run's settings as JSON values, to notice a change.
         frozen_hash: fingerprint of the parameters that are not saved because they never change.
         file_bytes: length of each file that is cut back when the run resumes, by name. [bytes]
-        task: the task cursor: what the task has to know to go on, for example the generator keys it replaced.
-        curriculum: state of the curriculum.
+        cursor: what the collector has to know to go on: the state of a curriculum, for example.
     """
 
     step: int
     settings: dict[str, Any]
     frozen_hash: str
     file_bytes: dict[str, int]
-    task: dict[str, Any] = dataclasses.field(default_factory=dict)
-    curriculum: dict[str, Any] = dataclasses.field(default_factory=dict)
+    cursor: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def _fields(value: Any) -> Mapping[str, Any] | None:

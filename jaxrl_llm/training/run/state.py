@@ -30,6 +30,8 @@ class TrainState:
         key: the run's root key; every random number comes from it by folding in integers, so it stays as it is.
         params: the trained parameters.
         opt_state: the optimiser's state.
+        critic: parameters of the critic; no leaves where there is none.
+        critic_opt_state: the state of its optimiser.
     """
 
     step: Int[Array, ""]
@@ -39,13 +41,35 @@ class TrainState:
     key: PRNGKey
     params: PyTree
     opt_state: PyTree
+    critic: PyTree = ()
+    critic_opt_state: PyTree = ()
 
     @classmethod
-    def create(cls, params: PyTree, optimizer: optax.GradientTransformation, seed: int) -> "TrainState":
-        """The state before the first step; it takes `params` over: the first update donates their buffers."""
+    def create(
+        cls,
+        params: PyTree,
+        optimizer: optax.GradientTransformation,
+        seed: int,
+        critic: tuple[PyTree, PyTree] = ((), ()),
+    ) -> "TrainState":
+        """The state before the first step; it takes `params` over: the first update donates their buffers.
+
+        Args:
+            params: the trained parameters.
+            optimizer: of the policy.
+            seed: of the root key.
+            critic: parameters and optimiser state of a critic.
+        """
         # One array per counter: a buffer shared between two leaves cannot be donated twice.
         counters = {name: jnp.zeros((), jnp.int32) for name in ("step", "updates", "skipped", "skipped_in_a_row")}
-        return cls(key=jax.random.key(seed), params=params, opt_state=jax.jit(optimizer.init)(params), **counters)
+        return cls(
+            key=jax.random.key(seed),
+            params=params,
+            opt_state=jax.jit(optimizer.init)(params),
+            critic=critic[0],
+            critic_opt_state=critic[1],
+            **counters,
+        )
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class Finite(NamedTuple):
 
 
 def find_finite(
-    log_prob_behaviour: Float[np.ndarray, "B R"],
+    log_prob_behaviour: Float[np.ndarray, "B R"] | None,
     log_prob_old: Float[np.ndarray, "B R"],
     response_mask: Bool[np.ndarray, "B R"],
     rewards: Float[np.ndarray, " B"],
@@ -52,21 +52,20 @@ def find_finite(
     """Look at the response tokens of every rollout; what is at padding does not matter.
 
     Args:
-        log_prob_behaviour: as the sampler recorded them.
+        log_prob_behaviour: as the sampler recorded them, if it did.
         log_prob_old: under the trainer's policy before the update.
         response_mask: true at response tokens.
         rewards: one per rollout.
     """
-    sampler, trainer = (
-        (np.isfinite(log_probs) | ~response_mask).all(axis=1) for log_probs in (log_prob_behaviour, log_prob_old)
-    )
+    recorded = np.zeros(1) if log_prob_behaviour is None else log_prob_behaviour
+    sampler, trainer = ((np.isfinite(log_probs) | ~response_mask).all(axis=1) for log_probs in (recorded, log_prob_old))
     reward = np.isfinite(rewards)
     return Finite(sampler & trainer & reward, *(int((~sound).sum()) for sound in (sampler, trainer, reward)))
 
 
-def finite_states(hidden: Float[Array, "n slots R D"]) -> Bool[np.ndarray, " n"]:
-    """Packed rows whose states are all finite. In the others every answer shares the broken forward pass."""
-    return np.asarray(jnp.all(jnp.isfinite(hidden), axis=(1, 2, 3)))
+def finite_states(hidden: Float[Array, "n K D"]) -> Bool[np.ndarray, " n"]:
+    """Rows whose states are all finite. In the others every sequence shares the broken forward pass."""
+    return np.asarray(jnp.all(jnp.isfinite(hidden), axis=(1, 2)))
 
 
 def without_broken_rows(batch: UpdateBatch, sound: Bool[np.ndarray, " n"]) -> UpdateBatch:
@@ -77,8 +76,8 @@ def without_broken_rows(batch: UpdateBatch, sound: Bool[np.ndarray, " n"]) -> Up
 
     Args:
         batch: in which no response token of a broken row counts.
-        sound: which packed rows have finite states, at least one of them.
+        sound: which rows have finite states, at least one of them.
     """
     rows = np.where(sound, np.arange(len(sound)), np.argmax(sound))
     replaced = jax.tree.map(lambda leaf: leaf[rows], batch)
-    return dataclasses.replace(replaced, response_mask=batch.response_mask)
+    return dataclasses.replace(replaced, response_mask=batch.response_mask, group_ids=batch.group_ids)

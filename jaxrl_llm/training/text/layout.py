@@ -1,11 +1,19 @@
-"""Several answers to one prompt in one row, so that the prompt is computed once.
+"""What a row of the update looks like: many texts side by side, so that little of what is computed is padding.
 
-A row of the update is a prompt of width P followed by `slots` answers of R tokens each; an answer attends to the prompt
-and to itself. The last token of an answer predicts nothing and is left out, so a row is P + slots (R - 1) tokens long.
-With one slot this is the plain layout.
+Two forms, chosen by one cost function (`arrange`):
+
+    Grid     a prompt of width P, then `slots` answers of R tokens each; every row is alike, padding stays where it is
+    Packed   whole texts without their padding, put first-fit into rows of one width
+
+In both, answers of a group share their prompt: a token attends to what came before it in its own segment and in the
+segment that its own continues, the prompt. The last token of a text predicts nothing and is left out.
+
+Nothing outside this module knows the form of a row: the states that predict the chosen tokens come out of
+`chosen_states` as `[n, K, D]`, their statistics go through `by_sequence` and are `[n, S, R]`.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +23,27 @@ from jax.typing import ArrayLike
 from jaxrl_llm.models.config import TransformerConfig
 from jaxrl_llm.models.layers import Rotation
 from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.training.text.packing import Plan
+from jaxrl_llm.training.text.packing import Text
+from jaxrl_llm.training.text.packing import least_multiply_adds
+from jaxrl_llm.training.text.packing import multiply_adds
+from jaxrl_llm.training.text.packing import plan_rows
+from jaxrl_llm.training.text.packing import round_up
+from jaxrl_llm.training.text.packing import texts_of
+from jaxrl_llm.trajectory import Actions
+from jaxrl_llm.trajectory import Trajectories
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Bool
 from jaxrl_llm.typing import Float
 from jaxrl_llm.typing import Int
 
+WORTH_PACKING = 0.8
+"""Packed rows are taken where they cost less than this share of a grid: then another program is worth compiling."""
+
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """Widths of a row: prompt P, answers per row, tokens per answer R. [tokens]"""
+class Grid:
+    """Rows that are all alike: prompt P, answers per row, tokens per answer R. [tokens]"""
 
     prompt_length: int
     slots: int
@@ -37,49 +57,150 @@ class Layout:
 
     @property
     def width(self) -> int:
-        """Tokens in a row: P + slots (R - 1)."""
+        """W, tokens in a row: P + slots (R - 1)."""
         return self.prompt_length + self.slots * (self.response_length - 1)
+
+    @property
+    def sequences(self) -> int:
+        """S, sequences in a row."""
+        return self.slots
+
+    @property
+    def actions(self) -> int:
+        """R, chosen tokens of a sequence."""
+        return self.response_length
+
+    @property
+    def chosen(self) -> int:
+        """K, chosen tokens of a row."""
+        return self.slots * self.response_length
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Rows of W tokens that hold at most S sequences, R chosen tokens of each, and K of all."""
+
+    width: int
+    sequences: int
+    actions: int
+    chosen: int
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class PackedTokens:
-    """Rows as the model reads them; W is `layout.width`.
+class Rows:
+    """Rows as the model reads them; n rows of W tokens, K chosen tokens each.
 
     Attributes:
         tokens: token ids.
         token_mask: true at real tokens.
         positions: position of each token in its own text: an answer goes on where its prompt ended.
+        targets: the chosen tokens.
+        segments: which segment of its row each token is in; None in a grid, where it follows from the column.
+        prefixes: the segment that the token's segment continues, its own where it continues none; None in a grid.
+        sources: column of the state that predicts each chosen token; None in a grid.
+        places: sequence * R + number, of each chosen token in its row, S * R where there is none; None in a grid.
         layout: the widths (static).
     """
 
     tokens: Int[Array, "n W"]
     token_mask: Bool[Array, "n W"]
     positions: Int[Array, "n W"]
-    layout: Layout = dataclasses.field(metadata={"static": True})
+    targets: Int[Array, "n K"]
+    segments: Int[Array, "n W"] | None
+    prefixes: Int[Array, "n W"] | None
+    sources: Int[Array, "n K"] | None
+    places: Int[Array, "n K"] | None
+    layout: Grid | Packed = dataclasses.field(metadata={"static": True})
+
+
+class Arrangement(NamedTuple):
+    """Rows, and where each sequence of the batch stands in them.
+
+    Attributes:
+        rows: arrays on the host.
+        sequences: [n, S] the batch's row of each sequence, -1 where there is none.
+        homes: [B] row * S + sequence, of each row of the batch.
+        padded_share: share of the computed tokens that are padding.
+    """
+
+    rows: Rows
+    sequences: Int[np.ndarray, "n S"]
+    homes: Int[np.ndarray, " B"]
+    padded_share: float
+
+    def spread(self, values: np.ndarray) -> np.ndarray:
+        """`[B, ...]` put where its sequences are, `[n, S, ...]`; 0 where there is none."""
+        values = np.asarray(values)
+        found = values[np.maximum(self.sequences, 0)]
+        real = (self.sequences >= 0).reshape(*self.sequences.shape, *(1,) * (values.ndim - 1))
+        return np.where(real, found, np.zeros((), values.dtype))
+
+    def gather(self, values: ArrayLike) -> np.ndarray:
+        """`[n, S, R]`, or `[n * S, R]`, in the order of the batch, `[B, R]`."""
+        values = np.asarray(values)
+        return values.reshape(self.sequences.size, values.shape[-1])[self.homes]
 
 
 def choose_slots(config: TransformerConfig, prompt_length: int, response_length: int, group_size: int) -> int:
-    """The number of answers per row with the fewest products: prompts are shared, but attention grows with the row.
-
-    Counts multiply-adds of one group in one layer; only divisors of `group_size` are considered.
+    """The number of answers per row of a grid with the fewest products: prompts are shared, but attention grows with
+    the row. Only divisors of `group_size` are considered.
     """
-    heads = config.num_heads * config.head_dim
-    per_token = config.hidden_size * (
-        2 * heads + 2 * config.num_kv_heads * config.head_dim + 3 * config.intermediate_size
-    )
 
-    def cost(slots: int) -> int:
-        width = Layout(prompt_length, slots, response_length).width
-        return group_size // slots * width * (per_token + 2 * heads * width)
+    def cost(slots: int) -> float:
+        return multiply_adds(config, group_size // slots, Grid(prompt_length, slots, response_length).width)
 
     return min((slots for slots in range(1, group_size + 1) if group_size % slots == 0), key=cost)
 
 
+def arrange(
+    trajectories: Trajectories,
+    actions: Actions,
+    config: TransformerConfig,
+    *,
+    grid: Grid | None,
+    first: Bool[np.ndarray, " B"],
+    share_prompts: bool = True,
+    whole_groups: bool = False,
+    least_rows: int = 1,
+    multiple: int = 1,
+) -> Arrangement:
+    """The batch in the rows that cost fewest products.
+
+    Args:
+        trajectories: arrays on the host.
+        actions: its chosen tokens, in R columns.
+        config: of the model, whose products are counted.
+        grid: the grid that every batch of the collector fits, or None where its rows have another form.
+        first: rows of the batch that are packed before the others: those that will be learned from.
+        share_prompts: whether answers of a group share their prompt.
+        whole_groups: whether a group must stand in one packed row, since the loss compares its members.
+        least_rows: packed rows that there must be, where there are as many groups.
+        multiple: the number of packed rows is a multiple of this one: that of the devices they are spread over.
+    """
+    texts = texts_of(trajectories, share_prompts=share_prompts)
+    dear = np.inf
+    if grid is not None:
+        dear = WORTH_PACKING * multiply_adds(config, len(actions.mask) // grid.slots, grid.width)
+        if least_multiply_adds(texts, config) > dear:
+            return _in_grid(trajectories, grid)
+    plan = plan_rows(texts, config, first=first, whole_groups=whole_groups, least_rows=least_rows)
+    if grid is not None and multiply_adds(config, plan.count, plan.width) > dear:
+        return _in_grid(trajectories, grid)
+    return _in_packed_rows(trajectories, actions, texts, plan, multiple)
+
+
+def _in_grid(trajectories: Trajectories, layout: Grid) -> Arrangement:
+    rows = pack(trajectories.tokens, trajectories.token_mask, trajectories.group_ids, layout)
+    order = np.arange(len(trajectories.group_ids))
+    share = 1 - float(np.mean(np.asarray(rows.token_mask)))
+    return Arrangement(rows, order.reshape(-1, layout.slots), order, share)
+
+
 def pack(
-    tokens: Int[ArrayLike, "B T"], token_mask: Bool[ArrayLike, "B T"], group_ids: Int[ArrayLike, " B"], layout: Layout
-) -> PackedTokens:
-    """Rows of a batch whose neighbouring `layout.slots` sequences answer the same prompt.
+    tokens: Int[ArrayLike, "B T"], token_mask: Bool[ArrayLike, "B T"], group_ids: Int[ArrayLike, " B"], layout: Grid
+) -> Rows:
+    """The grid of a batch whose neighbouring `layout.slots` sequences answer the same prompt.
 
     Args:
         tokens: left-padded prompts of width P, then answers of width R.
@@ -107,17 +228,90 @@ def pack(
         return np.concatenate([array[::slots, :prompt], array[:, inputs].reshape(count, -1)], axis=1)
 
     positions = np.maximum(np.cumsum(token_mask, axis=1, dtype=np.int32) - 1, 0)
-    return PackedTokens(jnp.asarray(rows(tokens)), jnp.asarray(rows(token_mask)), jnp.asarray(rows(positions)), layout)
+    targets = tokens[:, prompt:].reshape(count, -1)
+    return Rows(rows(tokens), rows(token_mask), rows(positions), targets, None, None, None, None, layout)
 
 
-def attention_mask(token_mask: Bool[Array, "n W"], layout: Layout) -> Bool[Array, "n W W"]:
-    """mask[b, q, k]: k is real, not after q, and in the prompt or in the answer of q."""
-    places = np.arange(layout.width)
-    slot = np.where(
-        places < layout.prompt_length, -1, (places - layout.prompt_length) // max(layout.response_length - 1, 1)
+def _in_packed_rows(
+    trajectories: Trajectories, actions: Actions, texts: list[Text], plan: Plan, multiple: int
+) -> Arrangement:
+    batch, most = actions.mask.shape
+    held = [[index for block in blocks for index in block] for blocks in plan.rows]
+    sequences = round_up(max(map(len, held)))
+    chosen = round_up(max(int(actions.mask[indices].sum()) for indices in held))
+    layout = Packed(plan.width, sequences, most, chosen)
+    count = round_up(plan.count, multiple)
+    columns = {
+        name: np.zeros((count, plan.width), np.int32) for name in ("tokens", "positions", "segments", "prefixes")
+    }
+    # Padding is a segment of its own, which nothing real sees.
+    columns["segments"][:], columns["prefixes"][:] = -1, -1
+    mask = np.zeros((count, plan.width), bool)
+    targets, sources = np.zeros((count, chosen), np.int32), np.zeros((count, chosen), np.int32)
+    places = np.full((count, chosen), sequences * most, np.int32)
+    order, homes = np.full((count, sequences), -1, np.int32), np.zeros(batch, np.int32)
+    tokens = np.asarray(trajectories.tokens)
+
+    for row, blocks in enumerate(plan.rows):
+        start, segment, number, slot = 0, 0, 0, 0
+        for block in blocks:
+            head = texts[block[0]]
+            ids = tokens[block[0], head.start : head.split]
+            _write(columns, mask, row, start, ids, 0, segment, segment)
+            prompt_start, prompt_segment, start = start, segment, start + len(ids)
+            for index in block:
+                text, segment = texts[index], segment + 1
+                # Without its last token, which predicts nothing.
+                ids = tokens[index, text.split : text.stop - 1]
+                _write(columns, mask, row, start, ids, text.split - text.start, segment, prompt_segment)
+                where = actions.columns[index][actions.mask[index]]
+                before = where - 1
+                found = np.where(before < text.split, prompt_start + before - text.start, start + before - text.split)
+                slots = slice(slot, slot + len(where))
+                targets[row, slots], sources[row, slots] = tokens[index, where], found
+                places[row, slots] = number * most + np.arange(len(where))
+                order[row, number], homes[index] = index, row * sequences + number
+                start, number, slot = start + len(ids), number + 1, slot + len(where)
+            segment += 1
+    rows = Rows(
+        columns["tokens"],
+        mask,
+        columns["positions"],
+        targets,
+        columns["segments"],
+        columns["prefixes"],
+        sources,
+        places,
+        layout,
     )
-    visible = (places[None, :] <= places[:, None]) & ((slot[None, :] == -1) | (slot[None, :] == slot[:, None]))
-    return jnp.asarray(visible)[None] & token_mask[:, None, :]
+    return Arrangement(rows, order, homes, 1 - float(mask.mean()))
+
+
+def _write(columns, mask, row, start, ids, position, segment, prefix) -> None:
+    # One segment's tokens at their places in a row.
+    here = slice(start, start + len(ids))
+    columns["tokens"][row, here] = ids
+    columns["positions"][row, here] = position + np.arange(len(ids))
+    columns["segments"][row, here], columns["prefixes"][row, here] = segment, prefix
+    mask[row, here] = True
+
+
+def attention_mask(rows: Rows) -> Bool[Array, "n W W"]:
+    """mask[b, q, k]: k is real, not after q, and in the segment of q or in the one that it continues."""
+    layout = rows.layout
+    places = np.arange(layout.width)
+    before = places[None, :] <= places[:, None]
+    if isinstance(layout, Grid):
+        slot = np.where(
+            places < layout.prompt_length, -1, (places - layout.prompt_length) // max(layout.response_length - 1, 1)
+        )
+        visible = before & ((slot[None, :] == -1) | (slot[None, :] == slot[:, None]))
+        return jnp.asarray(visible)[None] & rows.token_mask[:, None, :]
+    assert rows.segments is not None
+    assert rows.prefixes is not None
+    keys = rows.segments[:, None, :]
+    visible = (keys == rows.segments[:, :, None]) | (keys == rows.prefixes[:, :, None])
+    return visible & jnp.asarray(before)[None] & rows.token_mask[:, None, :]
 
 
 def _layer(layer, x, rotation, mask):
@@ -127,26 +321,41 @@ def _layer(layer, x, rotation, mask):
 def through_layers(
     model: Transformer,
     x: Float[Array, "n W D"],
-    packed: PackedTokens,
+    rows: Rows,
     *,
     start: int,
     stop: int | None = None,
     remat: bool = False,
 ) -> Float[Array, "n W D"]:
-    """Apply layers start .. stop to packed rows; `remat` recomputes each layer in the backward pass."""
-    rotation = Rotation.at(packed.positions, model.config)
-    mask = attention_mask(packed.token_mask, packed.layout)
+    """Apply layers start .. stop to rows; `remat` recomputes each layer in the backward pass."""
+    rotation = Rotation.at(rows.positions, model.config)
+    mask = attention_mask(rows)
     apply = jax.checkpoint(_layer) if remat else _layer
     for layer in list(model.layers)[start:stop]:
         x = apply(layer, x, rotation, mask)
     return x
 
 
-def predicting_states(x: Float[Array, "n W D"], layout: Layout) -> Float[Array, "n slots R D"]:
-    """The state that predicts each response token: the prompt's last token, then the answer's own."""
-    count, width = x.shape[0], x.shape[-1]
+def chosen_states(x: Float[Array, "n W D"], rows: Rows) -> Float[Array, "n K D"]:
+    """The state that predicts each chosen token: the one of the token before it in its own text."""
+    layout, (count, _, width) = rows.layout, x.shape
+    if rows.sources is not None:
+        return jnp.take_along_axis(x, rows.sources[:, :, None], axis=1)
+    assert isinstance(layout, Grid)
     first = jnp.broadcast_to(
         x[:, None, layout.prompt_length - 1 : layout.prompt_length], (count, layout.slots, 1, width)
     )
     rest = x[:, layout.prompt_length :].reshape(count, layout.slots, layout.response_length - 1, width)
-    return jnp.concatenate([first, rest], axis=2)
+    return jnp.concatenate([first, rest], axis=2).reshape(count, layout.chosen, width)
+
+
+def by_sequence(values: Array, rows: Rows) -> Array:
+    """Numbers of the chosen tokens, `[n, K]` or `[n * K]`, as `[n, S, R]`; 0 where a sequence has no such token."""
+    layout = rows.layout
+    count = rows.targets.shape[0]
+    if rows.places is None:
+        return values.reshape(count, layout.sequences, layout.actions)
+    room = jnp.zeros((count, layout.sequences * layout.actions + 1), values.dtype)
+    # Places of a row differ but for the last one, which is cut off.
+    filled = room.at[jnp.arange(count)[:, None], rows.places].set(values.reshape(count, layout.chosen))
+    return filled[:, :-1].reshape(count, layout.sequences, layout.actions)

@@ -1,10 +1,13 @@
-"""The training loop: sample, score, update, compare, write down, save; it stops after a number of steps."""
+"""The training loop: collect, signal, update, compare, write down, save; it stops after a number of steps.
+
+`_Run.step` is the page to read first: what it calls is the way of the data (docs/training.md).
+"""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxrl_llm.environments import Curriculum
-from jaxrl_llm.environments import CurriculumState
-from jaxrl_llm.environments import Problem
-from jaxrl_llm.environments import Score
-from jaxrl_llm.environments import Task
-from jaxrl_llm.environments import replaced_keys
-from jaxrl_llm.rollouts import Rollout
+from jaxrl_llm.rollouts.collect import CollectError
+from jaxrl_llm.rollouts.collect import Experience
+from jaxrl_llm.rollouts.engines import EngineError
 from jaxrl_llm.training.run.checkpoints import Checkpoints
 from jaxrl_llm.training.run.checkpoints import Progress
 from jaxrl_llm.training.run.checkpoints import flatten_settings
@@ -36,16 +35,21 @@ from jaxrl_llm.training.run.reporting import Quiet
 from jaxrl_llm.training.run.reporting import Reporter
 from jaxrl_llm.training.run.state import TrainState
 from jaxrl_llm.training.run.state import state_hash
+from jaxrl_llm.training.text.collection import make_collector
 from jaxrl_llm.training.text.diagnostics import mismatch_metrics
+from jaxrl_llm.training.text.scoring import Shift
 from jaxrl_llm.training.text.settings import Parts
 from jaxrl_llm.training.text.settings import TrainSettings
-from jaxrl_llm.training.text.settings import end_tokens
 from jaxrl_llm.training.text.step_metrics import group_metrics
 from jaxrl_llm.training.text.step_metrics import sequence_metrics
 from jaxrl_llm.training.text.step_metrics import shift_metrics
+from jaxrl_llm.training.text.step_metrics import staleness_metrics
 from jaxrl_llm.training.text.step_metrics import update_metrics
 from jaxrl_llm.training.text.trainer import Prepared
 from jaxrl_llm.training.text.trainer import Trainer
+from jaxrl_llm.trajectory import check_trajectory
+from jaxrl_llm.trajectory_files import write_trajectories
+from jaxrl_llm.trajectory_texts import text_stretches
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import SumCount
 
@@ -113,10 +117,11 @@ def train(
         KeyboardInterrupt: Ctrl-C was pressed twice. Once lets the step end, saves, and returns.
     """
     run = _Run(parts, settings, Path(folder), evaluate, reporter or Quiet(), how_to_resume)
-    saved = flatten_settings({"train": settings, "recipe": parts.recipe, **(description or {})})
+    objective = {"objective": run.trainer.objective.name, "signal": run.trainer.signal.name}
+    saved = flatten_settings({"train": settings, "recipe": parts.recipe, **objective, **(description or {})})
     with run.trainer.devices(), StopRequests() as stop:
-        run.open(saved, open_writers, resume=resume, allow_changed_settings=allow_changed_settings)
         try:
+            run.open(saved, open_writers, resume=resume, allow_changed_settings=allow_changed_settings)
             return run.go(stop)
         finally:
             run.close()
@@ -136,13 +141,15 @@ class _Run:
     ) -> None:
         self.settings, self.folder, self.evaluate, self.reporter = settings, folder, evaluate, reporter
         self.how_to_resume = how_to_resume
-        self.curriculum = parts.task if isinstance(parts.task, Curriculum) else Curriculum((parts.task,))
-        stop = self.curriculum.levels[0].stop
-        self.trainer = Trainer(parts, settings, parts.end_ids or end_tokens(parts.tokenizer, stop))
-        self.tokenizer = parts.tokenizer
+        self.collection = make_collector(parts, settings, folder)
+        self.collector = self.collection.collector
+        self.trainer = Trainer(parts, settings, self.collector.shape, self.collection.law)
+        self.vocab_size = parts.model.config.vocab_size
+        self.decode = partial(parts.tokenizer.decode, skip_special_tokens=False)
         self.rate = learning_rate_schedule(settings.optimizer, settings.optimizer_steps)
         self.files: dict[str, JsonLines] = {}
         self.writers: Sequence[MetricWriter] = ()
+        self.checkpoints: Checkpoints | None = None
         self.progress = Progress(step=0, settings={}, frozen_hash="", file_bytes=dict.fromkeys(FILES, 0))
         self.clock = PhaseClock(reporter)
 
@@ -174,6 +181,8 @@ class _Run:
                     "load the same weights, or start a new run."
                 )
             self.reporter.say(f"Going on after step {self.progress.step} of {self.settings.steps}.")
+        else:
+            self.collection.forget_all()
         self.progress = dataclasses.replace(self.progress, settings=settings, frozen_hash=frozen_hash)
         self.files = {
             name: JsonLines(self.folder / name, keep_bytes=self.progress.file_bytes.get(name, 0)) for name in FILES
@@ -181,19 +190,33 @@ class _Run:
         self.writers = open_writers(self.progress.step) if open_writers else ()
 
     def close(self) -> None:
-        """Close every file."""
+        """Let go of every file and thread."""
+        self.collection.close()
         for writer in (*self.files.values(), *self.writers, self.checkpoints):
-            writer.close()
+            if writer is not None:
+                writer.close()
 
     def save(self) -> Path | None:
-        """Write a checkpoint of the last finished step, and everything that belongs to it."""
+        """Write a checkpoint of the last finished step, and everything that belongs to it.
+
+        Raises:
+            NonFiniteError: the policy is not finite; the checkpoint before stays the newest.
+        """
+        assert self.checkpoints is not None
         if not self.progress.step:
             return None
+        if not _finite(self.state):
+            raise NonFiniteError(
+                f"The parameters after step {self.progress.step} are not finite; {self.last_good_checkpoint()}. A "
+                "smaller learning rate may help."
+            )
         for writer in (*self.files.values(), *self.writers):
             writer.flush()
         positions = {name: file.position for name, file in self.files.items()}
         self.progress = dataclasses.replace(self.progress, file_bytes=positions)
-        return self.checkpoints.save(self.state, self.progress)
+        path = self.checkpoints.save(self.state, self.progress)
+        self.collection.forget(self.progress.step)
+        return path
 
     def go(self, stop: StopRequests) -> Outcome:
         """Take the steps that are left, or as many as it takes until somebody asks to stop."""
@@ -203,7 +226,7 @@ class _Run:
             self.clock.start()
             self.write(self.evaluation(0))
         for index in range(done, steps):
-            if stop.requested or not self.step(index, stop):
+            if stop.requested or not self.guarded_step(index, stop):
                 return self.interrupted(stop)
             if index + 1 == steps or (index + 1) % self.settings.checkpoint_every == 0:
                 self.save()
@@ -219,6 +242,7 @@ class _Run:
 
     def outcome(self, *, finished: bool, message: str) -> Outcome:
         """How the run ended."""
+        assert self.checkpoints is not None
         latest, model_state = self.checkpoints.latest(), self.trainer.model_state(self.state)
         return Outcome(self.state, model_state, finished, message, latest)
 
@@ -227,90 +251,88 @@ class _Run:
     def step(self, index: int, stop: StopRequests) -> bool:
         """Take one step; False if somebody asked to stop before anything was changed."""
         self.clock.start()
-        level = CurriculumState(**self.progress.curriculum)
-        task = self.curriculum.task(level)
-        problems = task.train(self.settings.seed, index, self.settings.prompts)
         with self.clock.phase("rollout"):
-            rollout = self.trainer.sample(self.state, index, [problem.prompt for problem in problems])
+            policy = self.trainer.snapshot(self.state)
+            experience = self.collector.collect(policy, self.state.key, index, self.progress.cursor)
+            self.check(experience)
         if stop.requested:
             return False
         with self.clock.phase("score"):
-            scores, texts = self.score(task, problems, rollout)
-            rewards = np.array([score.reward for score in scores], np.float32)
-            prepared = self.trainer.prepare(self.state, index, rollout, rewards)
+            prepared = self.trainer.prepare(self.state, index, experience)
         self.warn_of_dropped(index, prepared)
         rate = float(np.asarray(self.rate(self.state.updates)))
         with self.clock.phase("update"):
             streak = int(self.state.skipped_in_a_row)
             self.state, updates = self.trainer.improve(self.state, prepared)
-        metrics = self.measure(index, rollout, scores, prepared, updates) | {"actor/lr": rate}
-        sound = [score for score, finite in zip(scores, prepared.finite.rows, strict=True) if finite]
-        level = self.curriculum.update(level, answers=len(sound), passed=sum(score.lenient for score in sound))
-        if len(self.curriculum.levels) > 1:
-            metrics["curriculum/level"] = float(level.level)
-        replaced = [{"step": index + 1, **entry} for entry in replaced_keys(problems)]
-        task_cursor = {"replaced": [*self.progress.task.get("replaced", ()), *replaced]}
-        self.progress = dataclasses.replace(
-            self.progress, step=index + 1, curriculum=dataclasses.asdict(level), task=task_cursor
-        )
-        self.write_samples(problems, texts, scores)
-        self.write(metrics | self.evaluation(index + 1), tokens=int(rollout.token_mask.sum()))
+        metrics = self.measure(index, experience, prepared, updates, policy.version) | {"actor/lr": rate}
+        self.progress = dataclasses.replace(self.progress, step=index + 1, cursor=dict(experience.cursor))
+        self.write_samples(experience)
+        self.write(metrics | self.evaluation(index + 1), tokens=int(np.sum(experience.trajectories.token_mask)))
         self.stop_if_broken(streak, updates)
         return True
 
-    def score(self, task: Task, problems: Sequence[Problem], rollout: Rollout) -> tuple[list[Score], list[str]]:
-        """Decode the answers and score them."""
-        width = self.settings.prompt_length
-        tokens, mask = np.asarray(rollout.tokens)[:, width:], np.asarray(rollout.response_mask)[:, width:]
-        texts = self.tokenizer.decode_batch(tokens, mask)
-        groups = [problem for problem in problems for _ in range(self.settings.group_size)]
-        scores = [task.score(problem, text) for problem, text in zip(groups, texts, strict=True)]
-        low, high = self.settings.reward_low, self.settings.reward_high
-        for problem, text, score in zip(groups, texts, scores, strict=True):
-            # What is not a number is dropped with its rollout.
-            if math.isfinite(score.reward) and not low <= score.reward <= high:
-                raise TrainingError(
-                    f"Task {task.name!r} gave {text!r} for {problem.prompt!r} the reward {score.reward}; "
-                    f"it must lie in [{low}, {high}] (reward_low, reward_high)."
-                )
-        return scores, texts
+    def guarded_step(self, index: int, stop: StopRequests) -> bool:
+        """A step; where its experience cannot be had, what is finished is saved first.
+
+        Raises:
+            TrainingError: in the collector's own words.
+        """
+        try:
+            return self.step(index, stop)
+        except (CollectError, EngineError) as error:
+            path = self.save()
+            kept = f"Everything up to step {self.progress.step} is saved in {path}." if path else ""
+            raise TrainingError(f"{error} {kept} {self.how_to_resume if path else ''}".strip()) from error
+
+    def check(self, experience: Experience) -> None:
+        """Hold a batch to what is true of every batch.
+
+        Raises:
+            TrainingError: naming what is wrong with it.
+        """
+        try:
+            check_trajectory(experience.trajectories, vocab_size=self.vocab_size)
+        except (TypeError, ValueError) as error:
+            name = type(self.collector).__name__
+            raise TrainingError(f"{name} collected experience that cannot be: {error}") from error
+        shape, rows = self.collector.shape, len(experience.trajectories.group_ids)
+        if rows != shape.rows:
+            raise TrainingError(f"{type(self.collector).__name__} collected {rows} rows; it promised {shape.rows}.")
 
     def measure(
         self,
         index: int,
-        rollout: Rollout,
-        scores: Sequence[Score],
+        experience: Experience,
         prepared: Prepared,
         updates: Sequence[dict[str, SumCount]],
+        version: int,
     ) -> dict[str, float]:
         """All numbers of the step."""
-        width, batch, sound = self.settings.prompt_length, prepared.batch, prepared.finite.rows
+        batch, sound = prepared.batch, prepared.finite.rows
+        returns = np.where(sound, experience.trajectories.returns, 0)
+        metrics = sequence_metrics(experience, prepared.advantages, prepared.mask, sound)
+        metrics |= group_metrics(returns, prepared.kept, sound) | update_metrics(updates)
+        metrics |= {"actor/entropy": float(prepared.entropy[prepared.mask].mean())}
+        metrics |= {"rollout/dropped_nonfinite": float(prepared.finite.dropped)}
+        metrics |= {"layout/padded_share": prepared.padded_share}
+        metrics |= staleness_metrics(experience, prepared.mask, version)
 
         def rows(array: Array) -> Array:
-            return array.reshape(-1, array.shape[-1])
+            return array.reshape(-1, *array.shape[2:])
 
-        mask = np.asarray(rows(batch.response_mask))
-        rewards = np.where(sound, np.array([score.reward for score in scores], np.float32), 0)
-        metrics = sequence_metrics(
-            [score for score, finite in zip(scores, sound, strict=True) if finite],
-            np.asarray(batch.advantages).reshape(-1)[sound],
-            mask[sound],
-            np.asarray(rollout.token_mask)[sound, :width],
-            self.trainer.ended(rollout)[sound],
-        )
-        metrics |= group_metrics(rewards, prepared.kept, sound) | update_metrics(updates)
-        metrics |= {"actor/entropy": float(prepared.entropy[mask].mean())}
-        metrics |= {"rollout/dropped_nonfinite": float(prepared.finite.dropped)}
-        device = mismatch_metrics(rows(batch.log_prob_old), rows(batch.log_prob_behaviour), jnp.asarray(mask))
+        mask, device = rows(prepared.counted), {}
+        if batch.log_prob_behaviour is not None:
+            device = mismatch_metrics(rows(batch.log_prob_old), rows(batch.log_prob_behaviour), mask)
         every = self.settings.update.bounds_every
         if every and index % every == 0:
             with self.clock.phase("bounds"):
-                shift = self.trainer.compare(self.state, prepared)
+                shift = jax.tree.map(rows, self.trainer.compare(self.state, prepared))
                 reward_range = (self.settings.reward_low, self.settings.reward_high)
-                arrays = (jnp.asarray(mask), jnp.asarray(rewards), jnp.asarray(rollout.group_ids))
-                known = self.trainer.knows_sampler
+                arrays = (mask, rows(batch.rewards), rows(batch.group_ids))
+                known = self.trainer.law.known
                 device |= jax.device_get(shift_metrics(shift, *arrays, reward_range=reward_range, sampled_by_mu=known))
-        return metrics | {name: float(np.asarray(value)) for name, value in device.items()}
+                self.write_episodes(index, experience, prepared, shift)
+        return metrics | dict(experience.metrics) | {name: float(np.asarray(value)) for name, value in device.items()}
 
     def warn_of_dropped(self, index: int, prepared: Prepared) -> None:
         """Say which rollouts were dropped because they are not finite.
@@ -327,7 +349,7 @@ class _Run:
 
     def last_good_checkpoint(self) -> str:
         """Where to go back to, in words."""
-        latest = self.checkpoints.latest()
+        latest = None if self.checkpoints is None else self.checkpoints.latest()
         return f"the last good checkpoint is {latest}" if latest else "no checkpoint was saved yet"
 
     def evaluation(self, step: int) -> dict[str, float]:
@@ -339,27 +361,34 @@ class _Run:
             return dict(self.evaluate(step, self.trainer.model_state(self.state)))
 
     def write(self, metrics: Mapping[str, float], *, tokens: int = 0) -> None:
-        """Write the finished step down."""
+        """Write the finished step down; what depends on the clock goes to the timings."""
         if not metrics:
             return
         step, seconds = self.progress.step, self.clock.seconds(tokens=tokens)
+        seconds |= {name: value for name, value in metrics.items() if name.startswith("perf/")}
+        metrics = {name: value for name, value in metrics.items() if not name.startswith("perf/")}
         self.files["metrics.jsonl"].write(step, metrics)
         self.files["timings.jsonl"].write(step, seconds)
         for writer in self.writers:
             writer.write(step, {**metrics, **{f"timing_s/{name}": value for name, value in seconds.items()}})
         self.reporter.finish_step(step, metrics, seconds)
 
-    def write_samples(self, problems: Sequence[Problem], texts: Sequence[str], scores: Sequence[Score]) -> None:
-        """Write the first answer to each of the first prompts down."""
-        for index, problem in enumerate(problems[: self.settings.samples]):
-            row = index * self.settings.group_size
-            sample = {
-                "prompt": problem.prompt,
-                "answer": problem.answer,
-                "text": texts[row],
-                "reward": scores[row].reward if math.isfinite(scores[row].reward) else None,
-            }
+    def write_samples(self, experience: Experience) -> None:
+        """Write the samples of the collector down."""
+        for sample in experience.samples:
             self.files["samples.jsonl"].append({"step": self.progress.step, **sample})
+
+    def write_episodes(self, index: int, experience: Experience, prepared: Prepared, shift: Shift) -> None:
+        """Write a whole batch down with its advantages and divergences, where one is due."""
+        every = self.settings.episodes_every
+        if not every or (index + 1) % every:
+            return
+        kl = prepared.gather(shift.kl)
+        texts = text_stretches(experience.trajectories, self.decode)
+        extra = {"advantages": prepared.advantages, "kl": np.where(prepared.mask, kl, 0).astype(np.float32)}
+        about = {"step": index + 1, "vocab_size": self.vocab_size}
+        folder = self.folder / "episodes" / str(index + 1)
+        write_trajectories(folder, experience.trajectories, texts=texts, extra=extra, about=about)
 
     def stop_if_broken(self, streak: int, updates: Sequence[dict[str, SumCount]]) -> None:
         """Raise after too many updates in a row that were not finite; `streak` counts those before this step."""
@@ -372,3 +401,14 @@ class _Run:
                     f"{self.progress.step}; {self.last_good_checkpoint()}. A smaller learning rate or max_grad_norm "
                     "may help."
                 )
+
+
+@jax.jit
+def _all_finite(tree: Any) -> Array:
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+
+
+def _finite(state: TrainState) -> bool:
+    """Whether every trained parameter and every state of an optimiser is finite."""
+    return bool(_all_finite((state.params, state.opt_state, state.critic, state.critic_opt_state)))

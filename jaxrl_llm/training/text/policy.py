@@ -11,8 +11,8 @@ from jaxrl_llm.models.trainable import Trainable
 from jaxrl_llm.models.trainable import first_trained_layer
 from jaxrl_llm.models.transformer import ACTIVATION_AXES
 from jaxrl_llm.models.transformer import Transformer
-from jaxrl_llm.training.text.layout import PackedTokens
-from jaxrl_llm.training.text.layout import predicting_states
+from jaxrl_llm.training.text.layout import Rows
+from jaxrl_llm.training.text.layout import chosen_states
 from jaxrl_llm.training.text.layout import through_layers
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Float
@@ -34,24 +34,30 @@ class Policy:
     first_layer: int
     trains_head: bool
 
-    def model(self, params: PyTree, frozen: PyTree) -> Transformer:
-        """The model with these parameters."""
-        return nnx.merge(self.graphdef, params, frozen)
+    def model(self, params: PyTree, frozen: PyTree = None) -> Transformer:
+        """The model with these parameters; None where none are frozen."""
+        return nnx.merge(self.graphdef, params) if frozen is None else nnx.merge(self.graphdef, params, frozen)
 
-    def trunk(self, model: Transformer, packed: PackedTokens) -> Float[Array, "n W D"] | None:
+    def trunk(self, model: Transformer, rows: Rows) -> Float[Array, "n W D"] | None:
         """Output of the frozen layers; None where there are none."""
         if not self.first_layer:
             return None
-        return through_layers(model, model.embed(packed.tokens), packed, start=0, stop=self.first_layer)
+        return through_layers(model, model.embed(rows.tokens), rows, start=0, stop=self.first_layer)
 
     def hidden(
-        self, model: Transformer, packed: PackedTokens, trunk: Float[Array, "n W D"] | None, *, remat: bool = False
-    ) -> Float[Array, "n slots R D"]:
-        """States that predict the response tokens, through the layers that are trained."""
-        x = model.embed(packed.tokens) if trunk is None else constrain(trunk, ACTIVATION_AXES)
-        x = through_layers(model, x, packed, start=self.first_layer, remat=remat)
+        self, model: Transformer, rows: Rows, trunk: Float[Array, "n W D"] | None, *, remat: bool = False
+    ) -> Float[Array, "n K D"]:
+        """States that predict the chosen tokens, through the layers that are trained."""
+        x = model.embed(rows.tokens) if trunk is None else constrain(trunk, ACTIVATION_AXES)
+        x = through_layers(model, x, rows, start=self.first_layer, remat=remat)
         # The norm acts on each state alone: it is applied to those that predict something only.
-        return model.final_norm(predicting_states(x, packed.layout))
+        return model.final_norm(chosen_states(x, rows))
+
+
+def whole_policy(model: Transformer) -> tuple[Policy, nnx.State]:
+    """A model that never learns, such as a teacher, as a policy of which nothing is frozen; and its parameters."""
+    graphdef, state = nnx.split(model)
+    return Policy(graphdef, 0, True), state
 
 
 def split_policy(model: Transformer, trainable: Trainable) -> tuple[Policy, nnx.State, nnx.State]:

@@ -1,6 +1,9 @@
 """The numbers of one training step, by name. Names that verl has mean what they mean there.
 
 critic/rewards/*, critic/advantages/*   per sequence
+critic/value_loss, critic/explained_variance    per chosen token, over all optimiser steps; only where there is a critic
+rollout/staleness                       updates between the weights that sampled a token and the policy [per token]
+layout/padded_share                     share of the tokens computed in the update that are padding
 task/lenient, task/strict               share of answers that are right, by the two ways of looking [per sequence]
 response_length/*, prompt_length/mean   [tokens]; clip_ratio is the share of answers that did not end in time
 groups/*                                prompts: all answers earned the same, and took part in the update
@@ -32,10 +35,12 @@ from jaxrl_llm.bounds import sampled_sequence_tv
 from jaxrl_llm.bounds import sampled_surrogate_error
 from jaxrl_llm.bounds import sampled_surrogate_gain
 from jaxrl_llm.bounds import surrogate_error_bounds
-from jaxrl_llm.environments import Score
 from jaxrl_llm.masked import masked_max
 from jaxrl_llm.masked import masked_mean
+from jaxrl_llm.objectives.values import explained_variance
+from jaxrl_llm.rollouts.collect import Experience
 from jaxrl_llm.training.text.scoring import Shift
+from jaxrl_llm.trajectory import Actions
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Bool
 from jaxrl_llm.typing import Float
@@ -63,30 +68,56 @@ ACTOR_NAMES = {
     "weight_zero": "actor/correction_rejected",
     "rejected_sequences": "actor/rejected_sequences",
     "rejected_tokens": "actor/rejected_tokens",
+    "value_loss": "critic/value_loss",
 }
-"""What `policy_loss` and `Update` call a metric, and what the run calls it."""
+"""What `policy_loss` and `Update` call a metric, and what the run calls it; others are `actor/` and their name."""
+
+VALUE_MOMENTS = ("value_target", "value_target_squared", "value_error", "value_error_squared")
+"""The moments of which `critic/explained_variance` is made."""
 
 
 def sequence_metrics(
-    scores: Sequence[Score],
-    advantages: Float[np.ndarray, " B"],
-    response_mask: Bool[np.ndarray, "B R"],
-    prompt_mask: Bool[np.ndarray, "B P"],
-    ended: Bool[np.ndarray, " B"],
+    experience: Experience,
+    advantages: Float[np.ndarray, "B R"],
+    mask: Bool[np.ndarray, "B R"],
+    sound: Bool[np.ndarray, " B"],
 ) -> dict[str, float]:
-    """Rewards, pass rates, advantages and lengths of a rollout batch."""
-    rewards = np.array([score.reward for score in scores], np.float64)
-    lengths = response_mask.sum(axis=1)
-    spread = {"critic/rewards": rewards, "critic/advantages": np.asarray(advantages), "response_length": lengths}
+    """Rewards, advantages and lengths of the sound rows of a batch, and the means of the collector's own columns.
+
+    Args:
+        experience: the batch.
+        advantages: of each chosen token; a row's is the mean over its tokens.
+        mask: true at the chosen tokens of sound rows.
+        sound: which rows are counted.
+    """
+    trajectories = experience.trajectories
+    lengths = mask.sum(axis=1)
+    per_row = np.where(mask, advantages, 0).sum(axis=1, dtype=np.float64) / np.maximum(lengths, 1)
+    spread = {
+        "critic/rewards": np.asarray(trajectories.returns, np.float64),
+        "critic/advantages": per_row,
+        "response_length": lengths,
+    }
     values = {
-        f"{name}/{what}": float(getattr(np, what)(x)) for name, x in spread.items() for what in ("mean", "max", "min")
+        f"{name}/{what}": float(getattr(np, what)(x[sound]))
+        for name, x in spread.items()
+        for what in ("mean", "max", "min")
     }
-    return values | {
-        "task/lenient": float(np.mean([score.lenient for score in scores])),
-        "task/strict": float(np.mean([score.strict for score in scores])),
-        "response_length/clip_ratio": float(np.mean(~ended)),
-        "prompt_length/mean": float(prompt_mask.sum(axis=1).mean()),
-    }
+    values |= {name: float(np.mean(np.asarray(column)[sound])) for name, column in experience.per_row.items()}
+    return values | {"response_length/clip_ratio": float(np.mean(~np.asarray(trajectories.ended)[sound]))}
+
+
+def staleness_metrics(experience: Experience, mask: Bool[np.ndarray, "B R"], version: int) -> dict[str, float]:
+    """How many updates older than the policy the weights were that sampled each chosen token: mean and largest; nothing
+    where nobody said.
+    """
+    columns = Actions.of(experience.trajectories, width=mask.shape[1])
+    versions = columns.take(experience.trajectories.versions, fill=-1)
+    known = mask & (versions >= 0)
+    if not known.any():
+        return {}
+    age = version - versions[known]
+    return {"rollout/staleness": float(age.mean()), "rollout/staleness_max": float(age.max())}
 
 
 def group_metrics(
@@ -109,7 +140,11 @@ def update_metrics(steps: Sequence[dict[str, SumCount]]) -> dict[str, float]:
     for step in steps:
         for name, pair in step.items():
             totals[name] += np.array(pair, np.float64)
-    values = {ACTOR_NAMES[name]: float(total / count) for name, (total, count) in totals.items() if count}
+    means = {name: float(total / count) for name, (total, count) in totals.items() if count}
+    moments = {name.removeprefix("value_"): means.pop(name) for name in VALUE_MOMENTS if name in means}
+    values = {ACTOR_NAMES.get(name, f"actor/{name}"): mean for name, mean in means.items()}
+    if moments:
+        values["critic/explained_variance"] = explained_variance(moments)
     values["actor/optimizer_steps"] = float(len(steps))
     values["actor/skipped"] = float(totals["skipped"][0])
     if "actor/rejected_sequences" in values:

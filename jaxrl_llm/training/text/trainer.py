@@ -1,9 +1,7 @@
-"""The device side of a training step: sample, score, update, compare. Each is compiled once."""
+"""The device side of a training step: score, signal, update, compare. Each is compiled once per shape."""
 
 import contextlib
 import dataclasses
-import math
-from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
 
@@ -11,104 +9,90 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec
 
-from jaxrl_llm.models.lora import merge_lora
 from jaxrl_llm.models.sharding import shard
 from jaxrl_llm.models.trainable import combine
-from jaxrl_llm.objectives import SIGNALS
-from jaxrl_llm.objectives import Recipe
-from jaxrl_llm.objectives import sequence_advantages
 from jaxrl_llm.objectives.ratios import LOG_RATIO_LIMIT
-from jaxrl_llm.rollouts import Rollout
-from jaxrl_llm.rollouts import SamplingSettings
-from jaxrl_llm.rollouts import make_generate
+from jaxrl_llm.rollouts.collect import BatchShape
+from jaxrl_llm.rollouts.collect import Experience
+from jaxrl_llm.rollouts.collect import Law
+from jaxrl_llm.rollouts.collect import PolicySnapshot
+from jaxrl_llm.rollouts.collect.samplers import spread
 from jaxrl_llm.training.run.optimizer import make_optimizer
 from jaxrl_llm.training.run.state import TrainState
+from jaxrl_llm.training.text.critic import Critic
 from jaxrl_llm.training.text.finite import Finite
 from jaxrl_llm.training.text.finite import find_finite
 from jaxrl_llm.training.text.finite import finite_states
 from jaxrl_llm.training.text.finite import without_broken_rows
-from jaxrl_llm.training.text.layout import Layout
+from jaxrl_llm.training.text.layout import Arrangement
+from jaxrl_llm.training.text.layout import Grid
+from jaxrl_llm.training.text.layout import arrange
 from jaxrl_llm.training.text.layout import choose_slots
-from jaxrl_llm.training.text.layout import pack
 from jaxrl_llm.training.text.minibatches import Minibatch
 from jaxrl_llm.training.text.minibatches import plan_minibatches
+from jaxrl_llm.training.text.objective import get_objective
 from jaxrl_llm.training.text.policy import head_copy
 from jaxrl_llm.training.text.policy import split_policy
+from jaxrl_llm.training.text.reference import FrozenPolicy
+from jaxrl_llm.training.text.reference import InitialPolicy
+from jaxrl_llm.training.text.reference import Teacher
 from jaxrl_llm.training.text.scoring import Scorer
 from jaxrl_llm.training.text.scoring import Scores
 from jaxrl_llm.training.text.scoring import Shift
 from jaxrl_llm.training.text.settings import Parts
 from jaxrl_llm.training.text.settings import TrainSettings
+from jaxrl_llm.training.text.signals import NO_SIGNAL
+from jaxrl_llm.training.text.signals import OF_REFERENCE
+from jaxrl_llm.training.text.signals import Signal
+from jaxrl_llm.training.text.signals import recipe_signal
+from jaxrl_llm.training.text.signals import sound_advantages
+from jaxrl_llm.training.text.signals import user_signal
 from jaxrl_llm.training.text.update import Heads
 from jaxrl_llm.training.text.update import Update
 from jaxrl_llm.training.text.update import UpdateBatch
-from jaxrl_llm.training.text.update import needs_exact_kl
-from jaxrl_llm.training.text.update import needs_reference
+from jaxrl_llm.trajectory import Actions
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Bool
 from jaxrl_llm.typing import Float
-from jaxrl_llm.typing import PyTree
 from jaxrl_llm.typing import SumCount
 
-SAMPLING, ORDER, NOISE = 0, 1, 2
-"""What the run's key is folded with for the uses of random numbers on the device."""
+ORDER = 1
+"""What the run's key is folded with for the order of minibatches."""
+
+UNKNOWN_LAW = Law(known=False)
+"""Of experience that nobody sampled with weights that the trainer has: demonstrations, pairs, files."""
 
 
 class Prepared(NamedTuple):
-    """A rollout batch ready for its optimiser steps.
+    """A batch of experience ready for its optimiser steps.
 
-    batch, heads: for `Update`; the response mask is false throughout rollouts that are not finite. plan: its
-    minibatches. kept: which prompts take part. entropy: of the policy before the update at each sampled context [nats].
-    finite: which rollouts are sound.
+    arrangement: where the rows of the batch stand. batch, heads: for `Update`; the response mask is false throughout
+    rows that are not finite. plan: its minibatches. kept: which groups take part. finite: which rows of the batch are
+    sound. Of each chosen token, in the order of the batch, `[B, R]`: mask, true where the row is sound; advantages;
+    entropy of the policy before the update [nats]. counted: the chosen tokens of sound rows where they stand in
+    `batch`, learned from or not.
     """
 
+    arrangement: Arrangement
     batch: UpdateBatch
     heads: Heads
     plan: list[Minibatch]
-    kept: np.ndarray
-    entropy: Float[np.ndarray, "B R"]
+    kept: Bool[np.ndarray, " groups"]
     finite: Finite
+    mask: Bool[np.ndarray, "B R"]
+    advantages: Float[np.ndarray, "B R"]
+    entropy: Float[np.ndarray, "B R"]
+    counted: Bool[Array, "n S R"]
 
+    @property
+    def padded_share(self) -> float:
+        """Share of the computed tokens that are padding."""
+        return self.arrangement.padded_share
 
-def knows_sampler(parts: Parts, sampling: SamplingSettings) -> bool:
-    """Whether the trainer computes the whole law of the sampler: its weights make it, perturbed ones too; a perturbed
-    cache, perturbed logits, and a truncated or pruned vocabulary are not in it.
-    """
-    engine = parts.perturbation
-    return engine.cache is None and engine.logits is None and not sampling.truncated
-
-
-def _sampling(recipe: Recipe, sampling: SamplingSettings) -> SamplingSettings:
-    """How answers are sampled: a recipe that prunes has its sampler prune too, on the safe set of its own logits.
-
-    Raises:
-        ValueError: the sampler is to be truncated in another way.
-    """
-    if recipe.log_min_p is None:
-        return sampling
-    if sampling.truncated:
-        raise ValueError(
-            f"recipe {recipe.name!r} prunes to the safe set at log_min_p = {recipe.log_min_p}, and its sampler with "
-            f"it; top_p = {sampling.top_p} and min_p = {sampling.min_p} must be None."
-        )
-    return dataclasses.replace(sampling, min_p=math.exp(recipe.log_min_p))
-
-
-def _refuse_unknown_law(parts: Parts, sampling: SamplingSettings) -> None:
-    """The exact masks need the whole law of the sampler.
-
-    Raises:
-        ValueError: a mask by exact KL, and a sampler whose law the trainer does not have.
-    """
-    if needs_exact_kl(parts.recipe) and not knows_sampler(parts, sampling):
-        raise ValueError(
-            f"recipe {parts.recipe.name!r} masks by the exact KL(behaviour || current), which the trainer computes for "
-            "perturbations of the weights only, without truncation or pruning; perturb the weights, sample from the "
-            "whole vocabulary, or use a recipe with one of the sampled masks."
-        )
+    def gather(self, values: Array) -> np.ndarray:
+        """Numbers that stand as `batch` does, in the order of the batch."""
+        return self.arrangement.gather(values)
 
 
 def _above_clamp(log_prob_old: Float[Array, "*shape"], log_prob_behaviour: Float[Array, "*shape"]):
@@ -121,49 +105,86 @@ def _above_clamp(log_prob_old: Float[Array, "*shape"], log_prob_behaviour: Float
 class Trainer:
     """The compiled functions of a run and the parameters that never change."""
 
-    def __init__(self, parts: Parts, settings: TrainSettings, end_ids: Sequence[int]) -> None:
-        """Split the model, place it on its devices, and prepare what is compiled at first use."""
-        if parts.recipe.advantage == "given" or SIGNALS[parts.recipe.advantage].needs:
-            raise ValueError(
-                f"recipe {parts.recipe.name!r} needs a value function, or statistics of tokens, for its advantages, "
-                "which this loop does not make."
-            )
-        sampling = _sampling(parts.recipe, settings.sampling)
-        _refuse_unknown_law(parts, sampling)
-        self.knows_sampler = knows_sampler(parts, sampling)
-        self.parts, self.settings, self.end_ids = parts, settings, tuple(end_ids)
-        config, update = parts.model.config, settings.update
+    def __init__(self, parts: Parts, settings: TrainSettings, shape: BatchShape, law: Law = UNKNOWN_LAW) -> None:
+        """Split the model, place it on its devices, and prepare what is compiled at first use.
+
+        Args:
+            parts: the policy and what it is trained by.
+            settings: the numbers.
+            shape: of every batch of experience.
+            law: what is known of the distribution that sampled it.
+
+        Raises:
+            ValueError, TypeError: the parts do not fit each other.
+        """
+        self.parts, self.settings, self.shape, self.law = parts, settings, shape, law
+        self.objective = get_objective(parts.objective, parts.recipe)
+        self.signal = self._signal()
+        self._refuse_unknown_law()
         self.policy, initial, frozen = split_policy(parts.model, parts.trainable)
         if parts.mesh is not None:
             initial, frozen = shard(initial, parts.mesh), shard(frozen, parts.mesh)
         self._initial, self.frozen = initial, frozen
-        slots = settings.group_size if update.share_prompts else 1
-        if update.share_prompts:
-            slots = choose_slots(config, settings.prompt_length, settings.response_length, settings.group_size)
-        self.layout = Layout(settings.prompt_length, slots, settings.response_length)
+        self._grid = self._fixed_grid()
         self.optimizer = make_optimizer(settings.optimizer, settings.optimizer_steps)
-        temperature = sampling.temperature
-        engine = parts.perturbation
-        merged = self.policy.graphdef if engine.weights is None else nnx.graphdef(merge_lora(parts.model))
-        self.generate = make_generate(
-            merged,
-            max_new_tokens=settings.response_length,
-            group_size=settings.group_size,
-            sampling=sampling,
-            eos_id=self.end_ids,
-            pad_id=parts.tokenizer.pad_id,
-            decode_dtype=parts.decode_dtype,
-            perturb_logits=engine.logits,
-            cache_rounding=engine.cache,
+        update, temperature = settings.update, settings.sampling.temperature
+        self.critic = Critic(settings.critic, parts.model) if "values" in self.signal.needs else None
+        if self.critic is not None and self.signal.targets is None:
+            raise ValueError(f"the signal {self.signal.name!r} reads values and has no targets for a critic.")
+        self.update = Update(
+            self.policy,
+            self.objective,
+            self.optimizer,
+            critic=self.critic,
+            temperature=temperature,
+            remat=update.remat,
         )
-        self._engine_state = jax.jit(self._perturb_weights)
-        self.update = Update(self.policy, parts.recipe, self.optimizer, temperature=temperature, remat=update.remat)
         self.scorer = Scorer(
-            self.policy, temperature=temperature, rows=update.score_rows, log_min_p=parts.recipe.log_min_p
+            self.policy,
+            temperature=temperature,
+            rows=update.score_rows,
+            log_min_p=self.objective.log_min_p,
+            collision="collision" in self.signal.needs,
         )
-        self._advantages = jax.jit(lambda rewards, ids: sequence_advantages(parts.recipe, rewards, ids))
+        self._values = None if self.critic is None else jax.jit(self.critic.values)
+        self.reference = self._reference()
+
+    def _signal(self) -> Signal:
+        parts = self.parts
+        if parts.signal is not None:
+            return user_signal(parts.signal, parts.recipe)
+        # A recipe's loss always takes advantages; other objectives say whether they do.
+        reads = parts.objective is None or "advantages" in self.objective.needs
+        return recipe_signal(parts.recipe) if reads else NO_SIGNAL
+
+    def _refuse_unknown_law(self) -> None:
+        """The exact divergence from the policy that sampled needs its whole law.
+
+        Raises:
+            ValueError: an objective that reads it, and a sampler whose law the trainer does not have.
+        """
+        if "kl_t" in self.objective.needs and not self.law.known:
+            raise ValueError(
+                f"recipe {self.objective.name!r} masks by the exact KL(behaviour || current), which the trainer "
+                "computes for perturbations of the weights only, without truncation or pruning; perturb the weights, "
+                "sample from the whole vocabulary, or use a recipe with one of the sampled masks."
+            )
+
+    def _fixed_grid(self) -> Grid | None:
+        prompt, group = self.shape.prompt_length, self.shape.group_size
+        if prompt is None:
+            return None
+        shares = self.settings.update.share_prompts
+        slots = choose_slots(self.parts.model.config, prompt, self.shape.actions, group) if shares else 1
+        return Grid(prompt, slots, self.shape.actions)
+
+    def _reference(self) -> FrozenPolicy | None:
+        if not (self.objective.reads_reference or self.signal.needs.intersection(OF_REFERENCE)):
+            return None
+        if self.parts.teacher is not None:
+            return Teacher(self.parts.teacher, self.parts.model, self.settings)
         # A copy, as the first update takes the buffers of the initial parameters over.
-        self._reference = jax.tree.map(jnp.copy, initial) if needs_reference(parts.recipe) else None
+        return InitialPolicy(jax.tree.map(jnp.copy, self._initial), self.frozen, self.policy, self.scorer)
 
     def devices(self) -> contextlib.AbstractContextManager[Any]:
         """Context in which everything here must run: the mesh, where there is one."""
@@ -171,111 +192,180 @@ class Trainer:
 
     def initial_state(self) -> TrainState:
         """The state before the first step; the first update donates the buffers of the model that was given."""
-        state = TrainState.create(self._initial, self.optimizer, self.settings.seed)
+        critic = ((), ()) if self.critic is None else self.critic.initial(self.parts.model)
+        state = TrainState.create(self._initial, self.optimizer, self.settings.seed, critic)
         return state if self.parts.mesh is None else shard(state, self.parts.mesh)
 
     def identity(self) -> Any:
         """The parameters a checkpoint does not hold but depends on: the frozen ones, and the reference policy's."""
-        return {"frozen": self.frozen, "reference": self._reference}
+        return {"frozen": self.frozen, "reference": None if self.reference is None else self.reference.params}
 
     def model_state(self, state: TrainState) -> nnx.State:
         """All parameters as one state, as `make_generate` takes it; valid until the next update."""
         return combine(state.params, self.frozen)
 
-    def sample(self, state: TrainState, index: int, prompts: Sequence[str]) -> Rollout:
-        """Sample answers to the prompts of step number `index` (0 is the first); arrays on the host.
+    def snapshot(self, state: TrainState) -> PolicySnapshot:
+        """The policy as collectors see it; valid until the next update."""
+        return PolicySnapshot(self.policy.graphdef, self.model_state(state), int(np.asarray(state.updates)))
+
+    def prepare(self, state: TrainState, index: int, experience: Experience) -> Prepared:
+        """Score a batch under the present policy, compute its signal and deal out the minibatches of step `index`.
 
         Raises:
-            ValueError: a prompt is longer than `prompt_length`.
+            ValueError: the experience lacks what objective or signal reads, or the signal fails.
         """
-        try:
-            tokens, mask = self.parts.tokenizer.encode_batch(prompts, length=self.settings.prompt_length)
-        except ValueError as error:
-            raise ValueError(f"prompt_length is {self.settings.prompt_length}, which does not do: {error}") from error
-        key = jax.random.fold_in(state.key, SAMPLING)
-        arguments = (self._place(jnp.asarray(tokens)), self._place(jnp.asarray(mask)), key, index)
-        perturbed = self.parts.perturbation.weights is not None
-        weights = self._engine_state(state.params, self.frozen) if perturbed else self.model_state(state)
-        # Noise of its own for every step: the weights that a real engine rounds are others after each update.
-        noise_key = jax.random.fold_in(jax.random.fold_in(state.key, NOISE), index)
-        rollout = self.generate(weights, *arguments, jnp.arange(len(prompts)), noise_key=noise_key)
-        return jax.device_get(rollout)
+        trajectories = experience.trajectories
+        actions = Actions.of(trajectories, width=self.shape.actions)
+        self._require_recorded(trajectories.log_prob_behaviour)
+        arrangement = self._arrange(experience, actions)
+        rows = self._place(arrangement.rows)
 
-    def _perturb_weights(self, params: PyTree, frozen: PyTree) -> PyTree:
-        perturb = self.parts.perturbation.weights
-        assert perturb is not None
-        return perturb(nnx.state(merge_lora(self.policy.model(params, frozen))))
+        def placed(values: np.ndarray) -> Array:
+            return self._place(jnp.asarray(arrangement.spread(values)))
 
-    def ended(self, rollout: Rollout) -> Bool[np.ndarray, " B"]:
-        """Which answers came to their end before the width did."""
-        width = self.settings.prompt_length
-        tokens, mask = np.asarray(rollout.tokens)[:, width:], np.asarray(rollout.response_mask)[:, width:]
-        return (np.isin(tokens, self.end_ids) & mask).any(axis=1)
-
-    def prepare(self, state: TrainState, index: int, rollout: Rollout, rewards: Float[np.ndarray, " B"]) -> Prepared:
-        """Score the rollout under the present policy, compute advantages and deal out the minibatches."""
-        layout, update = self.layout, self.settings.update
-        shape = (len(rewards) // layout.slots, layout.slots, layout.response_length)
-
-        def rows(array: Any) -> Any:
-            return self._place(jnp.asarray(np.asarray(array)[:, layout.prompt_length :].reshape(shape)))
-
-        packed = self._place(pack(rollout.tokens, rollout.token_mask, rollout.group_ids, layout))
-        targets = rows(rollout.tokens)
-        scores = self.scorer.score(state.params, self.frozen, packed, targets)
-        behaviour = rows(rollout.log_prob_behaviour)
-        if self.parts.recipe.log_min_p is not None:
+        scores = self.scorer.score(state.params, self.frozen, rows)
+        behaviour = None
+        if trajectories.log_prob_behaviour is not None:
+            behaviour = placed(actions.take(trajectories.log_prob_behaviour))
+        if self.objective.log_min_p is not None and behaviour is not None:
             scores = dataclasses.replace(scores, log_prob=_above_clamp(scores.log_prob, behaviour))
         states = finite_states(scores.hidden)
-        finite = self._find_finite(rollout, scores, states, rewards)
-        advantages = self._finite_advantages(rewards, np.asarray(rollout.group_ids), finite)
+        finite = self._find_finite(experience, actions, arrangement, scores, states)
         batch = UpdateBatch(
-            packed=packed,
-            targets=targets,
-            response_mask=rows(np.asarray(rollout.response_mask) & finite.rows[:, None]),
-            advantages=self._place(jnp.asarray(advantages.reshape(shape[:2]))),
+            rows=rows,
+            response_mask=placed(actions.mask & finite.rows[:, None]),
+            group_ids=self._place(jnp.asarray(self._groups(experience, arrangement))),
+            step_ids=placed(actions.take(trajectories.step_ids, fill=-1)),
+            rewards=placed(np.where(finite.rows, trajectories.returns, 0).astype(np.float32)),
+            advantages=jnp.zeros(()),
             log_prob_behaviour=behaviour,
             log_prob_old=scores.log_prob,
             hidden_old=scores.hidden,
             trunk=scores.trunk,
         )
         heads = Heads(old=head_copy(self.policy, self.policy.model(state.params, self.frozen)))
-        if self.parts.perturbation.weights is not None:
-            hidden, head = self.scorer.behaviour(self.parts.perturbation.weights, state.params, self.frozen, packed)
-            batch = dataclasses.replace(batch, hidden_behaviour=hidden)
-            heads = dataclasses.replace(heads, behaviour=head)
-        if self._reference is not None:
-            reference = self.scorer.score(self._reference, self.frozen, packed, targets, scores.trunk)
-            exact = self.parts.recipe.kl_estimator == "exact"
-            hidden_ref = reference.hidden if exact else None
-            batch = dataclasses.replace(batch, log_prob_ref=reference.log_prob, hidden_ref=hidden_ref)
-            # Never donated, so the reference's own head can be used as it lies.
-            model = self.policy.model(self._reference, self.frozen)
-            heads = dataclasses.replace(heads, ref=model.head()[0] if exact and self.policy.trains_head else None)
+        batch, heads = self._with_behaviour(state, batch, heads)
+        batch, heads = self._with_reference(batch, heads)
+        scored = self._scored(state, arrangement, scores, batch, heads)
+        signal = sound_advantages(self.signal, trajectories, actions, scored, finite.rows)
+        advantages, weights, targets = signal
+        # Every surrogate is homogeneous in its advantage, so a weight >= 0 of its loss can stand in it.
+        batch = dataclasses.replace(batch, advantages=placed(advantages * weights))
+        if targets is not None and scored["values"] is not None:
+            batch = dataclasses.replace(batch, values_old=placed(scored["values"]), value_targets=placed(targets))
+        counted = batch.response_mask
         if states.any() and not states.all():
             batch = self._place(without_broken_rows(batch, states))
-        per_prompt = np.abs(advantages).reshape(self.settings.prompts, -1)
-        kept = (per_prompt > 0).any(axis=1) | (not update.skip_equal_groups)
+        kept = self._kept(advantages * weights)
+        batch, plan = self._deal(state, index, batch, arrangement, kept)
+        entropy = arrangement.gather(scores.entropy)
+        mask = actions.mask & finite.rows[:, None]
+        return Prepared(arrangement, batch, heads, plan, kept, finite, mask, advantages, entropy, counted)
+
+    def _require_recorded(self, log_prob_behaviour: Any) -> None:
+        if log_prob_behaviour is not None:
+            return
+        for what, needs in (("objective", self.objective), ("signal", self.signal)):
+            if "log_prob_behaviour" in needs.needs:
+                raise ValueError(
+                    f"the {what} {needs.name!r} reads the log-probs of the policy that sampled, which this experience "
+                    "does not have; use one that does not, such as nll."
+                )
+
+    def _arrange(self, experience: Experience, actions: Actions) -> Arrangement:
+        trajectories = experience.trajectories
+        config, update = self.parts.model.config, self.settings.update
+        rewards = np.asarray(trajectories.returns).reshape(self.shape.groups, -1)
+        signal = (rewards.max(axis=1) > rewards.min(axis=1)) | (not self._skips)
+        mesh = self.parts.mesh
+        return arrange(
+            trajectories,
+            actions,
+            config,
+            grid=self._grid,
+            first=np.repeat(signal, self.shape.group_size),
+            share_prompts=update.share_prompts,
+            whole_groups=self.objective.compares_rows,
+            least_rows=2 * update.minibatches,
+            multiple=1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"],
+        )
+
+    @property
+    def _skips(self) -> bool:
+        # Only where advantages are the whole signal can a group without any be left out.
+        return self.settings.update.skip_equal_groups and self.signal is not NO_SIGNAL
+
+    def _groups(self, experience: Experience, arrangement: Arrangement) -> np.ndarray:
+        groups = np.unique(np.asarray(experience.trajectories.group_ids), return_inverse=True)[1].astype(np.int32)
+        alone = -1 - np.arange(arrangement.sequences.size, dtype=np.int32).reshape(arrangement.sequences.shape)
+        return np.where(arrangement.sequences >= 0, arrangement.spread(groups), alone)
+
+    def _find_finite(
+        self,
+        experience: Experience,
+        actions: Actions,
+        arrangement: Arrangement,
+        scores: Scores,
+        states: Bool[np.ndarray, " n"],
+    ) -> Finite:
+        old = arrangement.gather(np.where(states[:, None, None], np.asarray(scores.log_prob), np.nan))
+        trajectories = experience.trajectories
+        recorded = trajectories.log_prob_behaviour
+        behaviour = None if recorded is None else actions.take(recorded)
+        return find_finite(behaviour, old, actions.mask, np.asarray(trajectories.returns))
+
+    def _with_behaviour(self, state: TrainState, batch: UpdateBatch, heads: Heads) -> tuple[UpdateBatch, Heads]:
+        """States of the policy that sampled, where its weights are not the trainer's."""
+        if self.law.weights is None:
+            return batch, heads
+        hidden, head = self.scorer.behaviour(self.law.weights, state.params, self.frozen, batch.rows)
+        return dataclasses.replace(batch, hidden_behaviour=hidden), dataclasses.replace(heads, behaviour=head)
+
+    def _with_reference(self, batch: UpdateBatch, heads: Heads) -> tuple[UpdateBatch, Heads]:
+        """What the reference policy says of the chosen tokens, where anybody asks."""
+        if self.reference is None:
+            return batch, heads
+        scores, head = self.reference.score(batch.rows, batch.trunk)
+        exact = {"kl_ref_t", "kl_from_ref_t"}
+        asked = exact.intersection(self.objective.needs | self.signal.needs)
+        hidden = scores.hidden if asked else None
+        batch = dataclasses.replace(batch, log_prob_ref=scores.log_prob, hidden_ref=hidden)
+        return batch, dataclasses.replace(heads, ref=head if asked else None)
+
+    def _scored(
+        self, state: TrainState, arrangement: Arrangement, scores: Scores, batch: UpdateBatch, heads: Heads
+    ) -> dict[str, np.ndarray | None]:
+        """What models say of the chosen tokens, in the order of the batch, as signals read it."""
+        found: dict[str, Array | None] = {"log_prob_old": scores.log_prob, "entropy": scores.entropy}
+        found |= {"collision": scores.collision, "log_prob_ref": batch.log_prob_ref, "values": None}
+        if "kl_ref_t" in self.signal.needs:
+            assert batch.hidden_ref is not None
+            arrays = (batch.rows, scores.hidden, batch.hidden_ref, heads.ref)
+            found["kl_ref_t"] = self.scorer.divergence(state.params, self.frozen, *arrays)
+        if self._values is not None:
+            found["values"] = self._values(state.critic, scores.hidden, batch.rows)
+        return {name: None if array is None else arrangement.gather(array) for name, array in found.items()}
+
+    def _kept(self, advantages: Float[np.ndarray, "B R"]) -> Bool[np.ndarray, " groups"]:
+        per_group = np.abs(advantages).reshape(self.shape.groups, -1)
+        return (per_group > 0).any(axis=1) | (not self._skips)
+
+    def _deal(
+        self, state: TrainState, index: int, batch: UpdateBatch, arrangement: Arrangement, kept: np.ndarray
+    ) -> tuple[UpdateBatch, list[Minibatch]]:
+        """The minibatches; in packed rows, groups that are left out lose their tokens instead of their rows."""
         key = jax.random.fold_in(jax.random.fold_in(state.key, ORDER), index)
-        rows_per_prompt = self.settings.group_size // layout.slots
-        plan = plan_minibatches(key, kept, rows_per_prompt=rows_per_prompt, settings=update)
-        entropy = np.asarray(scores.entropy).reshape(-1, layout.response_length)
-        return Prepared(batch, heads, plan, kept, entropy, finite)
-
-    def _find_finite(self, rollout: Rollout, scores: Scores, states: np.ndarray, rewards: np.ndarray) -> Finite:
-        width = self.layout.prompt_length
-        old = np.where(states[:, None, None], np.asarray(scores.log_prob), np.nan)
-        old = old.reshape(-1, self.layout.response_length)
-        behaviour, mask = (np.asarray(x)[:, width:] for x in (rollout.log_prob_behaviour, rollout.response_mask))
-        return find_finite(behaviour, old, mask, rewards)
-
-    def _finite_advantages(self, rewards: np.ndarray, group_ids: np.ndarray, finite: Finite) -> np.ndarray:
-        """Advantages among the sound rollouts; 0 for the others, which are compared with nothing."""
-        advantages = np.zeros(len(rewards), np.float32)
-        sound = finite.rows
-        if sound.any():
-            advantages[sound] = self._advantages(jnp.asarray(rewards[sound]), jnp.asarray(group_ids[sound]))
-        return advantages
+        settings, layout = self.settings.update, batch.rows.layout
+        if isinstance(layout, Grid):
+            each = self.shape.group_size // layout.slots
+            return batch, plan_minibatches(key, kept, rows_per_prompt=each, settings=settings)
+        used = arrangement.spread(np.repeat(kept, self.shape.group_size))
+        mask = batch.response_mask & self._place(jnp.asarray(used))[:, :, None]
+        if settings.micro_batch:
+            tokens = settings.micro_batch * self.shape.group_size * self.shape.width
+            settings = dataclasses.replace(settings, micro_batch=max(tokens // layout.width, 1))
+        plan = plan_minibatches(key, used.any(axis=1), rows_per_prompt=1, settings=settings)
+        return dataclasses.replace(batch, response_mask=mask), plan
 
     def improve(self, state: TrainState, prepared: Prepared) -> tuple[TrainState, list[dict[str, SumCount]]]:
         """Take the optimiser steps of one batch; the given state is donated. Returns the metrics of each step."""
@@ -289,18 +379,9 @@ class Trainer:
         return dataclasses.replace(state, step=state.step + 1), jax.device_get(metrics)
 
     def compare(self, state: TrainState, prepared: Prepared) -> Shift:
-        """The policy now against the one before the update, on the sampled contexts."""
+        """The policy now against the one before the update, on the contexts of the batch."""
         return self.scorer.shift(state.params, self.frozen, prepared.batch, prepared.heads)
 
     def _place(self, tree: Any) -> Any:
         """Spread the rows of a batch over the devices; rows that do not divide evenly stay whole."""
-        mesh = self.parts.mesh
-        if mesh is None:
-            return tree
-        parts = mesh.shape["data"] * mesh.shape["fsdp"]
-
-        def place(leaf: Any) -> Any:
-            axes = (("data", "fsdp"),) if leaf.shape[0] % parts == 0 else ()
-            return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*axes)))
-
-        return jax.tree.map(place, tree)
+        return jax.tree.map(lambda leaf: spread(jnp.asarray(leaf), self.parts.mesh), tree)

@@ -1,7 +1,8 @@
-"""One optimiser step on a minibatch of a rollout batch: jitted once, its state donated."""
+"""One optimiser step on a minibatch of experience: jitted once per shape, its state donated."""
 
 import dataclasses
 from typing import Any
+from typing import NamedTuple
 from typing import cast
 
 import jax
@@ -16,10 +17,14 @@ from jaxrl_llm.models.sharding import constrain
 from jaxrl_llm.models.sharding import partition_specs
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.objectives import LossTerms
-from jaxrl_llm.objectives import Recipe
-from jaxrl_llm.objectives import policy_loss
+from jaxrl_llm.testing import Batch
 from jaxrl_llm.training.run.state import TrainState
-from jaxrl_llm.training.text.layout import PackedTokens
+from jaxrl_llm.training.text.critic import Critic
+from jaxrl_llm.training.text.layout import Rows
+from jaxrl_llm.training.text.layout import by_sequence
+from jaxrl_llm.training.text.objective import NEVER_MADE
+from jaxrl_llm.training.text.objective import Extras
+from jaxrl_llm.training.text.objective import Objective
 from jaxrl_llm.training.text.policy import Policy
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Bool
@@ -32,34 +37,42 @@ from jaxrl_llm.typing import SumCount
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class UpdateBatch:
-    """A rollout batch as the update reads it. Every array has the n packed rows in front; R response tokens per slot.
+    """A batch of experience as the update reads it: n rows of S sequences, R chosen tokens of each, K of a row.
 
     Attributes:
-        packed: the rows.
-        targets: response tokens.
-        response_mask: true at response tokens that were sampled.
-        advantages: one per sequence.
-        log_prob_behaviour: under the policy that sampled, as it recorded them.
+        rows: what the model reads.
+        response_mask: true at chosen tokens that count.
+        group_ids: equal for sequences that are compared with each other; unique where there is no sequence.
+        step_ids: step of each chosen token.
+        rewards: what each sequence earned.
+        advantages: of each chosen token, the signal's weights included.
+        log_prob_behaviour: under the policy that sampled, as it recorded them; None where nobody did.
         log_prob_old: under the policy at the start of the update; finite, also where that prunes the token.
-        log_prob_ref: under the reference policy, where the recipe has one.
-        trunk: output of the frozen layers, where there are any.
         hidden_old: states of the policy at the start of the update; with its head they give its whole distribution.
-        hidden_ref: states of the reference policy, where the recipe asks for an exact divergence.
+        trunk: output of the frozen layers, where there are any.
+        log_prob_ref: under the reference policy, where the objective reads it.
+        hidden_ref: states of the reference policy, where the objective asks for an exact divergence.
         hidden_behaviour: states of the policy that sampled, where it is another one than the old one (quantised
             weights, say); None where it is the old one but for rounding.
+        values_old: of the critic at the start of the update, where there is one.
+        value_targets: what the critic is trained towards.
     """
 
-    packed: PackedTokens
-    targets: Int[Array, "n slots R"]
-    response_mask: Bool[Array, "n slots R"]
-    advantages: Float[Array, "n slots"]
-    log_prob_behaviour: Float[Array, "n slots R"]
-    log_prob_old: Float[Array, "n slots R"]
-    hidden_old: Float[Array, "n slots R D"]
+    rows: Rows
+    response_mask: Bool[Array, "n S R"]
+    group_ids: Int[Array, "n S"]
+    step_ids: Int[Array, "n S R"]
+    rewards: Float[Array, "n S"]
+    advantages: Float[Array, "n S R"]
+    log_prob_old: Float[Array, "n S R"]
+    hidden_old: Float[Array, "n K D"]
+    log_prob_behaviour: Float[Array, "n S R"] | None = None
     trunk: Float[Array, "n W D"] | None = None
-    log_prob_ref: Float[Array, "n slots R"] | None = None
-    hidden_ref: Float[Array, "n slots R D"] | None = None
-    hidden_behaviour: Float[Array, "n slots R D"] | None = None
+    log_prob_ref: Float[Array, "n S R"] | None = None
+    hidden_ref: Float[Array, "n K D"] | None = None
+    hidden_behaviour: Float[Array, "n K D"] | None = None
+    values_old: Float[Array, "n S R"] | None = None
+    value_targets: Float[Array, "n S R"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -74,6 +87,13 @@ class Heads:
     behaviour: Float[Array, "_ _"] | None = None
 
 
+class Sums(NamedTuple):
+    """What the micro-batches of a minibatch add up to: the loss with its metrics, and the critic's, as (sum, count)."""
+
+    terms: LossTerms
+    value: SumCount | None
+
+
 def sampling_policy(batch: UpdateBatch, heads: Heads) -> tuple[Array, Array | None]:
     """States and head of the policy that sampled: its own, or those of the old policy, which it then is."""
     if batch.hidden_behaviour is None:
@@ -81,29 +101,19 @@ def sampling_policy(batch: UpdateBatch, heads: Heads) -> tuple[Array, Array | No
     return batch.hidden_behaviour, heads.behaviour
 
 
-def needs_exact_kl(recipe: Recipe) -> bool:
-    """Whether the recipe masks by the exact KL(behaviour || current) of each context."""
-    return recipe.mask in ("maximum", "average", "both")
-
-
-def needs_reference(recipe: Recipe) -> bool:
-    """Whether the recipe has a term that pulls towards a reference policy."""
-    return recipe.kl_estimator != "none" and recipe.kl_coefficient != 0
-
-
 def statistics(
     model: Transformer,
-    hidden: Float[Array, "n slots R D"],
-    targets: Int[Array, "n slots R"],
+    hidden: Float[Array, "n K D"],
+    rows: Rows,
     *,
     temperature: float,
-    hidden_ref: Float[Array, "n slots R D"] | None = None,
+    hidden_ref: Float[Array, "n K E"] | None = None,
     head_ref: Float[Array, "_ _"] | None = None,
     log_min_p: float | None = None,
     names: tuple[str, ...],
 ) -> TokenStatistics:
-    """Per-token statistics of the model's head, shaped `[sequences, R]`; with `hidden_ref` also against a reference,
-    with `log_min_p` those of the policy pruned to its safe set.
+    """Statistics of the model's head at the chosen tokens, each `[n, S, R]`; with `hidden_ref` also against a
+    reference, with `log_min_p` those of the policy pruned to its safe set.
     """
     head, axis = model.head()
     reference = None
@@ -112,19 +122,19 @@ def statistics(
     flat = token_statistics(
         hidden.reshape(-1, hidden.shape[-1]),
         head,
-        targets.reshape(-1),
+        rows.targets.reshape(-1),
         vocabulary_axis=axis,
         reference=reference,
         temperature=temperature,
         log_min_p=log_min_p,
         statistics=names,
     )
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, targets.shape[-1]), flat)
+    return jax.tree.map(lambda leaf: by_sequence(leaf, rows), flat)
 
 
 def micro_batch_loss(
     policy: Policy,
-    recipe: Recipe,
+    objective: Objective,
     model: Transformer,
     batch: UpdateBatch,
     heads: Heads,
@@ -132,57 +142,71 @@ def micro_batch_loss(
     temperature: float,
     remat: bool,
     fraction: Any,
-) -> LossTerms:
-    """The recipe's loss on some rows, as (sum, count), with the metrics of `policy_loss`."""
-    hidden = policy.hidden(model, batch.packed, batch.trunk, remat=remat)
+) -> tuple[LossTerms, Float[Array, "n K D"]]:
+    """The objective's loss on some rows, as (sum, count), with its metrics; and the states that predict."""
+    hidden = policy.hidden(model, batch.rows, batch.trunk, remat=remat)
 
     def compare(other: Array | None, head: Array | None, *names: str) -> TokenStatistics:
         return statistics(
             model,
             hidden,
-            batch.targets,
+            batch.rows,
             temperature=temperature,
             hidden_ref=other,
             head_ref=head,
-            log_min_p=recipe.log_min_p,
+            log_min_p=objective.log_min_p,
             names=names,
         )
 
     needed = ("log_prob", "entropy")
-    exact_ref = needs_reference(recipe) and recipe.kl_estimator == "exact"
-    stats = compare(*sampling_policy(batch, heads), "kl_reverse", *needed) if needs_exact_kl(recipe) else None
-    to_ref = compare(batch.hidden_ref, heads.ref, "kl", *(() if stats else needed)) if exact_ref else None
-    first = stats or to_ref or compare(None, None, *needed)
+    # KL(behaviour || current), the policy that sampled being in the arithmetic of the trainer.
+    to_mu = compare(*sampling_policy(batch, heads), "kl_reverse", *needed) if "kl_t" in objective.needs else None
+    exact = {"kl_ref_t": "kl", "kl_from_ref_t": "kl_reverse"}
+    wanted = tuple(statistic for name, statistic in exact.items() if name in objective.needs)
+    to_ref = compare(batch.hidden_ref, heads.ref, *wanted, *(() if to_mu else needed)) if wanted else None
+    first = to_mu or to_ref or compare(None, None, *needed)
 
-    def rows(array: Array) -> Array:
-        return array.reshape(-1, array.shape[-1])
+    def flat(array: Array | None) -> Array | None:
+        # One row per sequence.
+        return None if array is None else array.reshape(-1, *array.shape[2:])
 
-    assert first.log_prob is not None
-    return policy_loss(
-        recipe,
-        log_prob=first.log_prob,
-        advantages=batch.advantages.reshape(-1),
-        response_mask=rows(batch.response_mask),
-        log_prob_old=rows(batch.log_prob_old),
-        log_prob_behaviour=rows(batch.log_prob_behaviour),
-        log_prob_ref=None if batch.log_prob_ref is None else rows(batch.log_prob_ref),
-        # KL(behaviour || current), the policy that sampled being in the arithmetic of the trainer.
-        kl_t=None if stats is None else jax.lax.stop_gradient(stats.kl_reverse),
-        kl_ref_t=None if to_ref is None else to_ref.kl,
-        entropy=first.entropy,
-        target_kept=first.target_kept,
-        batch_fraction=fraction,
-    )
+    # What nobody reads is None, whatever the types say.
+    fields: dict[str, Any] = {
+        "tokens": flat(by_sequence(batch.rows.targets, batch.rows)),
+        "response_mask": flat(batch.response_mask),
+        "group_ids": flat(batch.group_ids),
+        "rewards": flat(batch.rewards),
+        "advantages": flat(batch.advantages),
+        **dict.fromkeys(NEVER_MADE),
+        "log_prob": flat(first.log_prob),
+        "log_prob_old": flat(batch.log_prob_old),
+        "log_prob_behaviour": flat(batch.log_prob_behaviour),
+        "log_prob_ref": flat(batch.log_prob_ref),
+        "entropy": flat(first.entropy),
+        "kl_t": None if to_mu is None else flat(to_mu.kl_reverse),
+        "kl_ref_t": None if to_ref is None else flat(to_ref.kl),
+        "kl_from_ref_t": None if to_ref is None else flat(to_ref.kl_reverse),
+        "step_ids": flat(batch.step_ids),
+    }
+    return objective.loss(Batch(**fields), Extras(fraction, flat(first.target_kept))), hidden
 
 
 def take_rows(batch: UpdateBatch, rows: Int[Array, " m"]) -> UpdateBatch:
-    """Some rows of the batch; a row of -1 is padding: it has no response token, so it is in no sum and no count."""
+    """Some rows of the batch; a row of -1 is padding: it has no chosen token and no group, so it is in no sum and no
+    count, and compared with nothing.
+    """
 
     def take(leaf: Array) -> Array:
         return constrain(leaf[jnp.maximum(rows, 0)], ("batch", *("sequence",) * (leaf.ndim - 1)))
 
     taken = jax.tree.map(take, batch)
-    return dataclasses.replace(taken, response_mask=taken.response_mask & (rows >= 0)[:, None, None])
+    real = rows >= 0
+    alone = -1 - jnp.arange(taken.group_ids.size, dtype=taken.group_ids.dtype).reshape(taken.group_ids.shape)
+    return dataclasses.replace(
+        taken,
+        response_mask=taken.response_mask & real[:, None, None],
+        group_ids=jnp.where(real[:, None], taken.group_ids, alone + jnp.iinfo(jnp.int32).min // 2),
+    )
 
 
 def keep_layout(tree: PyTree) -> PyTree:
@@ -197,11 +221,11 @@ class Update:
     """The jitted optimiser step. `traces` counts how often it was compiled: once per shape of its arguments.
 
     Calling it with (state, frozen, batch, heads, rows, micro_batches) gives (state, metrics). The given state is
-    donated: its buffers are reused and it must not be touched afterwards. `rows` [micro-batches, rows] index the
-        packed rows; -1 is
-    padding. Only the first `micro_batches` micro-batches are computed. Loss and gradient are those of the whole
-    minibatch: sums and counts are added over micro-batches and divided once. If either is not finite, parameters and
-    optimiser state stay bit for bit as they were and the step counts as skipped.
+    donated: its buffers are reused and it must not be touched afterwards. `rows` [micro-batches, rows] index the rows
+    of the batch; -1 is padding. Only the first `micro_batches` micro-batches are computed. Loss and gradient are those
+    of the whole minibatch: sums and counts are added over micro-batches and divided once. A critic is trained in the
+    same step, by its own loss and optimiser. If a loss or a gradient is not finite, parameters and optimiser states
+    stay bit for bit as they were and the step counts as skipped.
 
     Metrics are (sum, count) pairs; those of a skipped step are (0, 0), except `skipped` and `grad_norm`.
     """
@@ -209,15 +233,16 @@ class Update:
     def __init__(
         self,
         policy: Policy,
-        recipe: Recipe,
+        objective: Objective,
         optimizer: optax.GradientTransformation,
         *,
+        critic: Critic | None = None,
         temperature: float = 1.0,
         remat: bool = False,
     ) -> None:
         """Fix what is static."""
         self.traces = 0
-        self._policy, self._recipe, self._optimizer = policy, recipe, optimizer
+        self._policy, self._objective, self._optimizer, self._critic = policy, objective, optimizer, critic
         self._static = {"temperature": temperature, "remat": remat}
         self._jitted = jax.jit(self._step, donate_argnums=0)
 
@@ -243,60 +268,87 @@ class Update:
         micro_batches: Any,
     ) -> tuple[PyTree, LossTerms]:
         """Gradient of the minibatch's loss, and the loss with its metrics as (sum, count)."""
+        (gradient, _), sums = self._gradients((params, ()), frozen, batch, heads, rows, micro_batches)
+        return gradient, sums.terms
 
-        def loss_sum(params: PyTree, some: UpdateBatch) -> tuple[Array, LossTerms]:
+    def _gradients(
+        self, trained: tuple[PyTree, PyTree], frozen: PyTree, batch: UpdateBatch, heads: Heads, rows: Any, count: Any
+    ) -> tuple[tuple[PyTree, PyTree], Sums]:
+        # Gradients of the policy's loss and of the critic's, each divided by its own count.
+        def loss_sum(trained: tuple[PyTree, PyTree], some: UpdateBatch) -> tuple[Array, Sums]:
+            params, critic = trained
             model = self._policy.model(params, frozen)
-            terms = micro_batch_loss(
-                self._policy, self._recipe, model, some, heads, fraction=1.0 / micro_batches, **self._static
+            terms, hidden = micro_batch_loss(
+                self._policy, self._objective, model, some, heads, fraction=1.0 / count, **self._static
             )
-            return terms.loss[0], terms
+            if self._critic is None or some.value_targets is None:
+                return terms.loss[0], Sums(terms, None)
+            # The critic's gradient ends at the states, so one backward pass serves both.
+            value, explained = self._critic.loss(critic, jax.lax.stop_gradient(hidden), some)
+            terms = terms._replace(metrics=terms.metrics | explained)
+            return terms.loss[0] + value[0], Sums(terms, value)
 
         gradient = jax.grad(loss_sum, has_aux=True)
         if rows.shape[0] == 1:
-            total, terms = gradient(params, take_rows(batch, rows[0]))
+            total, sums = gradient(trained, take_rows(batch, rows[0]))
         else:
             # The number of micro-batches that hold something differs between minibatches; the program does not.
             # Jitted, so that the loop finds the trace that the shapes were read from.
             gradient = jax.jit(gradient)
-            shapes = jax.eval_shape(gradient, params, take_rows(batch, rows[0]))
+            shapes = jax.eval_shape(gradient, trained, take_rows(batch, rows[0]))
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
             def add(index: Array, sums: Any) -> Any:
-                return jax.tree.map(jnp.add, sums, gradient(params, take_rows(batch, rows[index])))
+                return jax.tree.map(jnp.add, sums, gradient(trained, take_rows(batch, rows[index])))
 
-            total, terms = jax.lax.fori_loop(0, micro_batches, add, zeros)
-        count = terms.loss[1]
-        return jax.tree.map(lambda leaf: safe_divide(leaf, count.astype(leaf.dtype)), total), terms
+            total, sums = jax.lax.fori_loop(0, count, add, zeros)
+
+        def divide(tree: PyTree, pair: SumCount | None) -> PyTree:
+            if pair is None:
+                return tree
+            return jax.tree.map(lambda leaf: safe_divide(leaf, pair[1].astype(leaf.dtype)), tree)
+
+        return (divide(total[0], sums.terms.loss), divide(total[1], sums.value)), sums
 
     def _step(
         self, state: TrainState, frozen: PyTree, batch: UpdateBatch, heads: Heads, rows: Array, micro_batches: Array
     ) -> tuple[TrainState, dict[str, SumCount]]:
         self.traces += 1
-        gradient, terms = self.gradient(state.params, frozen, batch, heads, rows, micro_batches)
-        norm = optax.tree.norm(gradient)
-        finite = jnp.isfinite(terms.loss[0]) & jnp.isfinite(norm)
+        trained = (state.params, state.critic)
+        gradients, sums = self._gradients(trained, frozen, batch, heads, rows, micro_batches)
+        norm = optax.tree.norm(gradients[0])
+        finite = jnp.isfinite(sums.terms.loss[0]) & jnp.isfinite(norm)
+        if sums.value is not None:
+            finite = finite & jnp.isfinite(sums.value[0]) & jnp.isfinite(optax.tree.norm(gradients[1]))
+        before = (state.params, state.opt_state, state.critic, state.critic_opt_state)
 
-        def apply(operands: Any) -> tuple[PyTree, PyTree]:
-            gradient, opt_state, params = operands
-            changes, opt_state = self._optimizer.update(gradient, opt_state, params)
-            return optax.apply_updates(params, changes), opt_state
+        def apply(operands: Any) -> Any:
+            gradients, (params, opt_state, critic, critic_opt_state) = operands
+            changes, opt_state = self._optimizer.update(gradients[0], opt_state, params)
+            params = optax.apply_updates(params, changes)
+            if self._critic is not None:
+                critic, critic_opt_state = self._critic.apply(gradients[1], critic, critic_opt_state)
+            return params, opt_state, critic, critic_opt_state
 
-        def leave(operands: Any) -> tuple[PyTree, PyTree]:
-            return operands[2], operands[1]
+        def leave(operands: Any) -> Any:
+            return operands[1]
 
-        params, opt_state = jax.lax.cond(finite, apply, leave, (gradient, state.opt_state, state.params))
-        params, opt_state = keep_layout((params, opt_state))
+        after = jax.lax.cond(finite, apply, leave, (gradients, before))
+        params, opt_state, critic, critic_opt_state = keep_layout(after)
         skipped = jnp.where(finite, 0, 1)
         new_state = dataclasses.replace(
             state,
             params=params,
             opt_state=opt_state,
+            critic=critic,
+            critic_opt_state=critic_opt_state,
             updates=state.updates + 1 - skipped,
             skipped=state.skipped + skipped,
             skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
         )
         one = jnp.ones(())
-        metrics = {"loss": terms.loss, **terms.metrics}
+        metrics = {"loss": sums.terms.loss, **sums.terms.metrics}
+        metrics |= {} if sums.value is None else {"value_loss": sums.value}
         metrics = jax.tree.map(lambda leaf: jnp.where(finite, leaf, 0), metrics)
         metrics |= {"grad_norm": (norm, one), "skipped": (skipped.astype(jnp.float32), one)}
         return new_state, metrics

@@ -1,0 +1,16 @@
+"""Collectors: who acted, and what came of it."""
+
+from jaxrl_llm.rollouts.collect.ahead import AheadCollector as AheadCollector
+from jaxrl_llm.rollouts.collect.protocol import BatchShape as BatchShape
+from jaxrl_llm.rollouts.collect.protocol import CollectError as CollectError
+from jaxrl_llm.rollouts.collect.protocol import Collector as Collector
+from jaxrl_llm.rollouts.collect.protocol import Experience as Experience
+from jaxrl_llm.rollouts.collect.protocol import PolicySnapshot as PolicySnapshot
+from jaxrl_llm.rollouts.collect.replay import ReplayCollector as ReplayCollector
+from jaxrl_llm.rollouts.collect.samplers import EngineSampler as EngineSampler
+from jaxrl_llm.rollouts.collect.samplers import Law as Law
+from jaxrl_llm.rollouts.collect.samplers import PolicySampler as PolicySampler
+from jaxrl_llm.rollouts.collect.samplers import Sampler as Sampler
+from jaxrl_llm.rollouts.collect.store import KeptCollector as KeptCollector
+from jaxrl_llm.rollouts.collect.store import Store as Store
+from jaxrl_llm.rollouts.collect.tasks import TaskCollector as TaskCollector

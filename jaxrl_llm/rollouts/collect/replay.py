@@ -1,0 +1,60 @@
+"""The last batches again: each step learns from the new one and those before it, under the policies that sampled them.
+
+What such data is worth depends on the objective: its ratios must be to the policy that sampled (`denominator`,
+corrections, V-trace), and each token says which version of the weights that was.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrl_llm.rollouts.collect.protocol import BatchShape
+from jaxrl_llm.rollouts.collect.protocol import Collector
+from jaxrl_llm.rollouts.collect.protocol import Experience
+from jaxrl_llm.rollouts.collect.protocol import PolicySnapshot
+from jaxrl_llm.rollouts.collect.store import Store
+from jaxrl_llm.typing import PRNGKey
+
+
+class ReplayCollector:
+    """The new batch and the `size - 1` before it, newest first; groups of different batches stay different.
+
+    Batches are kept on disk, since a run that was stopped needs them again. While there are fewer than `size`, those
+    that there are stand in for the missing ones, so that the shape stays; a mean is not changed by equal shares.
+    """
+
+    def __init__(self, collector: Collector, store: Store, *, size: int) -> None:
+        """Repeat the batches of `collector`, kept in `store`.
+
+        Raises:
+            ValueError: `size` is below 1.
+        """
+        if size < 1:
+            raise ValueError(f"size is {size}; it must be at least 1.")
+        self._collector, self._store, self._size = collector, store, size
+
+    @property
+    def shape(self) -> BatchShape:
+        """That of the collector, with `size` times its rows."""
+        shape = self._collector.shape
+        return dataclasses.replace(shape, rows=shape.rows * self._size)
+
+    def collect(self, policy: PolicySnapshot, key: PRNGKey, step: int, cursor: Mapping[str, Any]) -> Experience:
+        """See `Collector.collect`; texts, samples, metrics and the cursor are those of the new batch, and `per_row` has
+        the numbers of all rows.
+        """
+        new = self._collector.collect(policy, key, step, cursor)
+        self._store.save(step, new)
+        found = [self._store.load(earlier) for earlier in range(max(step - self._size + 1, 0), step)]
+        batches = [new, *(batch for batch in reversed(found) if batch is not None)]
+        batches = [batches[index % len(batches)] for index in range(self._size)]
+        self._store.forget(step - self._size + 1)
+        together = jax.tree.map(lambda *columns: np.concatenate(columns), *(batch.trajectories for batch in batches))
+        offset = max(int(np.max(batch.trajectories.group_ids)) for batch in batches) + 1
+        numbers = np.repeat(np.arange(self._size), self._collector.shape.rows)
+        together = dataclasses.replace(together, group_ids=(together.group_ids + numbers * offset).astype(np.int32))
+        per_row = {name: np.concatenate([batch.per_row[name] for batch in batches]) for name in new.per_row}
+        return dataclasses.replace(new, trajectories=together, per_row=per_row)
