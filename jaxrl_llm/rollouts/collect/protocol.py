@@ -1,0 +1,115 @@
+"""What a collector is: it brings a batch of experience, and knows nothing of losses, signals or optimisers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import field
+from typing import Any
+from typing import Protocol
+
+from flax import nnx
+
+from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.trajectory import Trajectories
+from jaxrl_llm.typing import Float
+from jaxrl_llm.typing import PRNGKey
+
+
+class CollectError(RuntimeError):
+    """Experience could not be collected; the sentence says what happened and what helps."""
+
+
+@dataclass(frozen=True)
+class PolicySnapshot:
+    """The policy at one moment, valid until the next update takes its buffers over.
+
+    Attributes:
+        graphdef: structure of the model.
+        state: all its parameters.
+        version: updates that made them.
+    """
+
+    graphdef: nnx.GraphDef[Transformer]
+    state: nnx.State
+    version: int
+
+    def model(self) -> Transformer:
+        """The model with these parameters."""
+        return nnx.merge(self.graphdef, self.state)
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """The sizes of every batch of a collector, so that what is compiled for one serves all.
+
+    Attributes:
+        rows: B, rows of a batch.
+        group_size: rows that are compared with each other, neighbours in the batch.
+        width: T, tokens of a row.
+        actions: R, most tokens of a row that the policy chose.
+        prompt_length: P, where every row is a left-padded prompt of this width and one stretch of T - P chosen tokens;
+            None where rows have another form.
+    """
+
+    rows: int
+    group_size: int
+    width: int
+    actions: int
+    prompt_length: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "group_size", "width", "actions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.rows % self.group_size:
+            raise ValueError(f"rows is {self.rows}; it must be a multiple of group_size, {self.group_size}.")
+
+    @property
+    def groups(self) -> int:
+        """Groups of a batch."""
+        return self.rows // self.group_size
+
+
+@dataclass(frozen=True)
+class Experience:
+    """A batch of trajectories, and what only the host needs of it.
+
+    Attributes:
+        trajectories: arrays on the host, in the collector's shape.
+        per_row: numbers of each row, whose means over the rows that are learned from are metrics.
+        metrics: other numbers of the step.
+        samples: JSON rows for people to read.
+        texts: what was chosen in each row, decoded; empty where nobody decoded it.
+        cursor: where the collector stands after this batch, in JSON.
+    """
+
+    trajectories: Trajectories
+    per_row: Mapping[str, Float[Any, " B"]] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    samples: tuple[Mapping[str, Any], ...] = ()
+    texts: tuple[str, ...] = ()
+    cursor: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Collector(Protocol):
+    """Brings batches of experience."""
+
+    @property
+    def shape(self) -> BatchShape:
+        """The sizes of every batch."""
+        ...
+
+    def collect(self, policy: PolicySnapshot, key: PRNGKey, step: int, cursor: Mapping[str, Any]) -> Experience:
+        """The batch of step number `step` (0 is the first): the same for the same arguments, so that a run that was
+        stopped goes on as if it had not been.
+
+        Args:
+            policy: the policy now; a collector of files does not look at it.
+            key: root of the random numbers of the run; `step` is folded in.
+            step: the number of the batch.
+            cursor: what the batch before said; empty at the start.
+
+        Raises:
+            ValueError: settings that cannot be, found by looking at the first batch.
+            CollectError, EngineError: it could not be had.
+        """
+        ...
