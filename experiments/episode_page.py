@@ -17,6 +17,8 @@ SHOWN = 6
 """Episodes in a report."""
 MOST_TOKENS = 400
 """Chosen tokens of an episode that are shown."""
+LEAST_SHARE = 0.2
+"""Strength of the colour of the smallest advantage, of that of the largest."""
 MOST_GIVEN = 600
 """Letters of a stretch that was given; of a longer one its end is shown."""
 
@@ -28,13 +30,13 @@ def episodes_section(run: RunFolder) -> dict[str, Any] | None:
     try:
         step, episodes = read_step(run)
     except UserError as error:
-        return {"note": f"The newest episodes cannot be shown: {error}", "scale": "", "rows": []}
+        return {"note": f"The newest episodes cannot be shown: {error}", "command": "", "scale": "", "rows": []}
     shown = choose(episodes, SHOWN)
     scale = largest_advantage(shown)
     known = any(token.advantage is not None for episode in shown for token in episode.chosen)
     return {
-        "note": f"{len(shown)} of the {len(episodes)} episodes of step {step}: of each group the best and the worst. "
-        f"All of them: python -m experiments show {run.shown}",
+        "note": f"{len(shown)} of the {len(episodes)} episodes of step {step}: of each group the best and the worst.",
+        "command": f"python -m experiments show {run.shown} --step {step}",
         "scale": f"{scale:.3g}" if known and scale else "",
         "rows": [_row(episode, scale) for episode in shown],
     }
@@ -92,15 +94,15 @@ def _chosen(token: Token, scale: float) -> dict[str, str]:
         ("reward", token.reward or None, "+g", ""),
     ]
     title = ", ".join(f"{name} {value:{form}}{unit}" for name, value, form, unit in numbers if value is not None)
-    share = 0.0
+    share = 0.0  # of half of the colour: more would make the letters on it hard to read
     if token.advantage is not None and scale and math.isfinite(token.advantage):
-        share = min(abs(token.advantage) / scale, 1.0)
+        # What is not zero is seen to be so.
+        share = LEAST_SHARE + (1 - LEAST_SHARE) * min(abs(token.advantage) / scale, 1.0) if token.advantage else 0.0
     kind = "up" if (token.advantage or 0) > 0 else "down" if (token.advantage or 0) < 0 else "even"
     return {
         "kind": kind,
         "text": _printable(token.piece),
         "title": title,
-        # Half of the colour at most, so that the letters on it stay legible.
         "style": f"--share:{50 * share:.0f}%",
         "reward": f"{token.reward:+g}" if token.reward else "",
     }

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -15,8 +16,10 @@ from experiments.episodes import visible
 from experiments.run_folder import RunFolder
 from experiments.run_folder import UserError
 
-SHOWN_TEXT = 60
-"""Letters of an episode that its line in the table of a step has."""
+SPACE = "␣"
+"""A space in the text of a token."""
+NUMBERS_WIDTH = 69
+"""Columns of the terminal that the numbers of the table of a step take."""
 
 
 def show(run: RunFolder, step: int | None, row: int | None, console: Console | None = None) -> None:
@@ -38,7 +41,7 @@ def show(run: RunFolder, step: int | None, row: int | None, console: Console | N
     steps = steps_written(run)
     console.print(f"{run.shown}, step {step} ({len(steps)} written: {_range(steps)})", markup=False, highlight=False)
     if row is None:
-        console.print(_table(episodes))
+        console.print(_table(episodes, width=max(console.width - NUMBERS_WIDTH, 12)))
     if episodes:
         console.print(_detail(episodes[row or 0], largest_advantage(episodes)))
 
@@ -47,12 +50,13 @@ def _range(steps: Sequence[int]) -> str:
     return str(steps[0]) if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
 
 
-def _table(episodes: Sequence[Episode]) -> Table:
-    table = Table(title="Rows", title_justify="left")
-    for name in ("row", "group", "return", "tokens", "advantage", "largest KL"):
-        table.add_column(name, justify="right")
-    table.add_column("ended")
-    table.add_column("chosen", overflow="ellipsis", no_wrap=True, max_width=SHOWN_TEXT)
+def _table(episodes: Sequence[Episode], width: int) -> Table:
+    """A line per row; of what was chosen, `width` letters."""
+    table = Table(title="Rows", title_justify="left", box=box.SIMPLE_HEAD)
+    for name in ("row", "group", "return", "tokens", "advantage", "max KL"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("ended", no_wrap=True)
+    table.add_column("chosen", overflow="ellipsis", no_wrap=True, max_width=width)
     for episode in episodes:
         advantages = [token.advantage for token in episode.chosen if token.advantage is not None]
         divergences = [token.kl for token in episode.chosen if token.kl is not None]
@@ -64,7 +68,7 @@ def _table(episodes: Sequence[Episode]) -> Table:
             f"{sum(advantages) / len(advantages):+.3g}" if advantages else "",
             f"{max(divergences):.2g}" if divergences else "",
             "yes" if episode.ended else "cut",
-            Text(visible("".join(token.piece for token in episode.chosen[:SHOWN_TEXT]))),
+            Text(visible("".join(token.piece for token in episode.chosen)[: width + 1])),
         )
     return table
 
@@ -72,10 +76,11 @@ def _table(episodes: Sequence[Episode]) -> Table:
 def _detail(episode: Episode, scale: float) -> Table:
     """A line per chosen token; what was given stands between them as it is."""
     title = f"Row {episode.row}: group {episode.group}, return {episode.earned:g}, {len(episode.chosen)} chosen tokens"
-    table = Table(title=Text(title if episode.ended else f"{title}, cut off"), title_justify="left")
+    title = Text(title if episode.ended else f"{title}, cut off")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("token", overflow="fold")
     for name in ("reward", "advantage", "KL [nats]", "log-prob [nats]"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     given = ""
     for token in episode.tokens:
         if not token.chosen:
@@ -85,7 +90,7 @@ def _detail(episode: Episode, scale: float) -> Table:
             table.add_row(Text(visible(given), style="dim"))
             given = ""
         table.add_row(
-            Text(visible(token.piece), style=_style(token, scale)),
+            Text(visible(token.piece).replace(" ", SPACE), style=_style(token, scale)),
             f"{token.reward:+g}" if token.reward else "",
             "" if token.advantage is None else f"{token.advantage:+.3g}",
             "" if token.kl is None else f"{token.kl:.2g}",

@@ -76,11 +76,19 @@ def test_tokens_have_their_own_numbers(run: RunFolder) -> None:
 def test_the_table_and_the_first_row_are_printed(run: RunFolder) -> None:
     text = printed(run)
     assert "step 12 (3 written: 4 to 12)" in text
-    assert re.search(r"0 │\s+0 │\s+1 │\s+\d+ │\s+\+0\.\d+ │\s+0\.001 │ yes", text)
-    assert re.search(r"3 │\s+1 │\s+-0\.25 │\s+8 │\s+-0\.\d+ │", text)
+    assert re.search(r" 0 +0 +1 +37 +\+0\.514 +0\.001 +yes", text)
+    assert re.search(r" 3 +1 +-0\.25 +8 +-0\.122 +0\.00022 +yes", text)
     assert "Row 0: group 0, return 1" in text
     last = next(line for line in text.splitlines() if "<|eos|>" in line and "+1 " in line and "group" not in line)
-    assert re.search(r"\+1 │\s+\+1 │\s+0\.001", last)
+    assert re.search(r"\+1 +\+1 +0\.001", last)
+
+
+def test_the_numbers_are_whole_on_a_narrow_terminal(run: RunFolder) -> None:
+    narrow = Console(file=io.StringIO(), width=80)
+    show(run, None, None, narrow)
+    text = narrow.file.getvalue()
+    assert re.search(r" 3 +1 +-0\.25 +8 +-0\.122 +0\.00022 +yes +give", text)
+    assert max(len(line) for line in text.splitlines()[1:]) <= 80
 
 
 def test_a_row_of_a_step_is_printed_token_by_token(run: RunFolder) -> None:
