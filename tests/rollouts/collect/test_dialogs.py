@@ -4,10 +4,12 @@ import dataclasses
 
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from jaxrl_llm.models.chat import CHATML
 from jaxrl_llm.models.chat import SMOLLM2
 from jaxrl_llm.models.chat import format_chat
+from jaxrl_llm.models.tokenizers import ByteTokenizer
 from jaxrl_llm.rollouts.collect.dialogs import Dialog
 from jaxrl_llm.rollouts.collect.dialogs import DialogEncoder
 from jaxrl_llm.rollouts.collect.dialogs import Row
@@ -90,6 +92,15 @@ def test_without_a_format_prompt_and_response_are_joined(tokenizer) -> None:
     given = tokenizer.encode("2 + 2 =")
     assert row.tokens.tolist() == [*given, *tokenizer.encode(" 4", add_special_tokens=False), tokenizer.eos_id]
     assert row.steps.tolist() == [-1] * len(given) + [0] * (len(row.tokens) - len(given))
+
+
+@pytest.mark.parametrize("chat_format", [CHATML, None])
+def test_a_start_token_stands_once_where_the_tokenizer_puts_it(chat_format) -> None:
+    starting = ByteTokenizer(("<|im_start|>", "<|im_end|>"))
+    starting.backend.post_processor = TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 257)])
+    row = DialogEncoder(starting, chat_format).encode(Dialog(TALK if chat_format else TALK[:2]))
+    assert np.flatnonzero(row.tokens == starting.bos_id).tolist() == [0]
+    assert row.steps[0] == -1
 
 
 def test_formats_that_cannot_be_followed_are_refused(letters) -> None:
