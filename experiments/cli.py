@@ -1,4 +1,4 @@
-"""The command line: `python -m experiments list | run NAME | report RUN | compare RUN RUN`."""
+"""The command line: `python -m experiments list | run NAME | report RUN | show RUN | compare RUN RUN`."""
 
 import dataclasses
 import difflib
@@ -24,6 +24,7 @@ USAGE = f"""Experiments: each trains a model by reinforcement learning and write
   {PROGRAM} run NAME [--tiny] [--steps 20 ...]   run one; every setting is a field (see run NAME --help)
   {PROGRAM} run NAME --resume RUN                go on with a run that was stopped
   {PROGRAM} report RUN                           write report.html again, from the run's files alone
+  {PROGRAM} show RUN [--step 20] [--row 3]       episodes: reward, advantage and KL divergence of each token
   {PROGRAM} compare RUN RUN                      settings that differ, numbers side by side, compare.html
   {PROGRAM} results [RUN ...]                    keep the numbers of runs, and write the tables of the documents
 
@@ -51,6 +52,7 @@ def _dispatch(words: list[str]) -> int:
         "list": _list,
         "run": _run,
         "report": _report,
+        "show": _show,
         "compare": _compare,
         "results": _results,
     }
@@ -93,6 +95,29 @@ def _report(words: list[str]) -> int:
     arguments = tyro.cli(ReportArguments, args=words, prog=f"{PROGRAM} report")
     run = run_folder.find_run(arguments.run, arguments.runs_folder)
     print(f"report: {write_report(run)}")
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ShowArguments:
+    """Print episodes that a run wrote down: all rows of a step, or one row token by token."""
+
+    run: tyro.conf.Positional[str]
+    """A folder, experiment/id, an id, or an experiment's name (its newest run)."""
+    step: int | None = None
+    """The step; the newest one by default."""
+    row: int | None = None
+    """The row that is shown token by token."""
+    runs_folder: Path = RUNS
+    """Where runs are looked for."""
+
+
+def _show(words: list[str]) -> int:
+    from experiments.show import show
+
+    reject_unknown_fields(words, ["step", "row", "runs-folder"], "show")
+    arguments = tyro.cli(ShowArguments, args=words, prog=f"{PROGRAM} show")
+    show(run_folder.find_run(arguments.run, arguments.runs_folder), arguments.step, arguments.row)
     return 0
 
 

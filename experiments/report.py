@@ -15,6 +15,7 @@ from experiments import style
 from experiments import words
 from experiments.arguments import with_values
 from experiments.bounds_report import bounds_section
+from experiments.episode_page import episodes_section
 from experiments.evaluation import summarise
 from experiments.figures import draw_all
 from experiments.records import Record
@@ -81,6 +82,7 @@ def report_context(record: Record, pictures: Mapping[str, Picture]) -> dict[str,
         "learning": [chosen[name] for name in ("reward", "length", "entropy", "shift") if name in chosen],
         "bounds": bounds_section(record, [chosen[name] for name in ("bounds", "acceptance") if name in chosen]),
         "samples": samples_section(record),
+        "episodes": episodes_section(record.run),
         "cost": [chosen[name] for name in ("time",) if name in chosen],
         "counts": counts(record),
         **_frame(record),

@@ -1,6 +1,8 @@
 """Collectors: who acted, and what came of it."""
 
 from jaxrl_llm.rollouts.collect.ahead import AheadCollector as AheadCollector
+from jaxrl_llm.rollouts.collect.demonstrations import DemonstrationCollector as DemonstrationCollector
+from jaxrl_llm.rollouts.collect.preferences import PreferenceCollector as PreferenceCollector
 from jaxrl_llm.rollouts.collect.protocol import BatchShape as BatchShape
 from jaxrl_llm.rollouts.collect.protocol import CollectError as CollectError
 from jaxrl_llm.rollouts.collect.protocol import Collector as Collector
