@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from jaxrl_llm.models.attention import Visibility
 from jaxrl_llm.models.config import TransformerConfig
-from jaxrl_llm.models.layers import Rotation
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Bool
@@ -110,18 +110,12 @@ def pack(
     return PackedTokens(jnp.asarray(rows(tokens)), jnp.asarray(rows(token_mask)), jnp.asarray(rows(positions)), layout)
 
 
-def attention_mask(token_mask: Bool[Array, "n W"], layout: Layout) -> Bool[Array, "n W W"]:
-    """mask[b, q, k]: k is real, not after q, and in the prompt or in the answer of q."""
-    places = np.arange(layout.width)
-    slot = np.where(
-        places < layout.prompt_length, -1, (places - layout.prompt_length) // max(layout.response_length - 1, 1)
-    )
-    visible = (places[None, :] <= places[:, None]) & ((slot[None, :] == -1) | (slot[None, :] == slot[:, None]))
-    return jnp.asarray(visible)[None] & token_mask[:, None, :]
-
-
-def _layer(layer, x, rotation, mask):
-    return layer(x, rotation, mask)[0]
+def attention_mask(token_mask: Bool[Array, "n W"], layout: Layout) -> Visibility:
+    """A token sees the prompt and its own answer: the prompt is segment 0, answers are 1, 2, .. and continue it."""
+    places = np.arange(layout.width) - layout.prompt_length
+    slots = np.where(places < 0, 0, 1 + places // max(layout.response_length - 1, 1)).astype(np.int32)
+    segments = jnp.broadcast_to(jnp.asarray(slots), token_mask.shape)
+    return Visibility(token_mask, segments, jnp.zeros_like(segments))
 
 
 def through_layers(
@@ -134,12 +128,10 @@ def through_layers(
     remat: bool = False,
 ) -> Float[Array, "n W D"]:
     """Apply layers start .. stop to packed rows; `remat` recomputes each layer in the backward pass."""
-    rotation = Rotation.at(packed.positions, model.config)
-    mask = attention_mask(packed.token_mask, packed.layout)
-    apply = jax.checkpoint(_layer) if remat else _layer
-    for layer in list(model.layers)[start:stop]:
-        x = apply(layer, x, rotation, mask)
-    return x
+    visibility = attention_mask(packed.token_mask, packed.layout)
+    return model.blocks(
+        x, packed.positions, packed.token_mask, start=start, stop=stop, remat=remat, visibility=visibility
+    )
 
 
 def predicting_states(x: Float[Array, "n W D"], layout: Layout) -> Float[Array, "n slots R D"]:

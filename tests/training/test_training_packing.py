@@ -71,7 +71,7 @@ def test_states_and_gradients_equal_the_plain_forward_pass(batch, slots):
 def test_an_answer_sees_its_prompt_and_itself_only(batch):
     layout = Layout(PROMPT, 2, RESPONSE)
     packed = pack(*batch, layout)
-    mask = np.asarray(attention_mask(jnp.ones_like(packed.token_mask), layout))[0]
+    mask = np.asarray(attention_mask(jnp.ones_like(packed.token_mask), layout).dense())[0]
     first, second = PROMPT, PROMPT + RESPONSE - 1
     assert mask[second, :PROMPT].all()
     assert not mask[second, first:second].any()
