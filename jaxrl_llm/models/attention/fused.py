@@ -22,8 +22,8 @@ CUDNN_WIDTH = 128
 LANES = 128
 """Splash attention works on whole multiples of this many tokens and channels."""
 
-SPLASH_BLOCK = 512
-"""Tokens of a block of splash attention, where the row has as many."""
+SPLASH_BLOCKS = (512, 256)
+"""Tokens of a block of splash attention, the largest first, where filling the last one adds an eighth at most."""
 
 NOBODY = -1
 NO_PREFIX = -2
@@ -106,53 +106,54 @@ def splash_attention(
     """
     length, width = query.shape[1], query.shape[-1]
     segments = jnp.zeros(visibility.real.shape, jnp.int32) if visibility.segments is None else visibility.segments
-    # Padding is a segment of its own; without it real tokens would be seen from there, to no use.
-    apart = Visibility(visibility.real, jnp.where(visibility.real, segments, NOBODY), visibility.prefixes)
-    apart = jax.tree.map(lambda x: _padded(x, 1, LANES), apart)
-    apart = Visibility(apart.real, jnp.where(apart.real, apart.segments, NOBODY), apart.prefixes)
-    scaled = _padded(_padded(query * jnp.asarray(width**-0.5, query.dtype), 1, LANES), 3, LANES)
-    keys, values = (_padded(_padded(x, 2, LANES), 3, LANES) for x in (keys, values))
-    if apart.prefixes is None:
-        mixed = _kernel(scaled, keys, values, apart.segments, apart.segments, interpret, save=False)
+    size = splash_block(length)
+    filled = jax.tree.map(lambda x: _padded(x, 1, size), Visibility(visibility.real, segments, visibility.prefixes))
+    # Padding is a segment of its own: a query always sees something, and no real token sees padding.
+    own = jnp.where(filled.real, filled.segments, NOBODY)
+    scaled = _padded(_padded(query * jnp.asarray(width**-0.5, query.dtype), 1, size), 3, LANES)
+    keys, values = (_padded(_padded(x, 2, size), 3, LANES) for x in (keys, values))
+    if filled.prefixes is None:
+        mixed = _kernel(scaled, keys, values, own, own, (size, interpret), save=False)
     else:
-        mixed = _two_segments(scaled, keys, values, apart, interpret)
+        apart = Visibility(filled.real, own, filled.prefixes)
+        mixed = _two_segments(scaled, keys, values, apart, (size, interpret))
     return _padding_made_zero(mixed[:, :length, :, :width], visibility)
 
 
-def _block_sizes(length: int) -> splash.BlockSizes:
-    size = next(size for size in (SPLASH_BLOCK, 256, LANES) if length % size == 0)
-    return splash.BlockSizes(
-        block_q=size,
-        block_kv=size,
-        block_q_dkv=size,
-        block_kv_dkv=size,
-        block_q_dq=size,
-        block_kv_dq=size,
-    )
+def splash_block(length: int) -> int:
+    """Tokens of a block: the largest of `SPLASH_BLOCKS` whose filling adds at most an eighth to the row, else 128."""
+    return next((size for size in SPLASH_BLOCKS if 8 * (-length % size) <= length), LANES)
 
 
-def _kernel(query, keys, values, of_query: Int[Array, "B T"], of_key: Int[Array, "B T"], interpret: bool, save: bool):
-    """Result [B, T, H, hd], with `save` also the log-sums [B, H, T], of queries that are scaled already."""
+def _kernel(query, keys, values, of_query: Int[Array, "B T"], of_key: Int[Array, "B T"], how, save: bool):
+    """Result [B, T, H, hd], with `save` also the log-sums [B, H, T], of queries that are scaled already.
+
+    `how` is the size of a block and whether to interpret.
+    """
     length, heads = query.shape[1:3]
+    size, interpret = how
+    sizes = splash.BlockSizes(
+        block_q=size, block_kv=size, block_q_dkv=size, block_kv_dkv=size, block_q_dq=size, block_kv_dq=size
+    )
     mask = splash.MultiHeadMask([splash.CausalMask((length, length)) for _ in range(heads)])
     kernel = splash.make_splash_mha_single_device(
-        mask=mask, block_sizes=_block_sizes(length), save_residuals=save, interpret=interpret
+        mask=mask, block_sizes=sizes, save_residuals=save, interpret=interpret
     )
     found = jax.vmap(kernel)(query.swapaxes(1, 2), keys, values, splash.SegmentIds(q=of_query, kv=of_key))
     return (found[0].swapaxes(1, 2), found[1][0]) if save else found.swapaxes(1, 2)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _two_segments(query, keys, values, visibility: Visibility, interpret: bool) -> Float[Array, "B T H hd"]:
-    return _two_segments_forward(query, keys, values, visibility, interpret)[0]
+def _two_segments(query, keys, values, visibility: Visibility, how: tuple[int, bool]) -> Float[Array, "B T H hd"]:
+    return _two_segments_forward(query, keys, values, visibility, how)[0]
 
 
-def _two_segments_forward(query, keys, values, visibility, interpret):
+def _two_segments_forward(query, keys, values, visibility, how):
     segments, prefixes = visibility.segments, visibility.prefixes
     continues = visibility.real & (prefixes != segments)
     calls = (segments, jnp.where(continues, prefixes, NO_PREFIX))
     (own, log_own), (prompt, log_prompt) = (
-        _kernel(query, keys, values, seen, segments, interpret, save=True) for seen in calls
+        _kernel(query, keys, values, seen, segments, how, save=True) for seen in calls
     )
     # Of a query that continues nothing the second log-sum is about -1e38, and its weight zero.
     lse = jnp.logaddexp(log_own, log_prompt)
@@ -161,8 +162,8 @@ def _two_segments_forward(query, keys, values, visibility, interpret):
     return mixed, (query, keys, values, visibility, mixed, lse)
 
 
-def _two_segments_backward(interpret, residuals, cotangent):
-    del interpret
+def _two_segments_backward(how, residuals, cotangent):
+    del how
     query, keys, values, visibility, mixed, lse = residuals
     size = blocked.block_size(query.shape[0], query.shape[2], query.shape[1])
     gradients = blocked.pull(
