@@ -51,9 +51,11 @@ def rows(length: int) -> Visibility:
     segments[3] = prefixes[3] = answers
     segments[4] = answers  # segment 0 is the prompt of 1 and of 2
     real[4, 2 * third - 2 : 2 * third] = False  # the first answer is padded
+    real[5, -3:] = False
     segments[5] = places // (third // 2)  # 0 and 3 are prompts, of 1 and 2, of 4 and more
     prefixes[5] = np.where(segments[5] < 3, 0, 3)
     real[6] = False
+    segments[5, ~real[5]] = prefixes[5, ~real[5]] = segments[6] = prefixes[6] = -1  # as rows are laid out
     return Visibility(jnp.asarray(real), jnp.asarray(segments), jnp.asarray(prefixes))
 
 

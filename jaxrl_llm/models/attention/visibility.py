@@ -23,9 +23,9 @@ class Visibility:
 
     Attributes:
         real: true at real tokens.
-        segments: number of each token's segment, 0 or more; None: one segment per row.
+        segments: number of each real token's segment, 0 or more; anything at padding. None: one segment per row.
         prefixes: number of the segment that the token's segment continues (its prompt), its own where it continues
-            none; None: no segment continues another. Needs `segments`.
+            none; anything at padding. None: no segment continues another. Needs `segments`.
     """
 
     real: Bool[Array, "B T"]
