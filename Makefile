@@ -16,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest -q
 # A file stays in one process, so that what its tests share is made once; the longest, the notebooks, goes out first.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help venv run test test-float32 test-slow test-float64 test-sharded aot lint checks notebooks bench clean
+.PHONY: help venv run test test-float32 test-slow test-float64 test-sharded aot aot-cudnn lint checks notebooks bench clean
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
@@ -53,7 +53,13 @@ test-sharded: $(STAMP)
 ## aot        compile the kernels for TPUs and an H100 that are not here (installs libtpu and a CUDA plugin, 1.1 GB, into .venv-aot)
 AOT := $(CURDIR)/.venv-aot
 aot: $(AOT)/.installed
-	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 TPU_LOG_DIR=disabled PYTHONPATH=$(AOT) $(PYTEST) tests/aot
+	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 TPU_LOG_DIR=disabled PYTHONPATH=$(AOT) $(PYTEST) tests/aot --ignore tests/aot/test_aot_cudnn.py
+## aot-cudnn  compile cuDNN's attention for an H100 that is not here (installs cuDNN, 0.9 GB more, into .venv-aot)
+aot-cudnn: $(AOT)/.cudnn
+	JAX_PLATFORMS=cpu PYTHONPATH=$(AOT) $(PYTEST) tests/aot/test_aot_cudnn.py
+$(AOT)/.cudnn: $(AOT)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(AOT) nvidia-cudnn-cu13
+	@touch $@
 $(AOT)/.installed: $(STAMP)
 	@# The version that the installed jax names, in a folder of its own: .venv stays as it is.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(AOT) "$$($(BIN)/python -c \

@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxrl_llm.models.attention import Visibility
+from jaxrl_llm.models.attention import attend
+from jaxrl_llm.models.attention import grouped_query_attention
 from jaxrl_llm.models.cache import LayerCache
 from jaxrl_llm.models.config import TransformerConfig
 from jaxrl_llm.typing import Array
@@ -13,15 +16,16 @@ from jaxrl_llm.typing import Bool
 from jaxrl_llm.typing import Float
 from jaxrl_llm.typing import Int
 
-MASKED_SCORE = -1e30
-"""Finite, so that a row with nothing to attend to gives a uniform softmax instead of NaN."""
-
 
 class Numerics(NamedTuple):
-    """Dtype of the parameters and dtype of the products; norms, rotations and softmax are never below float32."""
+    """Dtype of the parameters and dtype of the products; norms, rotations and softmax are never below float32.
+
+    `attention` names the implementation of `models.attention.attend`; None: the one that `choose` says.
+    """
 
     param_dtype: jnp.dtype = jnp.dtype(jnp.float32)
     compute_dtype: jnp.dtype = jnp.dtype(jnp.float32)
+    attention: str | None = None
 
     @property
     def precision(self) -> jax.lax.Precision:
@@ -137,31 +141,6 @@ class Rotation(NamedTuple):
         return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
-def grouped_query_attention(
-    query: Float[Array, "B T H hd"],
-    keys: Float[Array, "B KV S hd"],
-    values: Float[Array, "B KV S hd"],
-    mask: Bool[Array, "B T S"],
-    precision: jax.lax.Precision | None = None,
-) -> Float[Array, "B T H hd"]:
-    """softmax(q k^T / sqrt(hd)) v, where H / KV neighbouring query heads share a key-value head.
-
-    Scores and softmax are float32 or wider. A query that may attend to nothing returns the mean of all values.
-    """
-    batch, length, heads, size = query.shape
-    shared, slots = keys.shape[1:3]
-    group = heads // shared
-    # The queries of a group are rows of one product per key-value head: keys and values are read once, uncopied.
-    rows = query.reshape(batch, length, shared, group, size).swapaxes(1, 2).reshape(batch, shared, length * group, size)
-    wide = jnp.promote_types(query.dtype, jnp.float32)
-    scores = jnp.matmul(rows, keys.swapaxes(2, 3), precision=precision, preferred_element_type=wide)
-    scores = scores.reshape(batch, shared, length, group, slots) * size**-0.5
-    weights = jax.nn.softmax(jnp.where(mask[:, None, :, None], scores, MASKED_SCORE), axis=-1)
-    weights = weights.astype(values.dtype).reshape(batch, shared, length * group, slots)
-    mixed = jnp.matmul(weights, values, precision=precision).reshape(batch, shared, length, group, size)
-    return mixed.swapaxes(1, 2).reshape(batch, length, heads, size).astype(query.dtype)
-
-
 class Attention(nnx.Module):
     """Causal grouped-query attention with rotary positions."""
 
@@ -183,10 +162,10 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         rotation: Rotation,
-        mask: Bool[Array, "B T S"],
+        sight: Bool[Array, "B T S"] | Visibility,
         cache: LayerCache | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Attend to x itself, or to the cache after x was written to it."""
+        """Attend to what is in sight of x itself, or, by a mask of slots, of the cache after x was written to it."""
         query, key, value = (
             linear(x).reshape(*x.shape[:2], -1, self.head_dim) for linear in (self.query, self.key, self.value)
         )
@@ -197,7 +176,12 @@ class Attention(nnx.Module):
         if cache is not None:
             cache = cache.write(key, value)
             key, value = cache.keys, cache.values
-        mixed = grouped_query_attention(query, key, value, mask, self.numerics.precision)
+        precision = self.numerics.precision
+        if isinstance(sight, Visibility):
+            chosen = self.numerics.attention
+            mixed = attend(query, key, value, sight, precision=precision, implementation=chosen)
+        else:
+            mixed = grouped_query_attention(query, key, value, sight, precision)
         return self.output(mixed.reshape(*x.shape[:2], -1)), cache
 
 
@@ -229,10 +213,10 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         rotation: Rotation,
-        mask: Bool[Array, "B T S"],
+        sight: Bool[Array, "B T S"] | Visibility,
         cache: LayerCache | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """Apply the layer; with a cache, also return it with x written to it."""
-        mixed, cache = self.attention(self.attention_norm(x), rotation, mask, cache)
+        mixed, cache = self.attention(self.attention_norm(x), rotation, sight, cache)
         x = x + mixed
         return x + self.mlp(self.mlp_norm(x)), cache

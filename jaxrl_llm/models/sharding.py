@@ -1,5 +1,6 @@
 """Where each axis of a parameter or activation lives on a mesh: a table of rules, and its application."""
 
+import math
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -10,6 +11,7 @@ from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
+from jaxrl_llm.models.config import TransformerConfig
 from jaxrl_llm.typing import Array
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
@@ -49,6 +51,53 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
             f"a mesh of data={data} x fsdp={fsdp} x tensor={tensor} needs {needed} devices, there are {len(devices)}"
         )
     return jax.make_mesh((data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:needed])
+
+
+def parse_mesh(text: str, config: TransformerConfig | None = None) -> Mesh:
+    """The mesh that a text such as "data=2,fsdp=4,tensor=1" names; an axis that is left out has size 1.
+
+    Args:
+        text: sizes of the axes of `MESH_AXES`, in any order. Their product must be the number of devices or divide it;
+            then the first of them are used.
+        config: of the model that will live there; if given, `tensor` must divide what it splits. (`partition_specs`
+            leaves an axis whole that a mesh does not divide, and every device would then compute all of it.)
+
+    Raises:
+        ValueError: in a sentence, for another axis, one named twice, a size that is no positive integer, a product that
+            does not divide the number of devices, or heads or an inner width that `tensor` does not divide.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, sign, size = (piece.strip() for piece in part.partition("="))
+        if name not in MESH_AXES or not sign:
+            raise ValueError(
+                f"mesh is {text!r}, with the part {part.strip()!r}; a part must be one of "
+                f"{', '.join(MESH_AXES)} with its size, as in data=2,fsdp=4,tensor=1."
+            )
+        if name in sizes:
+            raise ValueError(f"mesh is {text!r} and names {name} twice; every axis must be named once at most.")
+        if not size.isascii() or not size.isdigit() or int(size) < 1:
+            raise ValueError(f"mesh is {text!r} with {name} of size {size!r}; it must be an integer of at least 1.")
+        sizes[name] = int(size)
+    needed, present = math.prod(sizes.values()), jax.device_count()
+    if present % needed:
+        raise ValueError(
+            f"mesh is {text!r}, a product of {needed}; it must be the number of devices, {present}, or divide it."
+        )
+    if config is not None:
+        _check_tensor(sizes.get("tensor", 1), config)
+    return make_mesh(**sizes)
+
+
+def _check_tensor(tensor: int, config: TransformerConfig) -> None:
+    split = {
+        "num_heads": config.num_heads,
+        "num_kv_heads": config.num_kv_heads,
+        "intermediate_size": config.intermediate_size,
+    }
+    for name, size in split.items():
+        if size % tensor:
+            raise ValueError(f"tensor is {tensor}; it must divide {name}, which is {size} in this model.")
 
 
 def _spec(axes: tuple[str, ...], shape: tuple[int, ...], mesh_shape: Mapping[str, int], rules: Rules) -> PartitionSpec:

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxrl_llm.models.attention import Visibility
+from jaxrl_llm.models.attention import choose
 from jaxrl_llm.models.cache import KVCache
 from jaxrl_llm.models.config import TransformerConfig
 from jaxrl_llm.models.layers import Block
@@ -30,12 +32,6 @@ def positions_of(token_mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
     return jnp.maximum(jnp.cumsum(token_mask, axis=1, dtype=jnp.int32) - 1, 0)
 
 
-def causal_mask(token_mask: Bool[Array, "B T"]) -> Bool[Array, "B T T"]:
-    """mask[b, t, s]: token t may attend to token s, which is real and not after t."""
-    length = token_mask.shape[1]
-    return jnp.tril(jnp.ones((length, length), bool))[None] & token_mask.astype(bool)[:, None, :]
-
-
 class Transformer(nnx.Module):
     """Embedding, blocks and final norm, with the steps open to the caller.
 
@@ -50,8 +46,9 @@ class Transformer(nnx.Module):
         rngs: nnx.Rngs,
         param_dtype: jnp.dtype | type = jnp.float32,
         compute_dtype: jnp.dtype | type = jnp.float32,
+        attention: str | None = None,
     ):
-        numerics = Numerics(jnp.dtype(param_dtype), jnp.dtype(compute_dtype))
+        numerics = Numerics(jnp.dtype(param_dtype), jnp.dtype(compute_dtype), attention)
         self.config = config
         self.numerics = numerics
         table = 0.02 * jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size), jnp.float32)
@@ -78,7 +75,7 @@ class Transformer(nnx.Module):
         start: int = 0,
         stop: int | None = None,
         remat: bool = False,
-        attention_mask: Bool[Array, "B T T"] | None = None,
+        visibility: Visibility | None = None,
         cache: None = None,
     ) -> Float[Array, "B T D"]: ...
 
@@ -92,11 +89,11 @@ class Transformer(nnx.Module):
         start: Literal[0] = 0,
         stop: None = None,
         remat: bool = False,
-        attention_mask: None = None,
+        visibility: None = None,
         cache: KVCache,
     ) -> tuple[Float[Array, "B T D"], KVCache]: ...
 
-    def blocks(self, x, positions, token_mask, *, start=0, stop=None, remat=False, attention_mask=None, cache=None):
+    def blocks(self, x, positions, token_mask, *, start=0, stop=None, remat=False, visibility=None, cache=None):
         """Apply layers start .. stop.
 
         Args:
@@ -106,14 +103,14 @@ class Transformer(nnx.Module):
             start: first layer.
             stop: one past the last layer; None for all.
             remat: recompute each layer in the backward pass instead of keeping its activations.
-            attention_mask: which token [b, t] may attend to which [b, s], for packed rows; None: the real ones up to t.
+            visibility: who sees whom, for packed rows; None: every token the real ones up to itself.
             cache: append these tokens to the cache and attend to all of it; all layers at once only.
 
         Returns:
             x after the layers; with a cache, the pair (x, cache).
 
         Raises:
-            ValueError: for an impossible range of layers, or a part of the layers or an attention_mask with a cache.
+            ValueError: for an impossible range of layers, or a part of the layers or a visibility with a cache.
         """
         count = len(self.layers)
         stop = count if stop is None else stop
@@ -123,19 +120,23 @@ class Transformer(nnx.Module):
         if cache is not None:
             if (start, stop) != (0, count):
                 raise ValueError(f"a cache covers all {count} layers; start and stop were {start} and {stop}")
-            if attention_mask is not None:
-                raise ValueError(
-                    "attention_mask must be None with a cache, whose slot_mask says what may be attended to"
-                )
+            if visibility is not None:
+                raise ValueError("visibility must be None with a cache, whose slot_mask says what may be attended to")
             return self._append(x, rotation, token_mask, cache)
-        mask = causal_mask(token_mask) if attention_mask is None else attention_mask
+        sight = self._sight(Visibility(token_mask) if visibility is None else visibility)
         for index in range(start, stop):
-            x = constrain(self._block(index, x, rotation, mask, remat), ACTIVATION_AXES)
+            x = constrain(self._block(index, x, rotation, sight, remat), ACTIVATION_AXES)
         return x
 
-    def _block(self, index: int, x, rotation: Rotation, mask, remat: bool):
+    def _sight(self, visibility: Visibility) -> Visibility | Bool[Array, "B T T"]:
+        """The mask itself, made once for all layers, where attention is dense."""
+        shape = (*visibility.real.shape, self.config.num_heads, self.config.head_dim)
+        name = self.numerics.attention or choose(shape, self.numerics.compute_dtype)
+        return visibility.dense() if name == "reference" else visibility
+
+    def _block(self, index: int, x, rotation: Rotation, sight, remat: bool):
         def apply(x):
-            return self.layers[index](x, rotation, mask)[0]
+            return self.layers[index](x, rotation, sight)[0]
 
         return jax.checkpoint(apply)(x) if remat else apply(x)
 
@@ -228,9 +229,8 @@ class Transformer(nnx.Module):
     ) -> Self:
         """The same model with its parameters, its products or both in another dtype; arrays that fit are shared."""
         present = self.numerics
-        numerics = Numerics(
-            jnp.dtype(param_dtype or present.param_dtype), jnp.dtype(compute_dtype or present.compute_dtype)
-        )
+        param_dtype, compute_dtype = param_dtype or present.param_dtype, compute_dtype or present.compute_dtype
+        numerics = present._replace(param_dtype=jnp.dtype(param_dtype), compute_dtype=jnp.dtype(compute_dtype))
         graphdef, state = nnx.split(self)
         model = nnx.merge(graphdef, jax.tree.map(lambda array: array.astype(numerics.param_dtype), state))
         for _, module in nnx.iter_modules(model):

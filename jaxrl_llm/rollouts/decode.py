@@ -22,9 +22,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxrl_llm.models.attention import MASKED_SCORE
 from jaxrl_llm.models.cache import KVCache
 from jaxrl_llm.models.config import TransformerConfig
-from jaxrl_llm.models.layers import MASKED_SCORE
 from jaxrl_llm.models.layers import Block
 from jaxrl_llm.models.layers import Linear
 from jaxrl_llm.models.layers import RMSNorm

@@ -18,6 +18,8 @@ from jaxrl_kernels import Reference
 from jaxrl_kernels import dense_gradient
 from jaxrl_kernels import dense_kl
 from jaxrl_kernels import token_statistics
+from jaxrl_llm.models.attention import Visibility
+from jaxrl_llm.models.attention import attend
 
 pytestmark = [pytest.mark.aot, pytest.mark.requires_jax("0.11")]
 pytest.importorskip("libtpu", reason="needs libtpu, which `make aot` installs")
@@ -92,3 +94,26 @@ def test_dense_gradient(topology, dtype, rows, vocabulary):
             compiled = jax.jit(function).trace(logits, logits).lower(lowering_platforms=("tpu",)).compile()
         assert compiled.as_text().count("tpu_custom_call") >= 2
         assert compiled.memory_analysis().temp_size_in_bytes < 0.02 * rows * vocabulary * 4
+
+
+@pytest.mark.parametrize(("shared_prompt", "kernels"), [(False, 3), (True, 2)])
+def test_splash_attention(shared_prompt, kernels):
+    """One kernel forward and two backward; behind a shared prompt two forward, and blocks backward."""
+    devices = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices
+    mesh = Mesh(np.array(devices[:1]), ("x",))
+    rows, length, heads = 4, 2000, 9
+
+    def array(shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P()))
+
+    def total(query, keys, values, see):
+        return jnp.sum(attend(query, keys, values, see, implementation="splash").astype(jnp.float32))
+
+    places = array((rows, length), jnp.int32)
+    see = Visibility(array((rows, length), bool), places, places if shared_prompt else None)
+    keys = array((rows, heads // 3, length, 64))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        traced = jax.jit(jax.grad(total, (0, 1, 2))).trace(array((rows, length, heads, 64)), keys, keys, see)
+        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    assert compiled.as_text().count("tpu_custom_call") == kernels
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * 4 * rows * heads * length**2

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxrl_llm.models.attention import Visibility
+from jaxrl_llm.models.attention import grouped_query_attention
 from jaxrl_llm.models.config import RopeScaling
 from jaxrl_llm.models.config import TransformerConfig
 from jaxrl_llm.models.config import smollm2_135m
 from jaxrl_llm.models.config import tiny
-from jaxrl_llm.models.layers import grouped_query_attention
 from jaxrl_llm.models.layers import rotary_frequencies
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.models.transformer import positions_of
@@ -181,16 +182,16 @@ def test_a_row_of_padding_is_finite_and_so_is_its_gradient(model, tokens):
     chex.assert_tree_all_finite((value, gradient))
 
 
-def test_an_attention_mask_of_ones_below_the_diagonal_is_the_default(wide, tokens, token_mask):
+def test_one_segment_is_the_default_and_two_are_two_texts(wide, tokens, token_mask):
     positions = positions_of(token_mask)
     x = wide.embed(tokens)
-    blocks = jax.jit(lambda x, positions, attend: wide.blocks(x, positions, token_mask, attention_mask=attend))
-    causal = jnp.tril(jnp.ones((LENGTH, LENGTH), bool)) & token_mask[:, None, :]
+    blocks = jax.jit(lambda x, positions, sight: wide.blocks(x, positions, token_mask, visibility=sight))
+    causal = Visibility(token_mask, jnp.zeros((BATCH, LENGTH), jnp.int32))
     np.testing.assert_allclose(blocks(x, positions, causal), blocks(x, positions, None), rtol=0, atol=1e-12)
     # Texts of 4 and 5 tokens packed into one row, blind to each other, are as each alone.
-    text = np.array([0] * 4 + [1] * 5)
-    apart = jnp.asarray(np.tril(text[:, None] == text))
-    packed = blocks(x, jnp.array([[0, 1, 2, 3, 0, 1, 2, 3, 4]]), jnp.broadcast_to(apart, (BATCH, LENGTH, LENGTH)))
+    texts = jnp.broadcast_to(jnp.array([0] * 4 + [1] * 5), (BATCH, LENGTH))
+    apart = Visibility(jnp.ones((BATCH, LENGTH), bool), texts)
+    packed = blocks(x, jnp.array([[0, 1, 2, 3, 0, 1, 2, 3, 4]]), apart)
     alone = wide.final_norm(packed[:, 4:])
     expected = forward(wide, tokens[:, 4:])
     np.testing.assert_allclose(alone, expected, rtol=0, atol=1e-12)

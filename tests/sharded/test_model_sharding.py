@@ -1,5 +1,7 @@
 """A mesh changes where arrays live, never what is computed."""
 
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from jaxrl_llm.models.config import tiny
 from jaxrl_llm.models.sharding import RULES
 from jaxrl_llm.models.sharding import constrain
 from jaxrl_llm.models.sharding import make_mesh
+from jaxrl_llm.models.sharding import parse_mesh
 from jaxrl_llm.models.sharding import partition_specs
 from jaxrl_llm.models.sharding import shard
 from jaxrl_llm.models.sharding import shardings
@@ -160,3 +163,62 @@ def test_impossible_layouts_are_refused(model):
     rules = {name: rule for name, rule in RULES.items() if name != "heads"}
     with pytest.raises(ValueError, match="logical axis 'heads' has no sharding rule; the rules name activation, batch"):
         partition_specs(nnx.state(model), make_mesh(data=8), rules)
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [
+        ("data=2,fsdp=4,tensor=1", {"data": 2, "fsdp": 4, "tensor": 1}),
+        ("tensor=2, data=2", {"data": 2, "fsdp": 1, "tensor": 2}),
+        ("fsdp=8", {"data": 1, "fsdp": 8, "tensor": 1}),
+    ],
+)
+def test_a_mesh_by_name(text, sizes):
+    mesh = parse_mesh(text, tiny())
+    assert dict(mesh.shape) == sizes
+    assert mesh == make_mesh(**sizes)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("rows=2", "the part 'rows=2'; a part must be one of data, fsdp, tensor with its size"),
+        ("data", "the part 'data'; a part must be"),
+        ("", "the part ''; a part must be"),
+        ("data=2,", "the part ''; a part must be"),
+        ("data=2,data=4", "names data twice"),
+        ("data=0", "data of size '0'; it must be an integer of at least 1"),
+        ("fsdp=-2", "fsdp of size '-2'; it must be an integer of at least 1"),
+        ("fsdp=2.0", "fsdp of size '2.0'"),
+        ("data=3", "a product of 3; it must be the number of devices, 8, or divide it"),
+        ("data=4,fsdp=4", "a product of 16; it must be the number of devices, 8, or divide it"),
+        ("tensor=8", "tensor is 8; it must divide num_heads, which is 4"),
+        ("tensor=4", "tensor is 4; it must divide num_kv_heads, which is 2"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_refused_in_a_sentence(text, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        parse_mesh(text, tiny())
+
+
+def test_tensor_divides_the_inner_width():
+    with pytest.raises(ValueError, match="must divide intermediate_size, which is 63"):
+        parse_mesh("tensor=2", tiny(intermediate_size=63))
+    assert parse_mesh("tensor=8").shape["tensor"] == 8
+
+
+def test_attention_in_blocks_on_a_mesh_is_that_of_one_device():
+    """Blocks are cut along the tokens, so rows and heads stay where the mesh has them."""
+    model = Transformer(tiny(num_kv_heads=4), rngs=nnx.Rngs(0), attention="xla")
+    graphdef, state = nnx.split(model)
+    tokens = jax.random.randint(jax.random.key(0), (4, 24), 0, 64)
+
+    def loss(state, tokens):
+        return jnp.sum(jnp.sin(nnx.merge(graphdef, state)(tokens)))
+
+    expected = jax.jit(jax.grad(loss))(state, tokens)
+    mesh = parse_mesh("data=2,tensor=4", model.config)
+    with jax.set_mesh(mesh):
+        got = jax.jit(jax.grad(loss))(shard(state, mesh), tokens)
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * max(1.0, float(jnp.abs(theirs).max())))

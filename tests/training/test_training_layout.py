@@ -11,11 +11,11 @@ from flax import nnx
 from jaxrl_llm.models.config import tiny
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.training.text.layout import Grid
-from jaxrl_llm.training.text.layout import attention_mask
 from jaxrl_llm.training.text.layout import choose_slots
 from jaxrl_llm.training.text.layout import chosen_states
 from jaxrl_llm.training.text.layout import pack
 from jaxrl_llm.training.text.layout import through_layers
+from jaxrl_llm.training.text.layout import visibility
 
 PROMPT, RESPONSE, GROUP = 5, 4, 6
 
@@ -73,7 +73,7 @@ def test_states_and_gradients_equal_the_plain_forward_pass(batch, slots):
 def test_an_answer_sees_its_prompt_and_itself_only(batch):
     layout = Grid(PROMPT, 2, RESPONSE)
     packed = jax.tree.map(jnp.asarray, pack(*batch, layout))
-    mask = np.asarray(attention_mask(dataclasses.replace(packed, token_mask=jnp.ones_like(packed.token_mask))))[0]
+    mask = np.asarray(visibility(dataclasses.replace(packed, token_mask=jnp.ones_like(packed.token_mask))).dense())[0]
     first, second = PROMPT, PROMPT + RESPONSE - 1
     assert mask[second, :PROMPT].all()
     assert not mask[second, first:second].any()

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from jaxrl_llm.models.attention import Visibility
 from jaxrl_llm.models.config import TransformerConfig
-from jaxrl_llm.models.layers import Rotation
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.training.text.packing import Plan
 from jaxrl_llm.training.text.packing import Text
@@ -296,26 +296,17 @@ def _write(columns, mask, row, start, ids, position, segment, prefix) -> None:
     mask[row, here] = True
 
 
-def attention_mask(rows: Rows) -> Bool[Array, "n W W"]:
-    """mask[b, q, k]: k is real, not after q, and in the segment of q or in the one that it continues."""
+def visibility(rows: Rows) -> Visibility:
+    """A token sees what is before it in its own segment and in the one that it continues, its prompt."""
+    if rows.segments is not None:
+        return Visibility(rows.token_mask, rows.segments, rows.prefixes)
     layout = rows.layout
-    places = np.arange(layout.width)
-    before = places[None, :] <= places[:, None]
-    if isinstance(layout, Grid):
-        slot = np.where(
-            places < layout.prompt_length, -1, (places - layout.prompt_length) // max(layout.response_length - 1, 1)
-        )
-        visible = before & ((slot[None, :] == -1) | (slot[None, :] == slot[:, None]))
-        return jnp.asarray(visible)[None] & rows.token_mask[:, None, :]
-    assert rows.segments is not None
-    assert rows.prefixes is not None
-    keys = rows.segments[:, None, :]
-    visible = (keys == rows.segments[:, :, None]) | (keys == rows.prefixes[:, :, None])
-    return visible & jnp.asarray(before)[None] & rows.token_mask[:, None, :]
-
-
-def _layer(layer, x, rotation, mask):
-    return layer(x, rotation, mask)[0]
+    assert isinstance(layout, Grid)
+    # The prompt is segment 0, answers are 1, 2, .. and continue it.
+    places = np.arange(layout.width) - layout.prompt_length
+    slots = np.where(places < 0, 0, 1 + places // max(layout.response_length - 1, 1)).astype(np.int32)
+    segments = jnp.broadcast_to(jnp.asarray(slots), rows.token_mask.shape)
+    return Visibility(rows.token_mask, segments, jnp.zeros_like(segments))
 
 
 def through_layers(
@@ -328,12 +319,9 @@ def through_layers(
     remat: bool = False,
 ) -> Float[Array, "n W D"]:
     """Apply layers start .. stop to rows; `remat` recomputes each layer in the backward pass."""
-    rotation = Rotation.at(rows.positions, model.config)
-    mask = attention_mask(rows)
-    apply = jax.checkpoint(_layer) if remat else _layer
-    for layer in list(model.layers)[start:stop]:
-        x = apply(layer, x, rotation, mask)
-    return x
+    return model.blocks(
+        x, rows.positions, rows.token_mask, start=start, stop=stop, remat=remat, visibility=visibility(rows)
+    )
 
 
 def chosen_states(x: Float[Array, "n W D"], rows: Rows) -> Float[Array, "n K D"]:
