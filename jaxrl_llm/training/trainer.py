@@ -91,7 +91,7 @@ def _sampling(recipe: Recipe, sampling: SamplingSettings) -> SamplingSettings:
     if sampling.truncated:
         raise ValueError(
             f"recipe {recipe.name!r} prunes to the safe set at log_min_p = {recipe.log_min_p}, and its sampler with "
-            f"it; top_p = {sampling.top_p} and min_p = {sampling.min_p} must be None."
+            f"it; top_k = {sampling.top_k}, top_p = {sampling.top_p} and min_p = {sampling.min_p} must be None."
         )
     return dataclasses.replace(sampling, min_p=math.exp(recipe.log_min_p))
 
