@@ -17,6 +17,7 @@ from experiments.arguments import RUNS
 from experiments.arguments import field_names
 from experiments.arguments import reject_unknown_fields
 from experiments.arguments import with_values
+from experiments.evaluation_table import GREEDY
 from experiments.evaluation_table import SCORINGS
 from experiments.evaluation_table import file_name
 from experiments.evaluation_table import table
@@ -36,7 +37,6 @@ from jaxrl_llm.environments import Task
 from jaxrl_llm.rollouts import SamplingSettings
 from jaxrl_llm.training import StorageError
 
-GREEDY = "greedy"
 METHOD = (
     "95 %, over distinct problems: normal with the problem as the cluster, in Wilson's form (with one answer per "
     "problem: Wilson's)"

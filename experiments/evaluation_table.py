@@ -3,11 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from experiments import words
+from experiments.pass_at_k import pass_at_k
 
 SCORINGS = ("lenient", "strict")
+GREEDY = "greedy"
 
 
 def file_name(result: Mapping[str, Any]) -> str:
@@ -36,6 +39,14 @@ def shown_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         said = f"{words.percent(found['value'])}  [{words.interval(found['interval'])}]"
         shown.setdefault(found["name"], {})[found["scoring"]] = said
     return [(name, said["lenient"], said["strict"]) for name, said in shown.items()]
+
+
+def problem_scores(result: Mapping[str, Any], name: str, scoring: str) -> list[float]:
+    """What one of the results, "greedy" or "pass@4", is for each problem asked."""
+    if name == GREEDY:
+        return [float(row[GREEDY][scoring]) for row in result["problems"]]
+    correct = np.array([row["sampled"][scoring] for row in result["problems"]])
+    return pass_at_k(correct, result["samples"], int(name.removeprefix("pass@"))).tolist()
 
 
 def table(result: Mapping[str, Any]) -> Table:
