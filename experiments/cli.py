@@ -1,4 +1,4 @@
-"""The command line: `python -m experiments list | run NAME | report RUN | show RUN | compare RUN RUN`."""
+"""The command line: `python -m experiments list | run NAME | report RUN | evaluate RUN | ...`."""
 
 import dataclasses
 import difflib
@@ -25,7 +25,9 @@ USAGE = f"""Experiments: each trains a model by reinforcement learning and write
   {PROGRAM} run NAME --resume RUN                go on with a run that was stopped
   {PROGRAM} report RUN                           write report.html again, from the run's files alone
   {PROGRAM} show RUN [--step 20] [--row 3]       episodes: reward, advantage and KL divergence of each token
-  {PROGRAM} compare RUN RUN                      settings that differ, numbers side by side, compare.html
+  {PROGRAM} evaluate RUN [--samples 16]          held-out problems, greedy and sampled: pass@k with intervals
+  {PROGRAM} export RUN FOLDER --to hf|gguf       the trained model for other programs
+  {PROGRAM} compare RUN RUN [RUN ...]            settings that differ, numbers and differences, compare.html
   {PROGRAM} results [RUN ...]                    keep the numbers of runs, and write the tables of the documents
 
 RUN is a folder, experiment/id, an id, or an experiment's name (its newest run)."""
@@ -54,6 +56,8 @@ def _dispatch(words: list[str]) -> int:
         "report": _report,
         "show": _show,
         "compare": _compare,
+        "evaluate": _evaluate,
+        "export": _export,
         "results": _results,
     }
     if words[0] not in commands:
@@ -123,14 +127,16 @@ def _show(words: list[str]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class CompareArguments:
-    """Set two runs side by side: the settings that differ, the numbers with their intervals, the curves in one page."""
+    """Set runs side by side: the settings that differ, the numbers with their intervals, the curves in one page.
 
-    first: tyro.conf.Positional[str]
-    """A folder, experiment/id, an id, or an experiment's name (its newest run)."""
-    second: tyro.conf.Positional[str]
-    """The other one."""
+    Of three runs and more, those that differ in their seed only are shown as one: a mean and its interval over seeds.
+    """
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Two runs or more, the first of which the others are compared with: folders, experiment/id, ids, or names of
+    experiments (their newest runs)."""
     output: Path | None = None
-    """Where the page goes; compare.html in the second run's folder by default."""
+    """Where the page goes; compare.html in the last run's folder by default."""
     runs_folder: Path = RUNS
     """Where runs are looked for."""
 
@@ -140,9 +146,21 @@ def _compare(words: list[str]) -> int:
 
     reject_unknown_fields(words, ["output", "runs-folder"], "compare")
     arguments = tyro.cli(CompareArguments, args=words, prog=f"{PROGRAM} compare")
-    runs = [run_folder.find_run(text, arguments.runs_folder) for text in (arguments.first, arguments.second)]
-    print(f"page: {compare_runs(runs[0], runs[1], arguments.output)}")
+    runs = [run_folder.find_run(text, arguments.runs_folder) for text in arguments.runs]
+    print(f"page: {compare_runs(*runs, output=arguments.output)}")
     return 0
+
+
+def _evaluate(words: list[str]) -> int:
+    from experiments.evaluate_run import command
+
+    return command(words)
+
+
+def _export(words: list[str]) -> int:
+    from experiments.export import command
+
+    return command(words)
 
 
 @dataclasses.dataclass(frozen=True)

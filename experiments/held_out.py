@@ -1,6 +1,7 @@
-"""A policy's greedy answers to the held-out problems, in batches of one shape."""
+"""A policy's answers to the held-out problems, greedy or sampled, in batches of one shape."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ from flax import nnx
 from experiments.run_folder import UserError
 from jaxrl_llm.environments import Task
 from jaxrl_llm.environments import before_stop
+from jaxrl_llm.models import Transformer
+from jaxrl_llm.models.tokenizers import Tokenizer
 from jaxrl_llm.rollouts import SamplingSettings
 from jaxrl_llm.rollouts import make_generate
 from jaxrl_llm.training import Parts
@@ -17,11 +20,84 @@ from jaxrl_llm.training import TrainSettings
 from jaxrl_llm.training import end_tokens
 
 ROWS = 64
-"""Most prompts that are answered at a time."""
+"""Most prompts that are answered at a time with one answer each."""
+SAMPLED_ROWS = 256
+"""Most sampled answers at a time."""
+
+
+class HeldOutSampler:
+    """Encodes the held-out prompts once; called with parameters, it gives the same number of texts per problem.
+
+    Args:
+        model: its structure; parameters come with the call.
+        tokenizer: of the model.
+        task: whose problems are asked; answers are cut at its stop.
+        prompt_length: width of the prompts [tokens].
+        response_length: most tokens of an answer.
+        sampling: how answers are drawn.
+        samples: answers per problem.
+        end_ids: tokens that end an answer; empty for the tokenizer's end token and the task's stop.
+        decode_dtype: see `make_generate`.
+
+    Raises:
+        UserError: a prompt is longer than `prompt_length`.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        task: Task,
+        *,
+        prompt_length: int,
+        response_length: int,
+        sampling: SamplingSettings,
+        samples: int = 1,
+        end_ids: Sequence[int] = (),
+        decode_dtype: Any = None,
+    ) -> None:
+        self._tokenizer, self._stop, self._width, self._samples = tokenizer, task.stop, prompt_length, samples
+        self._batch = ROWS if samples == 1 else max(1, SAMPLED_ROWS // samples)
+        self._generate = make_generate(
+            nnx.split(model)[0],
+            max_new_tokens=response_length,
+            group_size=samples,
+            sampling=sampling,
+            eos_id=end_ids or end_tokens(tokenizer, task.stop),
+            pad_id=tokenizer.pad_id,
+            decode_dtype=decode_dtype,
+        )
+        prompts = [problem.prompt for problem in task.held_out()]
+        try:
+            self._tokens, self._mask = tokenizer.encode_batch(prompts, length=prompt_length)
+        except ValueError as error:
+            raise UserError(f"Field --prompt-length: a held-out prompt does not fit: {error}") from error
+
+    def __call__(self, model_state: nnx.State, *, seed: int = 0) -> list[list[str]]:
+        """The texts of each held-out problem, in the task's order; the seed is not used by a greedy choice.
+
+        A problem's answers are drawn with random numbers of its own, whatever is asked beside it.
+        """
+        count = len(self._tokens)
+        rows = min(self._batch, count)
+        texts: list[list[str]] = []
+        for start in range(0, count, rows):
+            # The last batch is filled up with repeated rows, so that the program is compiled once.
+            chosen = np.minimum(np.arange(start, start + rows), count - 1)
+            texts += self._answer(model_state, chosen, seed)[: count - start]
+        return texts
+
+    def _answer(self, model_state: nnx.State, chosen: np.ndarray, seed: int) -> list[list[str]]:
+        prompts = (jnp.asarray(self._tokens[chosen]), jnp.asarray(self._mask[chosen]))
+        rollout = self._generate(model_state, *prompts, jax.random.key(seed), 0, jnp.asarray(chosen))
+        answers = np.asarray(rollout.tokens)[:, self._width :]
+        texts = self._tokenizer.decode_batch(answers, np.asarray(rollout.response_mask)[:, self._width :])
+        texts = [before_stop(text, self._stop) for text in texts]
+        return [texts[row : row + self._samples] for row in range(0, len(texts), self._samples)]
 
 
 class HeldOutAnswerer:
-    """Encodes the held-out prompts once; called with parameters, it gives a text per problem, up to the task's stop."""
+    """One greedy answer per held-out problem, up to the task's stop."""
 
     def __init__(self, parts: Parts, task: Task, settings: TrainSettings) -> None:
         """Check that the prompts fit, before anything is computed.
@@ -29,38 +105,17 @@ class HeldOutAnswerer:
         Raises:
             UserError: a prompt is longer than `prompt_length`.
         """
-        self._tokenizer, self._stop, self._width = parts.tokenizer, task.stop, settings.prompt_length
-        self._generate = make_generate(
-            nnx.split(parts.model)[0],
-            max_new_tokens=settings.response_length,
-            group_size=1,
+        self._sampler = HeldOutSampler(
+            parts.model,
+            parts.tokenizer,
+            task,
+            prompt_length=settings.prompt_length,
+            response_length=settings.response_length,
             sampling=SamplingSettings(temperature=0.0),
-            eos_id=parts.end_ids or end_tokens(parts.tokenizer, task.stop),
-            pad_id=parts.tokenizer.pad_id,
+            end_ids=parts.end_ids,
             decode_dtype=parts.decode_dtype,
         )
-        prompts = [problem.prompt for problem in task.held_out()]
-        try:
-            self._tokens, self._mask = parts.tokenizer.encode_batch(prompts, length=settings.prompt_length)
-        except ValueError as error:
-            raise UserError(f"Field --prompt-length: a held-out prompt does not fit: {error}") from error
 
     def __call__(self, model_state: nnx.State) -> list[str]:
         """One text per held-out problem, in the task's order."""
-        count = len(self._tokens)
-        rows = min(ROWS, count)
-        texts: list[str] = []
-        for start in range(0, count, rows):
-            # The last batch is filled up with repeated rows, so that the program is compiled once.
-            chosen = np.minimum(np.arange(start, start + rows), count - 1)
-            texts += self._answer(model_state, self._tokens[chosen], self._mask[chosen])[: count - start]
-        return texts
-
-    def _answer(self, model_state: nnx.State, tokens: np.ndarray, mask: np.ndarray) -> Sequence[str]:
-        # The key is not used: the choice is greedy.
-        rollout = self._generate(
-            model_state, jnp.asarray(tokens), jnp.asarray(mask), jax.random.key(0), 0, jnp.arange(len(tokens))
-        )
-        answers = np.asarray(rollout.tokens)[:, self._width :]
-        texts = self._tokenizer.decode_batch(answers, np.asarray(rollout.response_mask)[:, self._width :])
-        return [before_stop(text, self._stop) for text in texts]
+        return [text for (text,) in self._sampler(model_state)]

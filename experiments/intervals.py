@@ -56,11 +56,42 @@ def accuracy(per_problem: np.ndarray) -> Estimate:
     With one answer per problem it is the usual interval of a proportion. A per-problem mean in [0, 1] varies at most as
     much as a yes/no answer with the same mean, so with several answers it is wider than needed, never narrower.
     """
-    n, p = len(per_problem), float(np.mean(per_problem))
+    return _wilson(float(np.mean(per_problem)), len(per_problem), len(per_problem))
+
+
+def clustered(per_problem: np.ndarray, *, answers: int = 1) -> Estimate:
+    """Interval for the mean over problems of a share that rests on several answers to each.
+
+    The normal interval with the problem as the cluster, in Wilson's form so that it does not end at 0 width where all
+    means are 0 or 1: Wilson's with n_eff = p (1 - p) / (s^2 / n) problems, s^2 the variance of the problems' means
+    (divisor n - 1), so that its standard error is s / sqrt(n). n_eff is kept within n .. n * answers: a mean in [0, 1]
+    varies at most as much as a yes/no answer, and no more is known than the answers themselves say. With yes/no means
+    it is `accuracy`.
+
+    Args:
+        per_problem: means in [0, 1] [P].
+        answers: independent answers that each mean rests on; for pass@k from n answers, n // k.
+
+    Raises:
+        ValueError: no problems, or fewer than one answer.
+    """
+    n = len(per_problem)
+    if not n or answers < 1:
+        raise ValueError(f"there are {n} problems with {answers} answers each; both must be at least 1.")
+    p = float(np.mean(per_problem))
+    if n == 1 or p in (0, 1):
+        return _wilson(p, n, n)
+    spread = float(np.var(per_problem, ddof=1)) / n
+    effective = p * (1 - p) / spread if spread > 0 else np.inf
+    return _wilson(p, min(max(effective, n), n * answers), n)
+
+
+def _wilson(p: float, n: float, problems: int) -> Estimate:
+    """Wilson's interval of a share p of n."""
     shrink = 1 + Z95**2 / n
     centre = (p + Z95**2 / (2 * n)) / shrink
     half = Z95 * np.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2)) / shrink
-    return Estimate(p, max(0.0, float(centre - half)), min(1.0, float(centre + half)), n)
+    return Estimate(p, max(0.0, float(centre - half)), min(1.0, float(centre + half)), problems)
 
 
 def paired_difference(before: np.ndarray, after: np.ndarray) -> Estimate:

@@ -25,6 +25,7 @@ class Record:
         timings: rows of timings.jsonl.
         samples: samples.json.
         summary: summary.json.
+        evaluations: what `evaluate` wrote, evaluation-*.json.
     """
 
     run: RunFolder
@@ -34,6 +35,7 @@ class Record:
     timings: Sequence[Row]
     samples: dict[str, Any]
     summary: dict[str, Any]
+    evaluations: Sequence[dict[str, Any]] = ()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -82,4 +84,5 @@ def read(run: RunFolder) -> Record:
         timings=run_folder.read_rows(run.path / "timings.jsonl"),
         samples=optional("samples"),
         summary=optional("summary"),
+        evaluations=[run_folder.read_json(path) for path in sorted(run.path.glob("evaluation-*.json"))],
     )

@@ -17,6 +17,8 @@ from experiments.arguments import with_values
 from experiments.bounds_report import bounds_section
 from experiments.episode_page import episodes_section
 from experiments.evaluation import summarise
+from experiments.evaluation_table import shown_rows
+from experiments.evaluation_table import title
 from experiments.figures import draw_all
 from experiments.records import Record
 from experiments.registry import get_experiment
@@ -83,6 +85,7 @@ def report_context(record: Record, pictures: Mapping[str, Picture]) -> dict[str,
         "bounds": bounds_section(record, [chosen[name] for name in ("bounds", "acceptance") if name in chosen]),
         "samples": samples_section(record),
         "episodes": episodes_section(record.run),
+        "evaluations": [{"title": title(found), "rows": shown_rows(found)} for found in record.evaluations],
         "cost": [chosen[name] for name in ("time",) if name in chosen],
         "counts": counts(record),
         **_frame(record),

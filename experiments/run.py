@@ -28,6 +28,7 @@ from experiments.run_folder import read_json
 from experiments.run_folder import read_rows
 from experiments.run_folder import unfinished_twin
 from experiments.run_folder import write_json
+from experiments.settings import RunSettings
 from experiments.settings import changed_settings
 from experiments.settings import difference
 from experiments.settings import flat_settings
@@ -47,6 +48,7 @@ from jaxrl_llm.training import WeightsAndBiases
 from jaxrl_llm.training import split_policy
 from jaxrl_llm.training import state_hash
 from jaxrl_llm.training import train
+from jaxrl_llm.training.saved_run import write_model
 
 INTERRUPTED = 130
 
@@ -114,6 +116,7 @@ def _train(
     """Train, evaluate before and after, and write the report."""
     task, parts, answerer = _prepare(experiment, arguments, run)
     _write_down(run, config | {"trained": _trained(parts)}, command)
+    _describe_model(run, parts, arguments.settings)
     evaluate = HeldOutEvaluation(run, task, answerer, arguments.settings.train.steps)
     try:
         with progress() as reporter:
@@ -229,6 +232,15 @@ def _write_down(run: RunFolder, config: Mapping[str, Any], command: Sequence[str
     if run.summary.exists():
         # Only a change of settings leads here: the old summary is not of this run any more.
         run.summary.unlink()
+
+
+def _describe_model(run: RunFolder, parts: Parts, settings: RunSettings) -> None:
+    """model.json, from which `jaxrl_llm.load_run` makes the model again."""
+    source = None if settings.model == "random" else settings.model
+    try:
+        write_model(run.path, parts.model, parts.trainable, parts.tokenizer, source=source, seed=settings.train.seed)
+    except TrainingError as error:
+        raise UserError(str(error)) from error
 
 
 def _writers(run: RunFolder, arguments: RunArguments, config: Mapping[str, Any]) -> Callable[[int], list[MetricWriter]]:

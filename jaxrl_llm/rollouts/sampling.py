@@ -1,28 +1,32 @@
 """Draw tokens from logits, and say under which log-probability each was drawn.
 
 The distribution that samples is p_k = e_k / sum_j e_j with e_k = exp((z_k - max z) / temperature) on the kept entries
-and 0 elsewhere. Kept are
+and 0 elsewhere. Kept are all entries by default. Truncations act in the order temperature, top-k, top-p, min-p, as in
+llama.cpp's chain and in transformers, each on what the one before has left, renormalised:
 
-- all entries, by default;
-- min-p: those with p_k >= min_p * max_j p_j (Nguyen et al. 2024, arXiv:2407.01082);
-- top-p: those of the smallest set {p_k >= tau} that has mass >= top_p (Holtzman et al. 2019, arXiv:1904.09751). Entries
-  that tie with the last one kept are kept too, so the set depends on probabilities only, never on token ids.
+- top-k: those of the smallest set {z_k >= tau} that has at least top_k members (Fan et al. 2018, arXiv:1805.04833);
+- top-p: those of the smallest set {p_k >= tau} that has mass >= top_p (Holtzman et al. 2019, arXiv:1904.09751);
+- min-p: those with p_k >= min_p * max_j p_j (Nguyen et al. 2024, arXiv:2407.01082).
 
-With both, an entry must pass both, each judged on the whole softmax.
+Entries that tie with the last one kept are kept too, so top-k may keep more than top_k of them: the set depends on
+probabilities only, never on token ids. top-p after top-k is the nucleus of the renormalised top-k distribution, never
+larger than that of the whole softmax; min-p compares two probabilities and is the same before and after.
 
 A draw inverts the cumulative distribution in two levels: a block of the vocabulary by one uniform number, an entry of
 that block by a second one. It needs two random numbers per row instead of the V that Gumbel-max needs, one pass for the
 maximum and one for the masses, and resolves probabilities far below the 2^-23 of one float32 uniform. No sort is made:
-the top-p threshold is found by bisection over the bits of the float.
+the thresholds of top-k and top-p are found by bisection over the bits of the float.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
 from jaxrl_llm.typing import Array
+from jaxrl_llm.typing import Bool
 from jaxrl_llm.typing import Float
 from jaxrl_llm.typing import Int
 from jaxrl_llm.typing import Key
@@ -39,7 +43,9 @@ class SamplingSettings:
     Attributes:
         temperature: divides the logits before everything else; 0 means greedy, which records log-probability 0 because
             it draws with certainty.
-        top_p: mass of the nucleus, in (0, 1]; None for no such truncation.
+        top_k: number of most likely tokens kept, at least 1, and more where some tie with the last of them; None for no
+            such truncation, which the size of the vocabulary and more are too.
+        top_p: mass of the nucleus (of what top_k keeps), in (0, 1]; None for no such truncation.
         min_p: smallest probability relative to the largest, in [0, 1]; None for no such truncation.
 
     Raises:
@@ -47,18 +53,23 @@ class SamplingSettings:
     """
 
     temperature: float = 1.0
+    top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"temperature must be finite and not negative (0 is greedy), got {self.temperature}")
+        if self.top_k is not None and (
+            isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 1
+        ):
+            raise ValueError(f"top_k must be a whole number of tokens, at least 1, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p must lie in [0, 1], got {self.min_p}")
-        if self.greedy and (self.top_p is not None or self.min_p is not None):
-            raise ValueError("temperature 0 is greedy and keeps one token; top_p and min_p must be None")
+        if self.greedy and any(value is not None for value in (self.top_k, self.top_p, self.min_p)):
+            raise ValueError("temperature 0 is greedy and keeps one token; top_k, top_p and min_p must be None")
 
     @property
     def greedy(self) -> bool:
@@ -68,7 +79,7 @@ class SamplingSettings:
     @property
     def truncated(self) -> bool:
         """Whether tokens may be left out that the model can draw."""
-        return self.top_p not in (None, 1) or self.min_p not in (None, 0)
+        return self.top_k is not None or self.top_p not in (None, 1) or self.min_p not in (None, 0)
 
 
 def rollout_keys(
@@ -106,7 +117,7 @@ def sample_tokens(
         block = jnp.argmax(block_max, axis=0)
         entry = jnp.argmax(_take_block(blocks, block), axis=0)
         return (block * blocks.shape[1] + entry).astype(jnp.int32), jnp.zeros_like(maximum)
-    reach = _reach(blocks, maximum, settings)
+    reach = _reach(blocks, maximum, len(logits), settings)
     masses = jnp.sum(_weights(blocks, maximum, reach, settings), axis=1)
     block = _invert(masses, uniforms[:, 0])
     chosen = _take_block(blocks, block)
@@ -144,43 +155,67 @@ def _weights(
 
 
 def _reach(
-    blocks: Float[Array, "blocks size B"], maximum: Float[Array, " B"], settings: SamplingSettings
+    blocks: Float[Array, "blocks size B"], maximum: Float[Array, " B"], vocabulary: int, settings: SamplingSettings
 ) -> Float[Array, " B"] | None:
     """How far below the maximum [logits, before temperature] an entry may lie and be kept; None if every entry is."""
     reach = None
-    if settings.min_p is not None and settings.min_p > 0:
-        reach = jnp.full_like(maximum, -settings.temperature * math.log(settings.min_p))
+    if settings.top_k is not None and settings.top_k < vocabulary:
+        reach = _top_k_reach(blocks, maximum, settings.top_k)
     if settings.top_p is not None and settings.top_p < 1:
-        nucleus = _nucleus_reach(blocks, maximum, settings)
-        reach = nucleus if reach is None else jnp.minimum(reach, nucleus)
+        reach = _nucleus_reach(blocks, maximum, reach, settings)
+    if settings.min_p is not None and settings.min_p > 0:
+        furthest = jnp.full_like(maximum, -settings.temperature * math.log(settings.min_p))
+        reach = furthest if reach is None else jnp.minimum(reach, furthest)
     return reach
 
 
+def _top_k_reach(blocks: Float[Array, "blocks size B"], maximum: Float[Array, " B"], top_k: int) -> Float[Array, " B"]:
+    """Distance of the entry number top_k from the maximum: the smallest reach that keeps at least so many entries."""
+
+    def enough(reach: Float[Array, " B"]) -> Bool[Array, " B"]:
+        return jnp.sum(maximum - blocks <= reach, axis=(0, 1)) >= top_k
+
+    # Where fewer entries are possible the end is infinity, which keeps the impossible ones too, with weight 0.
+    return _smallest(enough, jnp.full_like(maximum, jnp.inf))
+
+
 def _nucleus_reach(
-    blocks: Float[Array, "blocks size B"], maximum: Float[Array, " B"], settings: SamplingSettings
+    blocks: Float[Array, "blocks size B"],
+    maximum: Float[Array, " B"],
+    within: Float[Array, " B"] | None,
+    settings: SamplingSettings,
 ) -> Float[Array, " B"]:
-    """Smallest reach whose kept mass is at least top_p, to the last bit.
+    """Smallest reach whose kept mass is at least top_p of the mass `within` a reach, or of all, to the last bit."""
+    assert settings.top_p is not None
+    wanted = settings.top_p * jnp.sum(_weights(blocks, maximum, within, settings), axis=(0, 1))
+    # Beyond this distance exp underflows to 0, so nothing further away can be needed.
+    furthest = settings.temperature * -math.log(jnp.finfo(blocks.dtype).smallest_subnormal)
+
+    def enough(reach: Float[Array, " B"]) -> Bool[Array, " B"]:
+        return jnp.sum(_weights(blocks, maximum, reach, settings), axis=(0, 1)) >= wanted
+
+    # An end that is `within` at most has the mass that was wanted a part of.
+    end = jnp.full_like(maximum, furthest)
+    return _smallest(enough, end if within is None else jnp.minimum(end, within))
+
+
+def _smallest(enough: Callable[[Float[Array, " B"]], Bool[Array, " B"]], end: Float[Array, " B"]) -> Float[Array, " B"]:
+    """The smallest float in [0, end] of each column that is enough; `enough` never turns false as a float grows.
 
     The bits of non-negative floats, read as integers, are ordered as the floats are, so halving an interval of integers
     visits floats of every scale and ends on neighbouring ones after as many steps as the interval has bits.
     """
-    integer = {4: jnp.int32, 8: jnp.int64}[blocks.dtype.itemsize]
-    assert settings.top_p is not None
-    wanted = settings.top_p * jnp.sum(_weights(blocks, maximum, None, settings), axis=(0, 1))
-    # Beyond this distance exp underflows to 0, so nothing further away can be needed.
-    furthest = settings.temperature * -math.log(jnp.finfo(blocks.dtype).smallest_subnormal)
-    high = jnp.full(maximum.shape, furthest, blocks.dtype).view(integer)
+    integer = {4: jnp.int32, 8: jnp.int64}[end.dtype.itemsize]
+    high = end.view(integer)
 
     def halve(_, bounds):
         low, high = bounds
         middle = low + (high - low) // 2
-        reach = middle.view(blocks.dtype)
-        enough = jnp.sum(_weights(blocks, maximum, reach, settings), axis=(0, 1)) >= wanted
-        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+        found = enough(middle.view(end.dtype))
+        return jnp.where(found, low, middle + 1), jnp.where(found, middle, high)
 
-    steps = 8 * blocks.dtype.itemsize
-    _, high = jax.lax.fori_loop(0, steps, halve, (jnp.zeros_like(high), high))
-    return high.view(blocks.dtype)
+    _, high = jax.lax.fori_loop(0, 8 * end.dtype.itemsize, halve, (jnp.zeros_like(high), high))
+    return high.view(end.dtype)
 
 
 def _invert(weights: Float[Array, "M B"], uniform: Float[Array, " B"]) -> Int[Array, " B"]:

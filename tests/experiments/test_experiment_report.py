@@ -19,6 +19,7 @@ from experiments.figures import smooth
 from experiments.records import read
 from experiments.report import write_report
 from experiments.run_folder import find_run
+from experiments.siblings import alone
 from experiments.words import duration
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -163,8 +164,9 @@ def test_compare_shows_what_differs(synthetic, capsys) -> None:
 
 def test_compared_rows(synthetic) -> None:
     one, two = (read(find_run(name, synthetic)) for name in ("one", "two"))
-    assert differing_settings(one, two) == [("seed", "0", "1")]
-    numbers = {label: values for label, *values in compared_numbers(one, two)}
+    pair = alone([one, two])
+    assert differing_settings(pair) == [("seed", "0", "1")]
+    numbers = {label: values for label, *values in compared_numbers(pair)}
     assert numbers["gain"] == ["+35.0 points  [+25.0 to +44.0]", "not complete"]
     assert numbers["claim met"][0] == "yes"
 

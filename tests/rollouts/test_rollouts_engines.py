@@ -164,6 +164,7 @@ def test_a_rollout_has_random_numbers_of_its_own(llama: LlamaCppEngine) -> None:
         SamplingSettings(temperature=0.7),
         SamplingSettings(temperature=1.3, top_p=0.8),
         SamplingSettings(temperature=0.9, top_p=0.9, min_p=0.1),
+        SamplingSettings(temperature=1.2, top_k=9, top_p=0.7),
         SamplingSettings(temperature=0.0),
     ],
 )
@@ -182,6 +183,8 @@ def test_tempered_and_truncated_log_probs_are_those_of_the_sampler(sampling, lla
         assert (rollout.log_prob_behaviour == 0).all()
         return
     p = np.exp(logits / sampling.temperature)
+    if sampling.top_k is not None:
+        p = np.where(p >= np.sort(p, axis=-1)[..., -sampling.top_k, None], p, 0)
     p /= p.sum(axis=-1, keepdims=True)
     keep = p >= (sampling.min_p or 0) * p.max(axis=-1, keepdims=True)
     if sampling.top_p is not None:

@@ -16,6 +16,8 @@ SETTINGS = [
     SamplingSettings(temperature=1.5, min_p=0.1),
     SamplingSettings(top_p=0.8),
     SamplingSettings(temperature=0.7, top_p=0.9, min_p=0.02),
+    SamplingSettings(top_k=5),
+    SamplingSettings(temperature=1.3, top_k=6, top_p=0.8, min_p=0.05),
 ]
 VOCABULARIES = [7, 128, 300, 1000]
 
@@ -26,6 +28,10 @@ def plain_log_probs(logits: np.ndarray, settings: SamplingSettings) -> np.ndarra
     p = np.exp(scaled - scaled.max())
     p /= p.sum()
     keep = np.ones(p.shape, bool)
+    if settings.top_k is not None:
+        p = np.where(p >= np.sort(p)[-min(settings.top_k, p.size)], p, 0)
+        p /= p.sum()
+        keep &= p > 0
     if settings.min_p is not None:
         keep &= p >= settings.min_p * p.max()
     if settings.top_p is not None:
@@ -114,7 +120,55 @@ def test_ties_at_the_edge_of_the_nucleus_are_all_kept():
     np.testing.assert_allclose(log_prob, np.log([0.4, 0.2, 0.2, 0.2])[tokens], atol=1e-6)
 
 
-@pytest.mark.parametrize("settings", [SamplingSettings(top_p=1e-6), SamplingSettings(min_p=1.0)], ids=str)
+def law(logits, settings, draws=400):
+    """Probabilities by token id of those that are ever drawn, each as it was recorded."""
+    rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (draws, len(logits)))
+    tokens, log_prob = draw(rows, uniform_grid(draws), settings)
+    return {int(token): round(float(np.exp(value)), 5) for token, value in zip(tokens, log_prob, strict=True)}
+
+
+def test_ties_with_the_last_of_top_k_are_all_kept():
+    logits = np.log([0.1, 0.4, 0.2, 0.2, 0.1])
+    assert law(logits, SamplingSettings(top_k=1)) == {1: 1.0}
+    assert (
+        law(logits, SamplingSettings(top_k=2)) == law(logits, SamplingSettings(top_k=3)) == {1: 0.5, 2: 0.25, 3: 0.25}
+    )
+    assert law(logits, SamplingSettings(top_k=4)) == law(logits, SamplingSettings())
+
+
+def test_the_nucleus_is_that_of_the_renormalised_top_k():
+    logits = np.log([0.4, 0.3, 0.2, 0.1])
+    # Of the whole softmax 0.55 takes two tokens; of 4/7 and 3/7, what top_k = 2 leaves, one.
+    assert law(logits, SamplingSettings(top_p=0.55)) == {0: 0.57143, 1: 0.42857}
+    assert law(logits, SamplingSettings(top_k=2, top_p=0.55)) == {0: 1.0}
+    assert law(logits, SamplingSettings(top_k=2, min_p=0.5)) == {0: 0.57143, 1: 0.42857}
+    assert law(logits, SamplingSettings(top_k=3, min_p=0.6)) == {0: 0.57143, 1: 0.42857}
+
+
+def test_a_top_k_of_the_whole_vocabulary_is_none():
+    logits = jax.random.normal(jax.random.key(0), (64, 300)).at[:, 5].set(-jnp.inf)
+    whole = draw(logits, uniform_grid(64), SamplingSettings(temperature=0.7))
+    for top_k in (300, 301, 10**9, 299):  # of 299 possible tokens
+        for found, expected in zip(
+            draw(logits, uniform_grid(64), SamplingSettings(temperature=0.7, top_k=top_k)), whole, strict=True
+        ):
+            np.testing.assert_array_equal(found, expected)
+    few = jnp.where(jnp.arange(300) % 100 == 7, 0.0, -jnp.inf)  # three possible tokens, of which top_k wants ten
+    tokens, log_prob = draw(jnp.broadcast_to(few, (64, 300)), uniform_grid(64), SamplingSettings(top_k=10, top_p=0.99))
+    assert set(np.asarray(tokens)) == {7, 107, 207}
+    np.testing.assert_allclose(log_prob, -np.log(3), rtol=1e-6)
+
+
+def test_what_counts_as_truncated():
+    for settings in (SamplingSettings(), SamplingSettings(temperature=0.5, top_p=1.0, min_p=0.0)):
+        assert not settings.truncated
+    for settings in (SamplingSettings(top_k=3), SamplingSettings(top_p=0.9), SamplingSettings(min_p=0.1)):
+        assert settings.truncated
+
+
+@pytest.mark.parametrize(
+    "settings", [SamplingSettings(top_p=1e-6), SamplingSettings(min_p=1.0), SamplingSettings(top_k=1)], ids=str
+)
 def test_the_tightest_truncation_is_greedy(settings):
     logits = jax.random.normal(jax.random.key(0), (16, 300))
     tokens, log_prob = draw(logits, uniform_grid(16), settings)
@@ -165,6 +219,9 @@ def test_keys_are_folded_per_step_prompt_and_sample():
         ("top_p", 1.1),
         ("min_p", -0.1),
         ("min_p", 2.0),
+        ("top_k", 0),
+        ("top_k", 2.5),
+        ("top_k", True),
     ],
 )
 def test_impossible_settings_are_refused_by_name(field, value):
@@ -175,3 +232,5 @@ def test_impossible_settings_are_refused_by_name(field, value):
 def test_greedy_takes_no_truncation():
     with pytest.raises(ValueError, match="temperature 0 is greedy"):
         SamplingSettings(temperature=0, top_p=0.9)
+    with pytest.raises(ValueError, match="top_k, top_p and min_p must be None"):
+        SamplingSettings(temperature=0, top_k=3)

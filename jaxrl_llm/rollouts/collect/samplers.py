@@ -80,7 +80,7 @@ def pruned_with_policy(sampling: SamplingSettings, log_min_p: float | None, name
     if sampling.truncated:
         raise ValueError(
             f"recipe {name!r} prunes to the safe set at log_min_p = {log_min_p}, and its sampler with "
-            f"it; top_p = {sampling.top_p} and min_p = {sampling.min_p} must be None."
+            f"it; top_k = {sampling.top_k}, top_p = {sampling.top_p} and min_p = {sampling.min_p} must be None."
         )
     return replace(sampling, min_p=math.exp(log_min_p))
 

@@ -265,12 +265,14 @@ class LlamaCppEngine(Stoppable):
     def _sample(self, job: Job) -> Response:
         prompt, sampling, width = list(job.prompt), self.settings.sampling, self.settings.max_new_tokens
         body: dict[str, Any] = {"prompt": prompt, "n_predict": width, "seed": job.seed}
-        whole = sampling.temperature == 1 and sampling.top_p is None and sampling.min_p is None
+        whole = sampling.temperature == 1 and not sampling.truncated
         if sampling.greedy:
             body |= {"samplers": ["top_k"], "top_k": 1}
         elif not whole:
-            # In this order both sets are judged on the whole softmax, as `sampling` defines them.
-            named = {"temperature": sampling.temperature, "top_p": sampling.top_p, "min_p": sampling.min_p}
+            # In the order of `sampling`. Of entries that tie with the last of top_k, llama.cpp keeps some only; what it
+            # reports are the probabilities of the entries that it kept.
+            named = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+            named["min_p"] = sampling.min_p
             given = {name: value for name, value in named.items() if value is not None}
             body |= {"samplers": list(given), "post_sampling_probs": True, **given}
         answer = self._complete(body)

@@ -105,10 +105,10 @@ class OpenAIEngine(Stoppable):
         if scoring not in ("echo", "forced"):
             raise ValueError(f"scoring is {scoring!r}; expected 'echo' or 'forced'.")
         sampling = settings.sampling
-        if sampling.temperature != 1 or sampling.top_p is not None or sampling.min_p is not None:
+        if sampling.temperature != 1 or sampling.truncated:
             raise ValueError(
                 f"sampling is {sampling}; a completions server reports log-probs before temperature and truncation, so "
-                "that those of the sampler are known at temperature 1 without truncation only."
+                "that those of the sampler are known at temperature 1 without top_k, top_p and min_p only."
             )
         self.settings, self.model, self.vocab_size = settings, model, vocab_size
         self._url, self._scoring, self._reload, self._timeout = base_url.rstrip("/"), scoring, reload, timeout

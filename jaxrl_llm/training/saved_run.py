@@ -1,0 +1,265 @@
+"""The model of a run, from its folder alone: `load_run(folder).model` has the weights of a checkpoint.
+
+A checkpoint holds the parameters that learn; the others follow from how the model was made before training, which
+`model.json` says: from which weights or which seed, and which parameters learn.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from collections.abc import Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from jaxrl_llm.models.config import RopeScaling
+from jaxrl_llm.models.config import TransformerConfig
+from jaxrl_llm.models.files import read_json
+from jaxrl_llm.models.files import whole_file
+from jaxrl_llm.models.files import write_json
+from jaxrl_llm.models.lora import LoraSettings
+from jaxrl_llm.models.pretrained import load_pretrained
+from jaxrl_llm.models.pretrained import smollm2_135m
+from jaxrl_llm.models.tokenizers import ByteTokenizer
+from jaxrl_llm.models.tokenizers import Tokenizer
+from jaxrl_llm.models.trainable import Trainable
+from jaxrl_llm.models.trainable import combine
+from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.training.run.errors import StorageError
+from jaxrl_llm.training.run.state import state_hash
+from jaxrl_llm.training.text.policy import split_policy
+
+FILE = "model.json"
+FORMAT = 1
+"""Version of the file; another one is not read."""
+SMOLLM2 = "smollm2_135m"
+BYTES, OWN = "bytes", "folder"
+"""Tokenizers of models without a source: `ByteTokenizer()`, or what lies in the run's folder `tokenizer`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedRun:
+    """The policy of a run after some of its steps.
+
+    Attributes:
+        model: with the trained weights; adapters are still beside the matrices (`models.merge_lora` adds them in).
+        tokenizer: of the model.
+        settings: of the run: those of its config.json where there is one, else those of the checkpoint.
+        step: rollout batches taken; 0 is the model before training.
+    """
+
+    model: Transformer
+    tokenizer: Tokenizer
+    settings: dict[str, Any]
+    step: int
+
+
+def write_model(
+    folder: str | Path,
+    model: Transformer,
+    trainable: Trainable,
+    tokenizer: Tokenizer,
+    *,
+    source: str | None,
+    seed: int = 0,
+) -> Path:
+    """Write `model.json`: how to make this model again, before training takes its parameters over.
+
+    Args:
+        folder: of the run; made if it is not there.
+        model: before training, prepared by `trainable`.
+        trainable: which parameters learn, those that checkpoints hold.
+        tokenizer: of the model; that of a source is read from there again.
+        source: "smollm2_135m", the path of a Hugging Face folder or GGUF file, or None for
+            `Transformer(model.config, rngs=nnx.Rngs(seed))`.
+        seed: of the random weights; not looked at where there is a source.
+
+    Returns:
+        the file.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    named = source if source in (None, SMOLLM2) else str(Path(source).absolute())
+    own = type(tokenizer) is not ByteTokenizer or tokenizer.vocab_size != ByteTokenizer().vocab_size
+    content = {
+        "format": FORMAT,
+        "source": named,
+        "seed": seed,
+        "config": dataclasses.asdict(model.config),
+        "param_dtype": model.numerics.param_dtype.name,
+        "compute_dtype": model.numerics.compute_dtype.name,
+        "tokenizer": None if source is not None else OWN if own else BYTES,
+        "trainable": dataclasses.asdict(trainable),
+        "frozen_sha256": state_hash(split_policy(model, trainable)[2]),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if content["tokenizer"] == OWN:
+            (folder / "tokenizer").mkdir(exist_ok=True)
+            tokenizer.save(folder / "tokenizer")
+        with whole_file(folder / FILE, size=len(json.dumps(content))) as draft:
+            write_json(draft, content)
+    except OSError as error:
+        raise StorageError(f"Cannot write {folder / FILE}: {error.strerror or error}.") from error
+    return folder / FILE
+
+
+def load_run(run: str | Path, *, step: int | None = None) -> SavedRun:
+    """The model that a run trained, with its tokenizer and settings; nothing in the folder is changed.
+
+    Args:
+        run: its folder.
+        step: of which checkpoint; None is the newest one, 0 the model before training, which needs no checkpoint.
+
+    Raises:
+        StorageError: the folder is no run, has no such checkpoint, or something in it is missing or damaged; or the
+            weights that training started from are not the same any more.
+    """
+    folder = Path(run)
+    content = _described(folder)
+    with _checkpoints(folder) as found:
+        step = _chosen(folder, found, step)
+        with _sentences(f"The model before training of {folder}, as {folder / FILE} describes it, cannot be made"):
+            model, tokenizer = _before_training(folder, content)
+            trainable = _trainable(content["trainable"])
+            model = trainable.prepare(model, rngs=nnx.Rngs(0))
+            policy, params, frozen = split_policy(model, trainable)
+        if state_hash(frozen) != content["frozen_sha256"]:
+            raise StorageError(
+                f"The parameters that run {folder} did not train differ from those it started from "
+                f"({content['source'] or 'random weights'}): the weights there were changed, or random numbers are "
+                "others on this machine."
+            )
+        settings = _settings(folder, step)
+        if step and found is not None:
+            params = _restored(found, folder / "checkpoints" / str(step), step, params)
+    return SavedRun(nnx.merge(policy.graphdef, combine(params, frozen)), tokenizer, settings, step)
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise StorageError(f"{folder} is not a folder; expected that of a run.")
+    try:
+        content = read_json(folder / FILE)
+    except FileNotFoundError as error:
+        raise StorageError(
+            f"{folder} has no {FILE}; it is not the folder of a run that trains, or of one from before runs wrote one."
+        ) from error
+    except (ValueError, OSError) as error:
+        raise StorageError(f"Cannot read how the model was made: {error}") from error
+    if content.get("format") != FORMAT:
+        raise StorageError(f"{folder / FILE} has the format {content.get('format')!r}; this version reads {FORMAT}.")
+    lacking = {"source", "seed", "config", "tokenizer", "trainable", "frozen_sha256"} - set(content)
+    if lacking:
+        raise StorageError(f"{folder / FILE} lacks {', '.join(sorted(lacking))}; it is damaged.")
+    return content
+
+
+@contextmanager
+def _sentences(what: str) -> Iterator[None]:
+    """Failures of what a file describes as one sentence."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except (ValueError, TypeError, KeyError, OSError, ModuleNotFoundError) as error:
+        raise StorageError(f"{what}: {error}") from error
+
+
+def _before_training(folder: Path, content: Mapping[str, Any]) -> tuple[Transformer, Tokenizer]:
+    source = content["source"]
+    param_dtype, compute_dtype = (jnp.dtype(content[name]) for name in ("param_dtype", "compute_dtype"))
+    if source is not None:
+        if source == SMOLLM2:
+            return smollm2_135m(dtype=param_dtype, compute_dtype=compute_dtype)
+        return load_pretrained(source, dtype=param_dtype, compute_dtype=compute_dtype)
+    fields = dict(content["config"])
+    scaling = fields.pop("rope_scaling", None)
+    config = TransformerConfig(**fields, rope_scaling=None if scaling is None else RopeScaling(**scaling))
+    rngs = nnx.Rngs(content["seed"])
+    model = Transformer(config, rngs=rngs, param_dtype=param_dtype, compute_dtype=compute_dtype)
+    own = content["tokenizer"] == OWN
+    return model, Tokenizer.from_folder(folder / "tokenizer") if own else ByteTokenizer()
+
+
+def _trainable(fields: Mapping[str, Any]) -> Trainable:
+    adapters = fields["adapters"]
+    if adapters is not None:
+        adapters = LoraSettings(**{**adapters, "projections": tuple(adapters["projections"])})
+    return Trainable(top=fields["top"], adapters=adapters)
+
+
+@contextmanager
+def _checkpoints(folder: Path) -> Iterator[ocp.CheckpointManager | None]:
+    """The checkpoints of a run, opened for reading; None where there is no folder of them."""
+    place = (folder / "checkpoints").absolute()
+    if not place.is_dir():
+        yield None
+        return
+    handlers = {"state": ocp.PyTreeCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()}
+    # Nothing is made, kept or cleaned up: another process may be writing there.
+    options = ocp.CheckpointManagerOptions(create=False, cleanup_tmp_directories=False)
+    manager = ocp.CheckpointManager(place, options=options, item_handlers=handlers)
+    try:
+        yield manager
+    finally:
+        manager.close()
+
+
+def _chosen(folder: Path, found: ocp.CheckpointManager | None, step: int | None) -> int:
+    steps = [] if found is None else sorted(found.all_steps())
+    if step == 0 or (step is not None and step in steps):
+        return step
+    if not steps:
+        raise StorageError(f"{folder} has no complete checkpoint yet; step=0 is the model before training.")
+    if step is None:
+        return steps[-1]
+    raise StorageError(
+        f"{folder} has no checkpoint of step {step}; there are those of {', '.join(map(str, steps))} "
+        "(keep_checkpoints says how many are kept), and step 0, the model before training."
+    )
+
+
+def _settings(folder: Path, step: int) -> dict[str, Any]:
+    with _sentences(f"The settings of {folder} cannot be read"):
+        if (folder / "config.json").exists():
+            return dict(read_json(folder / "config.json")["settings"])
+        return dict(read_json(folder / "checkpoints" / str(step) / "progress" / "metadata")["settings"]) if step else {}
+
+
+def _restored(found: ocp.CheckpointManager, place: Path, step: int, params: nnx.State) -> nnx.State:
+    """The trained parameters of a checkpoint, laid out like `params`; the optimiser's state stays on the disk."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+    wanted = {
+        f"params.{jax.tree_util.keystr(path, simple=True, separator='.')}": jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=leaf.sharding
+        )
+        for path, leaf in leaves
+    }
+    try:
+        saved = dict(found.item_metadata(step)["state"])
+        differing = [name for name in wanted if name not in saved or tuple(saved[name].shape) != wanted[name].shape]
+        differing += [name for name in saved if name.startswith("params.") and name not in wanted]
+        if differing:
+            raise StorageError(
+                f"Checkpoint {place} holds other arrays than the model of {FILE}; the first is {differing[0]}."
+            )
+        how = ocp.checkpoint_utils.construct_restore_args(wanted)
+        items = ocp.args.PyTreeRestore(wanted, restore_args=how, partial_restore=True)
+        arrays = found.restore(step, args=ocp.args.Composite(state=items))["state"]
+    except StorageError:
+        raise
+    except Exception as error:
+        # Orbax and TensorStore report missing and damaged files under several exception types.
+        reason = str(error).strip().splitlines()
+        raise StorageError(
+            f"Checkpoint {place} cannot be read ({reason[0] if reason else type(error).__name__})."
+        ) from error
+    return jax.tree.unflatten(structure, [arrays[name] for name in wanted])
