@@ -5,6 +5,7 @@ from typing import Any
 
 import matplotlib
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from experiments import metric_names as names
@@ -67,16 +68,17 @@ def compare_runs(
     page = render("compare.html.j2", {"labels": labels, "settings": settings, "numbers": numbers, "pictures": pictures})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, encoding="utf-8")
+        path.write_text(page, encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"Cannot write {path}: {error.strerror}.") from error
     return str(path)
 
 
 def _table(title: str, labels: tuple[str, str], rows: list[tuple[str, str, str]]) -> Table:
-    table = Table("", *labels, title=title, title_justify="left")
+    # Names and settings are a user's, not markup.
+    table = Table("", *(escape(words.one_line(label)) for label in labels), title=title, title_justify="left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(escape(words.one_line(cell)) for cell in row))
     return table
 
 

@@ -83,7 +83,7 @@ def find_task(text: str) -> Task:
 def _own_task(text: str) -> Task:
     """A task, the one that a class or another function without arguments makes, or an error."""
     found = load_object(text, "task", task_names())
-    made = found
+    made: Any = found
     if isinstance(found, type) or (not isinstance(found, Task) and callable(found)):
         try:
             made = found()
@@ -92,7 +92,9 @@ def _own_task(text: str) -> Task:
     missing = [member for member in MEMBERS if not hasattr(made, member)]
     if missing:
         seen = type(made).__name__
-        raise UserError(f"The task {text!r} is a {seen} without {', '.join(missing)}; it needs {', '.join(MEMBERS)}.")
+        raise UserError(
+            f"The task {text!r} is of type {seen}, without {', '.join(missing)}; it needs {', '.join(MEMBERS)}."
+        )
     return made
 
 

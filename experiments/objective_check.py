@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
 from experiments.named import own_words
@@ -32,12 +33,9 @@ def examine(text: str, objective: Callable[..., Any]) -> dict[str, Any]:
             no gradient.
     """
     try:
-        report = examine_objective(objective)
-        if "compiles" in report.failed:
-            raise UserError(f"The objective {text!r} cannot be used. {report.findings[0].sentence}")
         outcome = Runner(objective)(example_batch())
-    except UserError:
-        raise
+    except jax.errors.JAXTypeError as error:
+        raise UserError(f"The objective {text!r} cannot be compiled: {own_words(error)}.") from error
     except Exception as error:
         raise UserError(f"The objective {text!r} fails on a small batch: {own_words(error)}.") from error
     if not np.isfinite(outcome.value):
@@ -49,6 +47,7 @@ def examine(text: str, objective: Callable[..., Any]) -> dict[str, Any]:
             f"The gradient of objective {text!r} is 0 for every logit of an ordinary batch, so nothing would be "
             "learned; it must depend on log_prob, entropy, kl_t or kl_ref_t."
         )
+    report = examine_objective(objective)
     return {
         "objective": text,
         "findings": [finding._asdict() for finding in report.findings],

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from experiments.fields import leaves
@@ -63,7 +62,7 @@ PLURAL = Range(2, 1_000_000)
 SPREAD = Range(0, 1000)
 """Standard deviations of noise and of priors."""
 
-Ranges = Mapping[str, Range]
+Ranges = dict[str, Range]
 
 
 class RangeError(UserError, ValueError):

@@ -17,6 +17,7 @@ from experiments.arguments import with_values
 from experiments.bounds_report import bounds_section
 from experiments.evaluation import summarise
 from experiments.figures import draw_all
+from experiments.objective_check import objective_section
 from experiments.records import Record
 from experiments.registry import get_experiment
 from experiments.run_folder import RunFolder
@@ -45,7 +46,8 @@ def write_report(run: RunFolder) -> str:
     try:
         for picture in pictures:
             style.save(picture, run.figures)
-        run.report.write_text(page, encoding="utf-8")
+        # Half a surrogate pair, as byte tokenizers make it, is no text in UTF-8.
+        run.report.write_text(page, encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"Cannot write {run.report}: {error.strerror}.") from error
     return RunFolder(run.path).shown + "/report.html"
@@ -81,6 +83,7 @@ def report_context(record: Record, pictures: Mapping[str, Picture]) -> dict[str,
         "learning": [chosen[name] for name in ("reward", "length", "entropy", "shift") if name in chosen],
         "bounds": bounds_section(record, [chosen[name] for name in ("bounds", "acceptance") if name in chosen]),
         "samples": samples_section(record),
+        "objective": objective_section(record.run),
         "cost": [chosen[name] for name in ("time",) if name in chosen],
         "counts": counts(record),
         **_frame(record),
@@ -247,7 +250,8 @@ def _spread(rows: list[Any], count: int) -> list[Any]:
 
 
 def _sample_row(answer: Mapping[str, Any]) -> dict[str, Any]:
-    row: dict[str, Any] = {"question": answer["prompt"].splitlines()[-1], "answer": answer["answer"]}
+    question = next(iter(answer["prompt"].splitlines()[-1:]), "") or "(empty)"
+    row: dict[str, Any] = {"question": question, "answer": answer["answer"]}
     for when in ("before", "after"):
         if when in answer:
             right = answer[when]["lenient"]

@@ -262,6 +262,7 @@ def open_doors(experiment: Experiment, settings: RunSettings) -> Doors:
     """
     experiment.check(settings)
     settings.check_mesh()
+    settings.check_schedule()
     objective, signal = settings.get_objective(), settings.get_signal()
     known = {field.name for field in dataclasses.fields(Parts)}
     for name, given in (("objective", objective), ("signal", signal)):

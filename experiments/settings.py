@@ -34,6 +34,7 @@ from jaxrl_llm.objectives.recipes import CHOICES
 from jaxrl_llm.rollouts.perturb import Perturbation
 from jaxrl_llm.rollouts.perturb import perturbation
 from jaxrl_llm.training import TrainSettings
+from jaxrl_llm.training.optimizer import learning_rate_schedule
 
 
 def _recipe_settings() -> type:
@@ -175,6 +176,17 @@ class RunSettings:
             raise UserError(
                 f"Field --mesh is {self.mesh!r}; it must be of the form data=2,fsdp=1,tensor=1, each axis at most once."
             )
+
+    def check_schedule(self) -> None:
+        """Refuse a warm-up that is as long as the run.
+
+        Raises:
+            UserError: it is.
+        """
+        try:
+            learning_rate_schedule(self.train.optimizer, self.train.optimizer_steps)
+        except ValueError as error:
+            raise UserError(f"Field --warmup-steps: {error}") from error
 
     def get_layout(self, config: TransformerConfig) -> dict[str, Any]:
         """Fields of `Parts` that say where and in which numbers the model computes; None where it is as always.
