@@ -13,7 +13,6 @@ from experiments.fields import NAMED
 from experiments.fields import attribute_sentences
 from experiments.fields import flat_values
 from experiments.ranges import NOT_NEGATIVE
-from experiments.ranges import POSITIVE
 from experiments.ranges import RATE
 from experiments.ranges import SEED
 from experiments.ranges import SHARE
@@ -240,18 +239,8 @@ RUN_RANGES: Ranges = {
     "stop_after_skipped": SIZE,
     "bounds_every": Range(0, 1_000_000),
     "score_rows": Range(0, 1_000_000),
-    "recipe_settings.clip_low": NOT_NEGATIVE,
-    "recipe_settings.clip_high": NOT_NEGATIVE,
-    "recipe_settings.dual_clip": Range(1, 1e30, above=True),
-    "recipe_settings.correction_low": NOT_NEGATIVE,
-    "recipe_settings.correction_high": POSITIVE,
-    "recipe_settings.mask_maximum": POSITIVE,
-    "recipe_settings.mask_average": POSITIVE,
-    "recipe_settings.kl_coefficient": NOT_NEGATIVE,
-    "recipe_settings.length_normaliser": POSITIVE,
-    "recipe_settings.log_min_p": Range(-1e30, 0),
 }
-"""What the fields of `RunSettings` may be, by name; those of a recipe that are not here must be finite."""
+"""What the fields of `RunSettings` may be, by name. Those of a recipe must be finite here; the rest says the recipe."""
 
 STRENGTHS: Ranges = {
     "gaussian_noise": SPREAD,

@@ -63,7 +63,7 @@ def test_seeds_are_sibling_runs_that_go_on_together(finished_runs, tmp_path, cap
         (["--layers", "200", "--width", "4096"], "million parameters; from_scratch takes at most 500"),
         (["--schedule", "linear", "--warmup-steps", "1000000"], "Field --warmup-steps: warmup_steps is 1000000"),
         (["--mesh", "data=2,data=2"], "each axis at most once"),
-        (["--recipe-settings.mask-maximum", "nan"], "--recipe-settings.mask-maximum is nan; it must be above 0"),
+        (["--recipe-settings.mask-maximum", "nan"], "--recipe-settings.mask-maximum is nan; it must be at least"),
         (["--learning-rate", "inf"], "--learning-rate is inf"),
     ],
 )
