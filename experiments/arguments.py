@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,10 +10,18 @@ from typing import Any
 
 import tyro
 
+from experiments.fields import for_tyro
+from experiments.fields import from_tyro
+from experiments.fields import leaves
+from experiments.fields import with_values as with_values
+from experiments.groups import find_group
+from experiments.ranges import SEED
+from experiments.ranges import check_number
+from experiments.ranges import check_ranges
 from experiments.registry import Experiment
 from experiments.run_folder import UserError
 from experiments.run_folder import find_run
-from experiments.run_folder import read_json
+from experiments.run_folder import read_config
 
 if TYPE_CHECKING:
     from experiments.study import Study
@@ -34,6 +42,7 @@ class RunArguments:
         allow_changed_config: go on although settings differ from those the run was started with.
         runs_folder: where the folders of runs are made.
         wandb: also send the numbers to this Weights & Biases project (pip install 'jaxrl_llm[wandb]').
+        dry_run: check and print the settings, and stop before anything is computed or written.
     """
 
     settings: Any
@@ -43,15 +52,29 @@ class RunArguments:
     allow_changed_config: bool = False
     runs_folder: Path = RUNS
     wandb: str | None = None
+    dry_run: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainArguments(RunArguments):
+    """The same, of an experiment that trains.
+
+    Attributes:
+        seeds: make a run for each of these seeds, instead of one with --seed; --resume goes on with those that are
+            not complete.
+    """
+
+    seeds: tuple[int, ...] = ()
+
+
+def start_arguments(experiment: "Experiment | Study", settings: Any) -> RunArguments:
+    """The arguments of an experiment before anything is said on the command line."""
+    return (TrainArguments if isinstance(experiment, Experiment) else RunArguments)(settings=settings)
 
 
 def field_names(settings: Any) -> list[str]:
     """Fields of a dataclass, those of nested ones included, as they are written on the command line."""
-    names = []
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        names += field_names(value) if dataclasses.is_dataclass(value) else [field.name.replace("_", "-")]
-    return names
+    return [leaf.shown for leaf in leaves(settings)]
 
 
 def reject_unknown_fields(words: Sequence[str], known: Sequence[str], what: str) -> None:
@@ -65,46 +88,40 @@ def reject_unknown_fields(words: Sequence[str], known: Sequence[str], what: str)
         name = word[2:].split("=", 1)[0].replace("_", "-")
         if not word.startswith("--") or name in allowed:
             continue
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-        hint = f"Did you mean --{near[0]}?" if near else f"The fields are {', '.join(known)}."
+        # The last part alone finds a field of a group that was written without the group.
+        last = {field.rpartition(".")[2]: field for field in reversed(known)}
+        near = difflib.get_close_matches(name, [*known, *last], n=1, cutoff=0.4)
+        hint = f"Did you mean --{last.get(near[0], near[0])}?" if near else f"The fields are {', '.join(known)}."
         raise UserError(f"{what} has no field --{name}. {hint}")
 
 
-def with_values(settings: Any, values: Mapping[str, Any]) -> Any:
-    """The settings with the values of a saved run, by name; what was not saved keeps its value."""
-    changes = {}
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if dataclasses.is_dataclass(value):
-            changes[field.name] = with_values(value, values)
-        elif field.name in values:
-            saved = values[field.name]
-            changes[field.name] = tuple(saved) if isinstance(saved, list) else saved
-    return dataclasses.replace(settings, **changes)
-
-
 def parse_run(experiment: "Experiment | Study", words: Sequence[str]) -> RunArguments:
-    """The arguments of `run NAME`.
+    """The arguments of `run NAME`, each number within its range.
 
     Raises:
-        UserError: an unknown field, or a run to resume that is not there.
+        UserError: an unknown field, a number outside its range, or a run to resume that is not there.
         SystemExit: after --help, and for a value that its field cannot have.
     """
     words = _with_newest_run(experiment, words)
-    start = RunArguments(settings=experiment.tiny if "--tiny" in words else experiment.settings)
+    start = start_arguments(experiment, experiment.tiny if "--tiny" in words else experiment.settings)
     reject_unknown_fields(words, field_names(start), f"Experiment {experiment.name}")
     arguments = _parse(experiment, words, start)
     if arguments.resume is None:
         return arguments
     # A run goes on with its own settings; what is said on the command line besides is a change.
-    saved = read_json(find_run(arguments.resume, arguments.runs_folder).config)
+    group = find_group(arguments.resume, arguments.runs_folder)
+    saved = group.config if group else read_config(find_run(arguments.resume, arguments.runs_folder))
     if saved["experiment"] != experiment.name:
         raise UserError(
             f"Run {arguments.resume} is of experiment {saved['experiment']}, not {experiment.name}; "
-            f"go on with: {PROGRAM} run {saved['experiment']} --resume {arguments.resume}"
+            f"go on with: {PROGRAM} run {saved['experiment']} --resume {shlex.quote(arguments.resume)}"
         )
-    settings = with_values(experiment.tiny if saved["tiny"] else experiment.settings, saved["settings"])
-    return _parse(experiment, words, RunArguments(settings=settings, tiny=saved["tiny"]))
+    try:
+        settings = with_values(experiment.tiny if saved["tiny"] else experiment.settings, saved["settings"])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"The settings of run {arguments.resume} cannot be used: {error}") from error
+    arguments = _parse(experiment, words, start_arguments(experiment, settings))
+    return dataclasses.replace(arguments, tiny=saved["tiny"])
 
 
 def _with_newest_run(experiment: "Experiment | Study", words: Sequence[str]) -> list[str]:
@@ -118,11 +135,29 @@ def _with_newest_run(experiment: "Experiment | Study", words: Sequence[str]) -> 
 
 
 def _parse(experiment: "Experiment | Study", words: Sequence[str], start: RunArguments) -> RunArguments:
-    return tyro.cli(
-        RunArguments,
+    told = for_tyro(start)
+    parsed = tyro.cli(
+        type(told),
         args=list(words),
-        default=start,
+        default=told,
         prog=f"{PROGRAM} run {experiment.name}",
         description=f"{experiment.claim}\n\nCost: {experiment.cost}",
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )
+    check_ranges(parsed.settings, experiment.ranges)
+    try:
+        arguments = from_tyro(start, parsed)
+    except ValueError as error:
+        raise UserError(f"The settings do not fit: {error}") from error
+    if isinstance(arguments, TrainArguments):
+        _check_seeds(arguments)
+    return arguments
+
+
+def _check_seeds(arguments: TrainArguments) -> None:
+    """Hold every seed to the range of a seed, each given once."""
+    for seed in arguments.seeds:
+        check_number("seeds", seed, SEED)
+    repeated = sorted({seed for seed in arguments.seeds if arguments.seeds.count(seed) > 1})
+    if repeated:
+        raise UserError(f"Field --seeds has {repeated[0]} more than once; every seed is a run of its own.")

@@ -9,19 +9,24 @@ from pathlib import Path
 
 import tyro
 
+from experiments import listing
 from experiments import run_folder
 from experiments.arguments import PROGRAM
 from experiments.arguments import RUNS
 from experiments.arguments import parse_run
 from experiments.arguments import reject_unknown_fields
+from experiments.groups import find_runs
+from experiments.output import guarded_output
 from experiments.registry import NAMES
 from experiments.registry import get_experiment
 from experiments.run_folder import UserError
 
 USAGE = f"""Experiments: each trains a model by reinforcement learning and writes a folder with a report.
 
-  {PROGRAM} list                                 what experiments and runs there are
+  {PROGRAM} list                                 what experiments, runs, recipes, tasks ... there are
   {PROGRAM} run NAME [--tiny] [--steps 20 ...]   run one; every setting is a field (see run NAME --help)
+  {PROGRAM} run NAME --seeds 0 1 2               the same with several seeds, a run for each
+  {PROGRAM} run NAME --dry-run [...]             check the settings and compute nothing
   {PROGRAM} run NAME --resume RUN                go on with a run that was stopped
   {PROGRAM} report RUN                           write report.html again, from the run's files alone
   {PROGRAM} show RUN [--step 20] [--row 3]       episodes: reward, advantage and KL divergence of each token
@@ -30,14 +35,15 @@ USAGE = f"""Experiments: each trains a model by reinforcement learning and write
   {PROGRAM} compare RUN RUN [RUN ...]            settings that differ, numbers and differences, compare.html
   {PROGRAM} results [RUN ...]                    keep the numbers of runs, and write the tables of the documents
 
-RUN is a folder, experiment/id, an id, or an experiment's name (its newest run)."""
+RUN is a folder, experiment/id, an id, or an experiment's name (its newest run); to compare, the runs of --seeds too."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 2 cannot be done, 130 interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _dispatch(words)
+        with guarded_output():
+            return _dispatch(words)
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         return 130
@@ -68,7 +74,7 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _run(words: list[str]) -> int:
-    from experiments.run import run_experiment
+    from experiments.run_seeds import run_all
 
     if not words or words[0].startswith("-"):
         if words and words[0] in ("-h", "--help"):
@@ -79,7 +85,7 @@ def _run(words: list[str]) -> int:
             return 0
         raise UserError(f"run needs the name of an experiment first: {', '.join(NAMES)}.")
     experiment = get_experiment(words[0])
-    return run_experiment(experiment, parse_run(experiment, words[1:]), command=[*PROGRAM.split(), "run", *words])
+    return run_all(experiment, parse_run(experiment, words[1:]), command=[*PROGRAM.split(), "run", *words])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +140,7 @@ class CompareArguments:
 
     runs: tyro.conf.Positional[tuple[str, ...]]
     """Two runs or more, the first of which the others are compared with: folders, experiment/id, ids, or names of
-    experiments (their newest runs)."""
+    experiments (their newest runs). The name of a group made by --seeds stands for all its runs."""
     output: Path | None = None
     """Where the page goes; compare.html in the last run's folder by default."""
     runs_folder: Path = RUNS
@@ -146,7 +152,9 @@ def _compare(words: list[str]) -> int:
 
     reject_unknown_fields(words, ["output", "runs-folder"], "compare")
     arguments = tyro.cli(CompareArguments, args=words, prog=f"{PROGRAM} compare")
-    runs = [run_folder.find_run(text, arguments.runs_folder) for text in arguments.runs]
+    runs = find_runs(arguments.runs, arguments.runs_folder)
+    if len(runs) < 2:
+        raise UserError(f"compare was given {len(runs)} run{'s' * (len(runs) != 1)}; it must be at least two.")
     print(f"page: {compare_runs(*runs, output=arguments.output)}")
     return 0
 
@@ -165,18 +173,18 @@ def _export(words: list[str]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class ListArguments:
-    """What experiments and runs there are."""
+    """What experiments and runs there are, and all that has a name on the command line."""
 
+    what: tyro.conf.Positional[str] = listing.OVERVIEW
+    """One of experiments, runs, recipes, signals, objectives, tasks, mismatches, engines; an overview by default."""
     runs_folder: Path = RUNS
     """Where runs are looked for."""
 
 
 def _list(words: list[str]) -> int:
-    from experiments.listing import print_experiments
-
     reject_unknown_fields(words, ["runs-folder"], "list")
     arguments = tyro.cli(ListArguments, args=words, prog=f"{PROGRAM} list")
-    print_experiments(arguments.runs_folder)
+    listing.print_list(arguments.what, arguments.runs_folder)
     return 0
 
 

@@ -13,6 +13,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from experiments import metric_names as names
@@ -97,7 +98,7 @@ def compare_runs(*runs: RunFolder, output: Path | None = None, console: Console 
     page = render("compare.html.j2", {**context, "differences": changes, "difference_head": DIFFERENCE})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, encoding="utf-8")
+        path.write_text(page, encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"Cannot write {path}: {error.strerror}.") from error
     return str(path)
@@ -108,9 +109,10 @@ DIFFERENCE = ("", "of", "difference", "verdict", "how")
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table("", *columns, title=title, title_justify="left")
+    # Names and settings are a user's, not markup.
+    table = Table("", *(escape(words.one_line(name)) for name in columns), title=title, title_justify="left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(escape(words.one_line(cell)) for cell in row))
     return table
 
 

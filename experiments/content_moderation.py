@@ -31,6 +31,12 @@ from experiments.bands import standard_error
 from experiments.moderation_agents import AGENTS
 from experiments.moderation_agents import Player
 from experiments.moderation_page import moderation_page
+from experiments.ranges import RATE
+from experiments.ranges import SEED
+from experiments.ranges import SHARE
+from experiments.ranges import Range
+from experiments.ranges import Ranges
+from experiments.ranges import check_ranges
 from experiments.registry import Expectation
 from experiments.study import Parts
 from experiments.study import Results
@@ -118,6 +124,28 @@ class ModerationSettings:
     rank: int = 4
     agents: tuple[str, ...] = tuple(AGENTS)
     seed: int = 0
+
+
+RANGES: Ranges = {
+    "texts": Range(1, 1_000_000),
+    "components": Range(1, 10_000),
+    # There are quarters of the rounds.
+    "rounds": Range(8, 1_000_000),
+    "seeds": Range(2, 10_000),
+    "index_dimension": Range(1, 1000),
+    "prior_scale": Range(0, 1000, above=True),
+    "noise_scale": Range(0, 1000, above=True),
+    "learning_rate": RATE,
+    "tuned_learning_rate": RATE,
+    "weight_decay": Range(0, 1000),
+    "batch": Range(1, 100_000),
+    "every": Range(1, 1_000_000),
+    "warm_rounds": Range(0, 1_000_000),
+    "epsilon": SHARE,
+    "tuned_layers": Range(1, 1000),
+    "rank": Range(1, 1000),
+    "seed": SEED,
+}
 
 
 class World(NamedTuple):
@@ -245,18 +273,7 @@ def parts(settings: ModerationSettings) -> Parts:
     Raises:
         ValueError: a setting is not possible.
     """
-    for name in ("texts", "components", "index_dimension", "batch", "every", "tuned_layers", "rank"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"Field --{name.replace('_', '-')} is {getattr(settings, name)}; it must be at least 1.")
-    if settings.seeds < 2:
-        raise ValueError(f"Field --seeds is {settings.seeds}; it must be at least 2, for an interval.")
-    if settings.rounds < 8:
-        raise ValueError(f"Field --rounds is {settings.rounds}; it must be at least 8, for there to be quarters.")
-    for name in ("prior_scale", "noise_scale", "learning_rate", "tuned_learning_rate"):
-        if not getattr(settings, name) > 0:
-            raise ValueError(f"Field --{name.replace('_', '-')} is {getattr(settings, name)}; it must be positive.")
-    if not 0 <= settings.epsilon <= 1:
-        raise ValueError(f"Field --epsilon is {settings.epsilon}; it must lie in [0, 1].")
+    check_ranges(settings, RANGES)
     unknown = sorted(set(settings.agents) - set(AGENTS))
     if unknown or not {"hypermodel", "greedy"} <= set(settings.agents):
         problem = f"has unknown {', '.join(unknown)}" if unknown else "must have hypermodel and greedy"
@@ -327,4 +344,5 @@ EXPERIMENT = Study(
     parts=parts,
     summarise=summarise,
     page=moderation_page,
+    ranges=RANGES,
 )

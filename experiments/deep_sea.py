@@ -25,6 +25,10 @@ import numpy as np
 from experiments.deep_sea_page import deep_sea_page
 from experiments.deep_sea_page import power
 from experiments.deep_sea_page import ratios
+from experiments.ranges import SEED
+from experiments.ranges import Range
+from experiments.ranges import Ranges
+from experiments.ranges import check_ranges
 from experiments.registry import Expectation
 from experiments.study import Parts
 from experiments.study import Results
@@ -68,6 +72,17 @@ class DeepSeaSettings:
     episodes_per_half_square: float = 4.0
     baseline_episodes: int = 10_000
     seed: int = 0
+
+
+RANGES: Ranges = {
+    "sizes": Range(2, 1000),
+    "baseline_sizes": Range(2, 1000),
+    "index_dimension": Range(1, 1000),
+    "seeds": Range(2, 10_000),
+    "episodes_per_half_square": Range(0, 1000, above=True),
+    "baseline_episodes": Range(1, 10_000_000),
+    "seed": SEED,
+}
 
 
 def episodes_to_solve(
@@ -134,12 +149,10 @@ def parts(settings: DeepSeaSettings) -> Parts:
     Raises:
         ValueError: a size is not possible.
     """
-    for field in ("sizes", "baseline_sizes"):
-        if not getattr(settings, field) or min(getattr(settings, field)) < 2:
-            name = field.replace("_", "-")
-            raise ValueError(f"Field --{name} is {getattr(settings, field)}; it needs sizes of at least 2.")
-    if settings.seeds < 2:
-        raise ValueError(f"Field --seeds is {settings.seeds}; it must be at least 2, for an interval.")
+    check_ranges(settings, RANGES)
+    for name, sizes in (("sizes", settings.sizes), ("baseline-sizes", settings.baseline_sizes)):
+        if not sizes:
+            raise ValueError(f"Field --{name} is empty; it needs sizes of at least 2.")
     named: dict[str, Callable[[], Mapping[str, Any]]] = {}
     for size in settings.sizes:
         named[f"hyperagent_{size}"] = functools.partial(_solved, size, settings, hyper=True)
@@ -184,4 +197,5 @@ EXPERIMENT = Study(
     parts=parts,
     summarise=summarise,
     page=deep_sea_page,
+    ranges=RANGES,
 )

@@ -6,6 +6,7 @@ from matplotlib.axes import Axes
 
 from experiments import metric_names as names
 from experiments import style
+from experiments import words
 from experiments.records import Record
 from experiments.style import Picture
 from experiments.style import new_axes
@@ -25,6 +26,7 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
 
 def line(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str, label: str, dashes: str = "-") -> None:
     """One metric: every step faint with its moving average on top (geometric on a log axis); a short run as it is."""
+    label = words.in_figure(label)
     if len(steps) < 2 * AVERAGED:
         axes.plot(steps, values, color=colour, linestyle=dashes, label=label, marker="o", markersize=3)
         return

@@ -13,9 +13,12 @@ import dataclasses
 
 from flax import nnx
 
+from experiments.ranges import Range
+from experiments.ranges import Ranges
 from experiments.registry import Expectation
 from experiments.registry import Experiment
 from experiments.run_folder import UserError
+from experiments.settings import RUN_RANGES
 from experiments.settings import RunSettings
 from jaxrl_llm.models.config import TransformerConfig
 from jaxrl_llm.models.tokenizers import ByteTokenizer
@@ -41,21 +44,43 @@ class FromScratchSettings(RunSettings):
     heads: int = 4
 
 
-def build(settings: RunSettings) -> tuple[Transformer, Tokenizer]:
-    """A transformer with random weights and its byte tokenizer.
+RANGES: Ranges = RUN_RANGES | {"width": Range(4, 8192), "layers": Range(1, 256), "heads": Range(1, 256)}
+MOST_PARAMETERS = 500_000_000
+"""A model with random weights that is larger than this is a slip, and takes minutes to make."""
+
+
+def check(settings: RunSettings) -> None:
+    """Refuse sizes that do not fit each other, before there is a model.
 
     Raises:
-        UserError: the sizes do not fit each other, or another model was asked for.
+        UserError: naming the field.
     """
     assert isinstance(settings, FromScratchSettings)
     if settings.model != "random":
         raise UserError(
             f"Field --model is {settings.model!r}; from_scratch starts from random weights, so it must be 'random'."
         )
-    if settings.heads < 1 or settings.width % (2 * settings.heads):
+    if settings.width % (2 * settings.heads):
         raise UserError(
             f"Field --width is {settings.width}; it must be a multiple of twice --heads, {2 * settings.heads}."
         )
+    # Four square matrices of attention and three of a feed-forward block three times as wide.
+    parameters = 13 * settings.layers * settings.width**2
+    if parameters > MOST_PARAMETERS:
+        raise UserError(
+            f"Fields --width and --layers are {settings.width} and {settings.layers}, which makes about "
+            f"{parameters / 1e6:,.0f} million parameters; from_scratch takes at most {MOST_PARAMETERS / 1e6:,.0f}."
+        )
+
+
+def build(settings: RunSettings) -> tuple[Transformer, Tokenizer]:
+    """A transformer with random weights and its byte tokenizer.
+
+    Raises:
+        UserError: as `check`.
+    """
+    check(settings)
+    assert isinstance(settings, FromScratchSettings)
     tokenizer = ByteTokenizer()
     config = TransformerConfig(
         vocab_size=tokenizer.vocab_size,
@@ -104,4 +129,6 @@ EXPERIMENT = Experiment(
     tiny=TINY,
     expectation=Expectation("accuracy_gain", at_least=0.5),
     build=build,
+    ranges=RANGES,
+    check=check,
 )

@@ -22,6 +22,10 @@ import numpy as np
 
 from experiments.bandit_page import linear_bandit_page
 from experiments.bandit_page import needed_size
+from experiments.ranges import SEED
+from experiments.ranges import Range
+from experiments.ranges import Ranges
+from experiments.ranges import check_ranges
 from experiments.registry import Expectation
 from experiments.study import Parts
 from experiments.study import Results
@@ -71,6 +75,19 @@ class LinearBanditSettings:
     other_dimensions: tuple[int, ...] = (5, 20, 40)
     tolerance: float = 0.02
     seed: int = 0
+
+
+RANGES: Ranges = {
+    "dimension": Range(1, 1000),
+    "actions": Range(1, 100_000),
+    "rounds": Range(1, 1_000_000),
+    "seeds": Range(1, 100_000),
+    "index_dimensions": Range(2, 10_000),
+    "claimed_size": Range(2, 10_000),
+    "other_dimensions": Range(1, 1000),
+    "tolerance": Range(0, 1000, above=True),
+    "seed": SEED,
+}
 
 
 def _played(agent: Agent, settings: LinearBanditSettings, dimension: int) -> dict[str, Any]:
@@ -185,11 +202,9 @@ def parts(settings: LinearBanditSettings) -> Parts:
     Raises:
         ValueError: a size is not possible.
     """
-    for name in ("dimension", "actions", "rounds", "seeds"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"Field --{name} is {getattr(settings, name)}; it must be at least 1.")
-    if not settings.index_dimensions or min(settings.index_dimensions) < 2:
-        raise ValueError(f"Field --index-dimensions is {settings.index_dimensions}; each must be at least 2.")
+    check_ranges(settings, RANGES)
+    if not settings.index_dimensions:
+        raise ValueError("Field --index-dimensions is empty; the claim needs its size.")
     if settings.claimed_size not in settings.index_dimensions:
         raise ValueError(f"Field --claimed-size is {settings.claimed_size}; it must be one of --index-dimensions.")
     named: dict[str, Callable[[], Mapping[str, Any]]] = {}
@@ -241,4 +256,5 @@ EXPERIMENT = Study(
     parts=parts,
     summarise=summarise,
     page=linear_bandit_page,
+    ranges=RANGES,
 )

@@ -38,6 +38,10 @@ from experiments.mismatch_statistics import flat_means
 from experiments.mismatch_statistics import flatness
 from experiments.mismatch_statistics import flatness_interval
 from experiments.mismatch_statistics import noise_scale
+from experiments.ranges import SEED
+from experiments.ranges import Range
+from experiments.ranges import Ranges
+from experiments.ranges import check_ranges
 from experiments.registry import Expectation
 from experiments.study import Parts
 from experiments.study import Results
@@ -111,6 +115,15 @@ class MismatchSettings:
     response_length: int = 16
     delta: float = 0.05
     seed: int = 0
+
+
+RANGES: Ranges = {
+    "sequences": Range(2, 24),
+    "full_sequences": Range(2, 24),
+    "response_length": Range(2, 1000),
+    "delta": Range(0, 1000, above=True),
+    "seed": SEED,
+}
 
 
 @functools.cache
@@ -239,6 +252,7 @@ def parts(settings: MismatchSettings) -> Parts:
     Raises:
         ValueError: a name or a number is not possible.
     """
+    check_ranges(settings, RANGES)
     if settings.model not in ("smollm2_135m", "random"):
         raise ValueError(f"Field --model is {settings.model!r}; it must be 'smollm2_135m' or 'random'.")
     known = (*SYNCED, SHIPPED) if settings.model == "smollm2_135m" else SYNCED
@@ -256,8 +270,6 @@ def parts(settings: MismatchSettings) -> Parts:
             f"Fields --full-sequences and --sequences are {settings.full_sequences} and {settings.sequences}; they "
             f"must satisfy 2 <= full <= all <= {len(QUESTIONS)}."
         )
-    if settings.response_length < 2:
-        raise ValueError(f"Field --response-length is {settings.response_length}; it must be at least 2.")
     named: dict[str, Callable[[], Mapping[str, Any]]] = {}
     for name in settings.engines:
         named[f"engine_{name}"] = functools.partial(_engine, name, settings)
@@ -332,4 +344,5 @@ EXPERIMENT = Study(
     parts=parts,
     summarise=summarise,
     page=mismatch_page,
+    ranges=RANGES,
 )

@@ -31,6 +31,13 @@ import optax
 
 from experiments.bands import standard_error
 from experiments.neural_bandit_page import neural_bandit_page
+from experiments.ranges import RATE
+from experiments.ranges import SEED
+from experiments.ranges import SHARE
+from experiments.ranges import SPREAD
+from experiments.ranges import Range
+from experiments.ranges import Ranges
+from experiments.ranges import check_ranges
 from experiments.registry import Expectation
 from experiments.study import Parts
 from experiments.study import Results
@@ -119,6 +126,28 @@ class NeuralBanditSettings:
     seed: int = 0
 
 
+RANGES: Ranges = {
+    "dimension": Range(1, 10_000),
+    "actions": Range(1, 100_000),
+    "shown": Range(1, 100_000),
+    "rounds": Range(1, 1_000_000),
+    "seeds": Range(2, 100_000),
+    "index_dimension": Range(1, 10_000),
+    "other_sizes": Range(1, 10_000),
+    "hidden": Range(1, 10_000),
+    "learning_rate": RATE,
+    "batch": Range(1, 100_000),
+    "start": Range(0, 1_000_000),
+    "noise_scale": SPREAD,
+    "weight_decay": Range(0, 1000),
+    "prior_scale": SPREAD,
+    "langevin_step": RATE,
+    "temperature": Range(0, 1000),
+    "epsilon": SHARE,
+    "seed": SEED,
+}
+
+
 def _agent(name: str, size: int, settings: NeuralBanditSettings) -> tuple[ValueModel, NeuralAgent]:
     """A value model of that index dimension and its agent."""
     learning = Learning(
@@ -189,11 +218,7 @@ def parts(settings: NeuralBanditSettings) -> Parts:
     Raises:
         ValueError: a size is not possible.
     """
-    for name in ("dimension", "actions", "shown", "rounds", "index_dimension", "hidden", "batch"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"Field --{name.replace('_', '-')} is {getattr(settings, name)}; it must be at least 1.")
-    if settings.seeds < 2:
-        raise ValueError(f"Field --seeds is {settings.seeds}; it must be at least 2, for an interval.")
+    check_ranges(settings, RANGES)
     if settings.shown > settings.actions:
         raise ValueError(f"Field --shown is {settings.shown}; it must be at most --actions, {settings.actions}.")
     unknown = [name for name in settings.bandits if name not in BANDITS]
@@ -260,4 +285,5 @@ EXPERIMENT = Study(
     parts=parts,
     summarise=summarise,
     page=neural_bandit_page,
+    ranges=RANGES,
 )

@@ -29,9 +29,13 @@ from experiments.lab.numbers import difference_at_the_end
 from experiments.lab.numbers import summary_of_arm
 from experiments.lab.page import label
 from experiments.lab.page import world_section
+from experiments.lab.settings import RANGES as LAB_RANGES
 from experiments.lab.settings import LabSettings
 from experiments.lab.settings import check
 from experiments.lab.settings import train_part
+from experiments.ranges import Range
+from experiments.ranges import Ranges
+from experiments.ranges import check_ranges
 from experiments.registry import Expectation
 from experiments.study import Arrays
 from experiments.study import Page
@@ -58,6 +62,9 @@ class PruningSettings(LabSettings):
     log_min_ps: tuple[float, ...] = (-13.0, -6.0, -3.0)
 
 
+RANGES: Ranges = LAB_RANGES | {"log_min_ps": Range(-1000, 0, below=True)}
+
+
 def arms(settings: PruningSettings) -> tuple[str, ...]:
     """The arms that are trained; those that prune once for each threshold."""
     kinds = ("none", "tis", "dvp") if settings.arms == "default" else tuple(LABELS)
@@ -79,8 +86,9 @@ def parts(settings: PruningSettings) -> Parts:
         ValueError: a setting that cannot be.
     """
     check(settings)
-    if not settings.log_min_ps or max(settings.log_min_ps) >= 0:
-        raise ValueError(f"Field --log-min-ps is {settings.log_min_ps}; it needs thresholds, all below 0.")
+    check_ranges(settings, RANGES)
+    if not settings.log_min_ps:
+        raise ValueError("Field --log-min-ps is empty; it needs thresholds, all below 0.")
     return {_part(name): train_part(WORLD, name, settings) for name in arms(settings)}
 
 
@@ -187,4 +195,5 @@ EXPERIMENT = Study(
     parts=parts,
     summarise=summarise,
     page=page,
+    ranges=RANGES,
 )

@@ -29,6 +29,10 @@ from experiments.psrl_page import EASY_AGENTS
 from experiments.psrl_page import psrl_page
 from experiments.psrl_page import slope
 from experiments.psrl_page import statements
+from experiments.ranges import SEED
+from experiments.ranges import Range
+from experiments.ranges import Ranges
+from experiments.ranges import check_ranges
 from experiments.registry import Expectation
 from experiments.study import Parts
 from experiments.study import Results
@@ -102,6 +106,24 @@ class PsrlSettings:
     dimensions: tuple[int, ...] = (2, 8, 16)
     varied_episodes: int = 200
     seed: int = 0
+
+
+RANGES: Ranges = {
+    "horizon": Range(2, 1000),
+    "dimension": Range(2, 1000),
+    "actions": Range(2, 1000),
+    "atoms": Range(2, 100_000),
+    "easy_states": Range(2, 1000),
+    "easy_actions": Range(2, 1000),
+    # A slope is fitted to the second half of them.
+    "episodes": Range(8, 1_000_000),
+    "varied_episodes": Range(8, 1_000_000),
+    "seeds": Range(2, 100_000),
+    "widths": Range(0, 1, above=True),
+    "horizons": Range(2, 1000),
+    "dimensions": Range(2, 1000),
+    "seed": SEED,
+}
 
 
 class World(NamedTuple):
@@ -255,16 +277,9 @@ def parts(settings: PsrlSettings) -> Parts:
     Raises:
         ValueError: a size is not possible.
     """
-    for field, least in (("horizon", 2), ("dimension", 2), ("actions", 2), ("atoms", 2), ("seeds", 2)):
-        if getattr(settings, field) < least:
-            raise ValueError(f"Field --{field} is {getattr(settings, field)}; it must be at least {least}.")
-    for field in ("episodes", "varied_episodes"):
-        if getattr(settings, field) < 8:
-            raise ValueError(
-                f"Field --{field.replace('_', '-')} is {getattr(settings, field)}; it must be at least 8, for a slope."
-            )
-    if 1.0 not in settings.widths or not all(0 < width <= 1 for width in settings.widths):
-        raise ValueError(f"Field --widths is {settings.widths}; all must be in (0, 1], and 1 among them.")
+    check_ranges(settings, RANGES)
+    if 1.0 not in settings.widths:
+        raise ValueError(f"Field --widths is {settings.widths}; 1 must be among them.")
     varied = dataclasses.replace(settings, episodes=settings.varied_episodes)
     named: dict[str, Callable[[], Mapping[str, Any]]] = {}
     for name in AGENTS:
@@ -330,4 +345,5 @@ EXPERIMENT = Study(
     parts=parts,
     summarise=summarise,
     page=psrl_page,
+    ranges=RANGES,
 )

@@ -13,6 +13,10 @@ from experiments.run_folder import RunFolder
 Row = dict[str, Any]
 
 
+LARGEST = 1e100
+"""Of the numbers that a report shows."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Record:
     """The files of one run; those of a run that is not complete may be empty.
@@ -45,13 +49,16 @@ class Record:
     @property
     def batches(self) -> int:
         """Rollout batches finished; a row of step 0 only evaluates."""
-        return len(self.column(names.REWARD)[0])
+        return sum(names.REWARD in row for row in self.metrics)
 
     def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps at which something was a number, and those numbers; a name is in one of the two files of rows."""
+        """Steps at which something was a number, and those numbers; a name is in one of the two files of rows.
+
+        Infinities, NaN and what is as good as infinite are left out: nothing can be drawn or added up with them.
+        """
         steps, values = [], []
         for row in (*self.metrics, *self.timings):
-            if isinstance(row.get(name), (int, float)):
+            if isinstance(row.get(name), (int, float)) and abs(row[name]) < LARGEST:
                 steps.append(row["step"])
                 values.append(row[name])
         return np.array(steps, int), np.array(values, float)

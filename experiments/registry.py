@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 from typing import Any
 
+from experiments.ranges import Ranges
 from experiments.run_folder import UserError
+from experiments.settings import RUN_RANGES
 from experiments.settings import RunSettings
 from jaxrl_llm.models import Transformer
 from jaxrl_llm.models.tokenizers import Tokenizer
@@ -59,6 +61,8 @@ class Experiment:
         tiny: a twin that runs in seconds, to see that everything works; it claims nothing.
         expectation: when the claim counts as met.
         build: settings -> the model before training and its tokenizer.
+        ranges: what the fields of the settings may be.
+        check: refuses settings that do not fit each other, before `build`; raises a UserError.
     """
 
     name: str
@@ -68,6 +72,8 @@ class Experiment:
     tiny: RunSettings
     expectation: Expectation
     build: Callable[[RunSettings], tuple[Transformer, Tokenizer]]
+    ranges: Ranges = dataclasses.field(default_factory=lambda: RUN_RANGES)
+    check: Callable[[RunSettings], None] = lambda settings: None
 
 
 def get_experiment(name: str) -> "Experiment | Study":

@@ -20,6 +20,7 @@ from experiments.evaluation import summarise
 from experiments.evaluation_table import shown_rows
 from experiments.evaluation_table import title
 from experiments.figures import draw_all
+from experiments.objective_check import objective_section
 from experiments.records import Record
 from experiments.registry import get_experiment
 from experiments.run_folder import RunFolder
@@ -48,7 +49,8 @@ def write_report(run: RunFolder) -> str:
     try:
         for picture in pictures:
             style.save(picture, run.figures)
-        run.report.write_text(page, encoding="utf-8")
+        # Half a surrogate pair, as byte tokenizers make it, is no text in UTF-8.
+        run.report.write_text(page, encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"Cannot write {run.report}: {error.strerror}.") from error
     return RunFolder(run.path).shown + "/report.html"
@@ -86,6 +88,7 @@ def report_context(record: Record, pictures: Mapping[str, Picture]) -> dict[str,
         "samples": samples_section(record),
         "episodes": episodes_section(record.run),
         "evaluations": [{"title": title(found), "rows": shown_rows(found)} for found in record.evaluations],
+        "objective": objective_section(record.run),
         "cost": [chosen[name] for name in ("time",) if name in chosen],
         "counts": counts(record),
         **_frame(record),
@@ -252,7 +255,8 @@ def _spread(rows: list[Any], count: int) -> list[Any]:
 
 
 def _sample_row(answer: Mapping[str, Any]) -> dict[str, Any]:
-    row: dict[str, Any] = {"question": answer["prompt"].splitlines()[-1], "answer": answer["answer"]}
+    question = next(iter(answer["prompt"].splitlines()[-1:]), "") or "(empty)"
+    row: dict[str, Any] = {"question": question, "answer": answer["answer"]}
     for when in ("before", "after"):
         if when in answer:
             right = answer[when]["lenient"]

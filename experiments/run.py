@@ -1,6 +1,8 @@
 """`run`: from settings to a folder with a report."""
 
 import contextlib
+import dataclasses
+import shlex
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -16,14 +18,20 @@ from experiments.arguments import RunArguments
 from experiments.evaluation import merge_answers
 from experiments.evaluation import score_answers
 from experiments.held_out import HeldOutAnswerer
+from experiments.named import is_own
+from experiments.objective_check import FILE
+from experiments.objective_check import examine
+from experiments.objective_check import sentences
 from experiments.progress import progress
 from experiments.registry import Experiment
 from experiments.report import write_report
 from experiments.run_folder import RunFolder
 from experiments.run_folder import UserError
+from experiments.run_folder import check_id
 from experiments.run_folder import describe_environment
 from experiments.run_folder import find_run
 from experiments.run_folder import open_folder
+from experiments.run_folder import read_config
 from experiments.run_folder import read_json
 from experiments.run_folder import read_rows
 from experiments.run_folder import unfinished_twin
@@ -36,10 +44,14 @@ from experiments.study import Study
 from experiments.study import ending
 from experiments.study import forget_results
 from experiments.study import get_parts
+from experiments.study import kept_parts
 from experiments.study import run_parts
 from experiments.study import write_study_summary
 from experiments.summary import write_summary
 from jaxrl_llm.environments import Task
+from jaxrl_llm.models.trainable import Trainable
+from jaxrl_llm.objectives import Recipe
+from jaxrl_llm.rollouts.perturb import Perturbation
 from jaxrl_llm.training import MetricWriter
 from jaxrl_llm.training import Parts
 from jaxrl_llm.training import TensorBoard
@@ -67,22 +79,59 @@ def run_experiment(experiment: Experiment | Study, arguments: RunArguments, comm
     Raises:
         UserError: the run cannot be made as asked; nothing has been computed, or everything computed is saved.
     """
-    config = {
+    if arguments.dry_run:
+        return _check_only(experiment, arguments)
+    config = run_config(experiment, arguments)
+    run = _choose_folder(arguments, config)
+    again = go_on_command(run.label, arguments)
+    if run.summary.exists() and not changed_settings(read_config(run)["settings"], config["settings"]):
+        print(f"Run {run.label} is complete; its report was written again: {write_report(run)}")
+        return 0
+    print(f"run {run.label} -> {run.shown}", flush=True)
+    try:
+        if isinstance(experiment, Study):
+            return _compute(experiment, arguments, run, config | {"kind": "study"}, command, again)
+        return _train(experiment, arguments, run, config, command, again)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise UserError(
+                f"Run {run.label} needs more memory than there is; make its sizes smaller, or go on elsewhere with: "
+                f"{again}"
+            ) from error
+        raise
+
+
+def run_config(experiment: Experiment | Study, arguments: RunArguments) -> dict[str, Any]:
+    """What config.json says of a run before it starts."""
+    return {
         "experiment": experiment.name,
         "claim": experiment.claim,
         "tiny": arguments.tiny,
         "settings": flat_settings(arguments.settings),
     }
-    run = _choose_folder(arguments, config)
-    again = f"{PROGRAM} run {experiment.name} --resume {run.label}"
-    again += "" if arguments.runs_folder == RUNS else f" --runs-folder {arguments.runs_folder}"
-    if run.summary.exists() and not changed_settings(read_json(run.config)["settings"], config["settings"]):
-        print(f"Run {run.label} is complete; its report was written again: {write_report(run)}")
-        return 0
-    print(f"run {run.label} -> {run.shown}", flush=True)
+
+
+def go_on_command(label: str, arguments: RunArguments) -> str:
+    """The command that goes on with a run or a group, as a shell takes it."""
+    experiment = label.partition("/")[0]
+    words = [*PROGRAM.split(), "run", experiment, "--resume", label]
+    return shlex.join(words if arguments.runs_folder == RUNS else [*words, "--runs-folder", str(arguments.runs_folder)])
+
+
+def _check_only(experiment: Experiment | Study, arguments: RunArguments) -> int:
+    """`--dry-run`: everything that can be checked without a model, then the settings."""
+    if arguments.id is not None:
+        check_id(arguments.id)
     if isinstance(experiment, Study):
-        return _compute(experiment, arguments, run, config | {"kind": "study"}, command, again)
-    return _train(experiment, arguments, run, config, command, again)
+        count = len(get_parts(experiment, arguments.settings))
+        said = f"{count} parts would be computed"
+    else:
+        open_doors(experiment, arguments.settings)
+        said = f"{arguments.settings.train.steps} steps would be taken"
+    for name, value in flat_settings(arguments.settings).items():
+        print(f"{name} = {value}")
+    print(f"These settings of {experiment.name} can be used: {said}. Nothing was computed or written.")
+    return 0
 
 
 def _compute(
@@ -94,11 +143,12 @@ def _compute(
     except UserError:
         _remove_if_new(run)
         raise
-    if run.config.exists() and changed_settings(read_json(run.config)["settings"], config["settings"]):
+    if run.config.exists() and changed_settings(read_config(run)["settings"], config["settings"]):
         forget_results(run)
     _write_down(run, config, command)
-    if not run_parts(run, parts):
-        print(f"\nInterrupted. Go on after the last finished part with: {again}")
+    stopped_by = run_parts(run, parts)
+    if stopped_by is not None:
+        print(f"\nStopped by {stopped_by}: {kept_parts(run, parts)}. Go on with: {again}")
         return INTERRUPTED
     print(ending(write_study_summary(run, study, arguments)))
     print(f"report: {write_report(run)}")
@@ -114,9 +164,12 @@ def _train(
     again: str,
 ) -> int:
     """Train, evaluate before and after, and write the report."""
-    task, parts, answerer = _prepare(experiment, arguments, run)
+    task, parts, answerer, check = _prepare(experiment, arguments, run)
     _write_down(run, config | {"trained": _trained(parts)}, command)
     _describe_model(run, parts, arguments.settings)
+    if check is not None:
+        write_json(run.path / FILE, check)
+        print("\n".join(sentences(check)))
     evaluate = HeldOutEvaluation(run, task, answerer, arguments.settings.train.steps)
     try:
         with progress() as reporter:
@@ -171,7 +224,7 @@ def _choose_folder(arguments: RunArguments, config: Mapping[str, Any]) -> RunFol
         run = open_folder(arguments.runs_folder, str(config["experiment"]), arguments.id)
     if not run.config.exists():
         return run
-    saved = read_json(run.config)["settings"]
+    saved = read_config(run)["settings"]
     if changed_settings(saved, config["settings"]) and not arguments.allow_changed_config:
         raise UserError(
             f"Run {run.label} was started with other settings:{difference(saved, config['settings'])}\n"
@@ -180,22 +233,81 @@ def _choose_folder(arguments: RunArguments, config: Mapping[str, Any]) -> RunFol
     return run
 
 
-def _prepare(experiment: Experiment, arguments: RunArguments, run: RunFolder) -> tuple[Task, Parts, HeldOutAnswerer]:
-    """Task, model with objective, and what answers the held-out problems.
+@dataclasses.dataclass(frozen=True)
+class Doors:
+    """What settings name, found and checked; no model was needed for it.
+
+    Attributes:
+        task: where problems come from.
+        recipe: the recipe.
+        trainable: which parameters learn.
+        perturbation: of the sampler.
+        objective: instead of the recipe's loss, or None.
+        signal: instead of the recipe's rule, or None.
+        check: what was found about an objective of the user's own, or None.
+    """
+
+    task: Task
+    recipe: Recipe
+    trainable: Trainable
+    perturbation: Perturbation
+    objective: Callable[..., Any] | None
+    signal: Callable[..., Any] | None
+    check: dict[str, Any] | None
+
+
+def open_doors(experiment: Experiment, settings: RunSettings) -> Doors:
+    """Find and check all that the settings name.
+
+    Raises:
+        UserError: something is not there, is broken, or does not fit.
+    """
+    experiment.check(settings)
+    settings.check_mesh()
+    settings.check_schedule()
+    objective, signal = settings.get_objective(), settings.get_signal()
+    known = {field.name for field in dataclasses.fields(Parts)}
+    for name, given in (("objective", objective), ("signal", signal)):
+        if given is not None and name not in known:
+            raise UserError(f"Field --{name}: this version of jaxrl_llm trains by recipes only.")
+    check = None
+    if objective is not None and settings.objective is not None and is_own(settings.objective):
+        check = examine(settings.objective, objective)
+    return Doors(
+        task=settings.get_task(),
+        recipe=settings.get_recipe(),
+        trainable=settings.get_trainable(),
+        perturbation=settings.get_perturbation(),
+        objective=objective,
+        signal=signal,
+        check=check,
+    )
+
+
+def _prepare(
+    experiment: Experiment, arguments: RunArguments, run: RunFolder
+) -> tuple[Task, Parts, HeldOutAnswerer, dict[str, Any] | None]:
+    """Task, model with objective, what answers the held-out problems, and what was found about one's own objective.
 
     Raises:
         UserError: one of them is not there, or they do not fit; the folder is removed again if the run is new.
     """
     settings = arguments.settings
     try:
-        task, recipe, trainable = settings.get_task(), settings.get_recipe(), settings.get_trainable()
+        doors = open_doors(experiment, settings)
         model, tokenizer = experiment.build(settings)
-        model = trainable.prepare(model, rngs=nnx.Rngs(settings.train.seed))
-        engine = settings.get_perturbation()
+        model = doors.trainable.prepare(model, rngs=nnx.Rngs(settings.train.seed))
+        given = settings.get_layout(model.config) | {"objective": doors.objective, "signal": doors.signal}
         parts = Parts(
-            model=model, trainable=trainable, tokenizer=tokenizer, task=task, recipe=recipe, perturbation=engine
+            model=model,
+            trainable=doors.trainable,
+            tokenizer=tokenizer,
+            task=doors.task,
+            recipe=doors.recipe,
+            perturbation=doors.perturbation,
+            **{name: value for name, value in given.items() if value is not None},
         )
-        return task, parts, HeldOutAnswerer(parts, task, settings.train)
+        return doors.task, parts, HeldOutAnswerer(parts, doors.task, settings.train), doors.check
     except (ValueError, OSError, ModuleNotFoundError, UserError) as error:
         _remove_if_new(run)
         raise error if isinstance(error, UserError) else UserError(str(error)) from error

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,10 @@ PACKAGES = (
     "reasoning-gym",
     "jaxrl_llm",
 )
+
+
+LONGEST_ID = 150
+"""Of a name that a person gives a run; files of 255 bytes beside it take endings. [bytes]"""
 
 
 class UserError(Exception):
@@ -100,10 +105,18 @@ def write_json(path: Path, value: Any) -> None:
     """
     part = path.with_name(f".{path.name}.part")
     try:
-        part.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+        part.write_bytes(_encoded(value))
         part.replace(path)
     except OSError as error:
         raise UserError(f"Cannot write {path}: {error.strerror}.") from error
+
+
+def _encoded(value: Any) -> bytes:
+    """JSON in UTF-8; what UTF-8 cannot say (half a surrogate pair, as byte tokenizers make it) as an escape."""
+    try:
+        return (json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode()
+    except UnicodeEncodeError:
+        return (json.dumps(value, indent=2, default=str) + "\n").encode()
 
 
 def read_json(path: Path) -> Any:
@@ -136,6 +149,41 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; no for a name that no file can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def read_config(run: RunFolder) -> dict[str, Any]:
+    """What config.json says of a run.
+
+    Raises:
+        UserError: it cannot be read, or is not that of a run.
+    """
+    config = read_json(run.config)
+    if not isinstance(config, dict) or not {"experiment", "tiny", "settings"} <= set(config):
+        raise UserError(f"{run.config} is damaged: it must hold experiment, tiny and settings of a run.")
+    return config
+
+
+def check_id(run_id: str) -> None:
+    """Refuse a name that is no plain folder name.
+
+    Raises:
+        UserError: it has slashes, starts with a dot, cannot be printed or is too long.
+    """
+    plain = run_id and not run_id.startswith(".") and Path(run_id).name == run_id and run_id.isprintable()
+    if not plain or "\\" in run_id or len(run_id.encode(errors="replace")) > LONGEST_ID:
+        seen = run_id if len(run_id) <= 40 else f"{run_id[:37]}..."
+        raise UserError(
+            f"The run id is {seen!r}; it must be one plain folder name of at most {LONGEST_ID} bytes, without slashes "
+            "and not starting with a dot."
+        )
+
+
 def open_folder(runs: Path, experiment: str, run_id: str | None, *, needed_bytes: int = 50_000_000) -> RunFolder:
     """Make the folder of a run, or open it again, and make sure that it can be written before anything is computed.
 
@@ -148,21 +196,20 @@ def open_folder(runs: Path, experiment: str, run_id: str | None, *, needed_bytes
     Raises:
         UserError: the folder cannot be made or written, or the disk is full.
     """
-    if run_id is not None and (not run_id or run_id.startswith(".") or Path(run_id).name != run_id):
-        raise UserError(
-            f"The run id is {run_id!r}; it must be one plain folder name, without slashes and not starting with a dot."
-        )
-    path = (runs / experiment / (run_id or _free_id(runs / experiment))).absolute()
+    if run_id is not None:
+        check_id(run_id)
+    path = (runs / experiment).absolute() / (run_id or "")
     try:
+        path = path if run_id else path / free_id(path)
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path) as probe:
             probe.write(b"0")
             probe.flush()
         free = shutil.disk_usage(path).free
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise UserError(
-            f"Cannot write the run folder {path} ({error.strerror}); choose another place with --runs-folder. "
-            "Nothing has been computed yet."
+            f"Cannot write the run folder {path} ({error.strerror if isinstance(error, OSError) else error}); choose "
+            "another place with --runs-folder. Nothing has been computed yet."
         ) from error
     if free < needed_bytes:
         raise UserError(
@@ -172,7 +219,8 @@ def open_folder(runs: Path, experiment: str, run_id: str | None, *, needed_bytes
     return RunFolder(path)
 
 
-def _free_id(folder: Path) -> str:
+def free_id(folder: Path) -> str:
+    """A name that no run in the folder has: the time."""
     name = datetime.datetime.now().strftime("%Y-%m-%d_%H%M%S")
     number = 1
     while (folder / name).exists():
@@ -194,7 +242,7 @@ def find_run(text: str, runs: Path) -> RunFolder:
         UserError: there is none, naming the nearest one.
     """
     for path in (Path(text), runs / text):
-        if (path / "config.json").is_file():
+        if is_file(path / "config.json"):
             return RunFolder(path.absolute())
     known = all_runs(runs)
     by_id = [run for run in known if run.path.name == text]
@@ -210,7 +258,7 @@ def find_run(text: str, runs: Path) -> RunFolder:
         if labels
         else f" There are no runs in {runs} yet."
     )
-    raise UserError(f"There is no run {text!r}.{hint}")
+    raise UserError(f"There is no run {text if len(text) <= 80 else text[:77] + '...'!r}.{hint}")
 
 
 def _git(*arguments: str) -> str | None:
@@ -256,7 +304,7 @@ def describe_environment(command: list[str]) -> dict[str, Any]:
     changed = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(command),
+        "command": shlex.join(command),
         "git_commit": _git("rev-parse", "HEAD"),
         "git_changed_files": None if changed is None else len(changed.splitlines()),
         "python": sys.version.split()[0],

@@ -17,6 +17,7 @@ import numpy as np
 
 from experiments.arguments import RunArguments
 from experiments.progress import progress
+from experiments.ranges import Ranges
 from experiments.registry import Expectation
 from experiments.run_folder import RunFolder
 from experiments.run_folder import UserError
@@ -26,6 +27,8 @@ from experiments.settings import changed_settings
 from experiments.settings import flat_settings
 from experiments.style import Picture
 from jaxrl_llm.exploration import PosteriorError
+from jaxrl_llm.training.run.interrupts import StopAtOnce
+from jaxrl_llm.training.run.interrupts import StoppedError
 
 Arrays = dict[str, np.ndarray]
 Parts = Mapping[str, Callable[[], Mapping[str, Any]]]
@@ -92,6 +95,7 @@ class Study:
         parts: settings -> name -> what computes that part.
         summarise: (settings, results) -> numbers of the summary.
         page: (settings, results, summary) -> the report.
+        ranges: what the fields of the settings may be; those that are not there must be finite.
     """
 
     name: str
@@ -103,6 +107,7 @@ class Study:
     parts: Callable[[Any], Parts]
     summarise: Callable[[Any, Results], dict[str, Any]]
     page: Callable[[Any, Results, Mapping[str, Any]], Page]
+    ranges: Ranges = dataclasses.field(default_factory=dict)
 
 
 def _path(run: RunFolder, name: str) -> Path:
@@ -143,17 +148,20 @@ def get_parts(study: Study, settings: Any) -> Parts:
         raise UserError(str(error)) from error
 
 
-def run_parts(run: RunFolder, parts: Parts) -> bool:
-    """Compute the parts that are missing, and keep each; returns whether all are there now (Ctrl-C: not).
+def run_parts(run: RunFolder, parts: Parts) -> str | None:
+    """Compute the parts that are missing, and keep each.
+
+    Returns:
+        None when all are there now; else what asked to stop.
 
     Raises:
         UserError: the folder cannot be written, or an agent's posterior is none any more.
     """
-    (run.path / "parts").mkdir(exist_ok=True)
     missing = {name: part for name, part in parts.items() if not _path(run, name).exists()}
     done = len(parts) - len(missing)
     try:
-        with progress() as reporter:
+        with StopAtOnce(), progress() as reporter:
+            (run.path / "parts").mkdir(exist_ok=True)
             reporter.begin(first_step=done, steps=len(parts))
             for number, (name, part) in enumerate(missing.items(), start=done + 1):
                 reporter.phase(name)
@@ -169,9 +177,17 @@ def run_parts(run: RunFolder, parts: Parts) -> bool:
         raise UserError(f"Cannot write into {run.path / 'parts'}: {error.strerror}.") from error
     except PosteriorError as error:
         raise UserError(f"The posterior of an agent broke: {error}") from error
-    except KeyboardInterrupt:
-        return False
-    return True
+    except StoppedError as stopped:
+        return stopped.reason
+    return None
+
+
+def kept_parts(run: RunFolder, parts: Parts) -> str:
+    """Which parts of a run that was stopped are there."""
+    kept = [name for name in parts if _path(run, name).exists()]
+    names = ", ".join(kept if len(kept) <= 6 else [*kept[:3], "...", kept[-1]])
+    said = f"{len(kept)} of {len(parts)} parts are kept in {run.path / 'parts'}"
+    return f"{said} ({names})" if kept else f"{said}; the one that was being computed is not"
 
 
 def write_study_summary(run: RunFolder, study: Study, arguments: RunArguments) -> dict[str, Any]:

@@ -43,6 +43,7 @@ from experiments.lab.numbers import collapses_prevented
 from experiments.lab.numbers import difference_at_the_end
 from experiments.lab.numbers import summary_of_arm
 from experiments.lab.page import world_section
+from experiments.lab.settings import RANGES
 from experiments.lab.settings import WORLDS
 from experiments.lab.settings import LabSettings
 from experiments.lab.settings import check
@@ -206,4 +207,5 @@ EXPERIMENT = Study(
     parts=parts,
     summarise=summarise,
     page=page,
+    ranges=RANGES,
 )

@@ -40,3 +40,16 @@ def duration(seconds: float) -> str:
 def number(value: float | None) -> str:
     """Three significant digits."""
     return NONE if value is None else f"{value:.3g}"
+
+
+def one_line(text: str, width: int = 100) -> str:
+    """A text as one printable line of at most `width` letters."""
+    # What cannot be printed (control characters, halves of surrogate pairs) is shown as such.
+    line = "".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(text.splitlines()))
+    return line if len(line) <= width else f"{line[: width - 1]}…"
+
+
+def in_figure(text: str) -> str:
+    """A text as matplotlib writes it as it is: a dollar sign would begin a formula, an underscore in front hide it."""
+    # matplotlib leaves out of a legend what begins with an underscore.
+    return ("\u200a" if text.startswith("_") else "") + one_line(text).replace("$", r"\$")

@@ -18,6 +18,13 @@ from experiments.lab.sums import sums
 from experiments.lab.train import Mismatch
 from experiments.lab.train import Trainer
 from experiments.lab.world import World
+from experiments.ranges import POSITIVE
+from experiments.ranges import RATE
+from experiments.ranges import SEED
+from experiments.ranges import SPREAD
+from experiments.ranges import Range
+from experiments.ranges import Ranges
+from experiments.ranges import check_ranges
 from jaxrl_llm.rollouts.perturb import perturbation
 
 WORLDS = ("ladder", "sums")
@@ -110,19 +117,40 @@ class LabSettings:
         return WorldSettings(**{name: getattr(self, f"{world}_{name}") for name in names})
 
 
+_WORLD_RANGES: Ranges = {
+    "steps": Range(1, 1_000_000),
+    "noise": SPREAD,
+    "lag": Range(0, 10_000),
+    "learning_rate": RATE,
+    "mask_maximum": POSITIVE,
+    "mask_average": POSITIVE,
+}
+RANGES: Ranges = {
+    "seeds": Range(2, 10_000),
+    "seed": SEED,
+    # Above 0 nothing would be kept.
+    "log_min_p": Range(-1000, 0),
+    "ladder_horizon": Range(1, 100_000),
+    "ladder_rungs": Range(2, 1000),
+    "ladder_vocabulary": Range(2, 10_000),
+    "ladder_traps": Range(1, 10_000),
+    "ladder_answers": Range(2, 100_000),
+    "sums_prompts": Range(1, 100_000),
+    "sums_group_size": Range(2, 10_000),
+    "sums_width": Range(4, 4096),
+    "sums_layers": Range(1, 128),
+    "sums_imitation_steps": Range(0, 1_000_000),
+} | {f"{world}_{name}": allowed for world in WORLDS for name, allowed in _WORLD_RANGES.items()}
+"""What the fields of `LabSettings` may be."""
+
+
 def check(settings: LabSettings) -> None:
     """Refuse impossible numbers before anything is computed.
 
     Raises:
         ValueError: naming the field.
     """
-    least = {"seeds": 2, "ladder_steps": 1, "sums_steps": 1, "ladder_lag": 0, "sums_lag": 0, "sums_imitation_steps": 0}
-    for name, bound in least.items():
-        if getattr(settings, name) < bound:
-            field = name.replace("_", "-")
-            raise ValueError(f"Field --{field} is {getattr(settings, name)}; it must be at least {bound}.")
-    if settings.log_min_p > 0:
-        raise ValueError(f"Field --log-min-p is {settings.log_min_p}; it must be at most 0, or nothing is kept.")
+    check_ranges(settings, RANGES)
 
 
 def make_world(name: str, settings: LabSettings) -> World:

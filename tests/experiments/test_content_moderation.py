@@ -115,8 +115,8 @@ def test_quarters_of_a_root_and_of_a_line() -> None:
     [
         ({"seeds": 1}, "--seeds is 1; it must be at least 2"),
         ({"rounds": 4}, "--rounds is 4; it must be at least 8"),
-        ({"noise_scale": 0.0}, "--noise-scale is 0.0; it must be positive"),
-        ({"epsilon": 2.0}, "--epsilon is 2.0; it must lie in"),
+        ({"noise_scale": 0.0}, "--noise-scale is 0.0; it must be above 0"),
+        ({"epsilon": 2.0}, "--epsilon is 2.0; it must be at least 0 and at most 1"),
         ({"agents": ("hypermodel",)}, "--agents must have hypermodel and greedy"),
         ({"agents": ("hypermodel", "greedy", "random")}, "--agents has unknown random"),
         ({"texts": 10**6}, "count is 1000000; it must be 1 to 29894"),

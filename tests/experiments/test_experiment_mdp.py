@@ -121,10 +121,10 @@ def test_a_size_that_was_not_solved_misses_the_claim():
     ("module", "changed", "sentence"),
     [
         (psrl, {"horizon": 1}, "--horizon is 1; it must be at least 2"),
-        (psrl, {"varied_episodes": 3}, "--varied-episodes is 3; it must be at least 8, for a slope"),
-        (psrl, {"widths": (0.5,)}, "--widths is .0.5,.; all must be in"),
-        (deep_sea, {"sizes": (1,)}, "--sizes is .1,.; it needs sizes of at least 2"),
-        (deep_sea, {"baseline_sizes": ()}, "--baseline-sizes is ..; it needs sizes"),
+        (psrl, {"varied_episodes": 3}, "--varied-episodes is 3; it must be at least 8"),
+        (psrl, {"widths": (0.5,)}, "--widths is .0.5,.; 1 must be among them"),
+        (deep_sea, {"sizes": (1,)}, "--sizes is 1; it must be at least 2"),
+        (deep_sea, {"baseline_sizes": ()}, "--baseline-sizes is empty; it needs sizes"),
         (deep_sea, {"seeds": 1}, "--seeds is 1; it must be at least 2"),
     ],
 )

@@ -184,3 +184,36 @@ def test_smoothing_keeps_means_and_lines() -> None:
 )
 def test_durations(seconds, text) -> None:
     assert duration(seconds) == text
+
+
+def test_names_and_texts_that_are_markup_or_no_text_do_not_break_a_page(tmp_path, capsys) -> None:
+    first = write_synthetic_run(tmp_path / "sums" / "$x_1^$ [red]one")
+    second = write_synthetic_run(tmp_path / "sums" / "_[/b]\\two$", seed=1)
+    samples = json.loads(first.samples.read_text())
+    samples["answers"][0] |= {"prompt": "", "answer": "[/red]"}
+    samples["answers"][1]["before"]["text"] = "\ud800 half a pair"
+    first.samples.write_text(json.dumps(samples))
+    rows = [json.loads(line) for line in (first.path / "metrics.jsonl").read_text().splitlines()]
+    for row, value in zip(rows[20:24], (float("inf"), float("-inf"), float("nan"), 1e308), strict=True):
+        row |= {name: value for name in row if name != "step"}
+    (first.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (first.path / "objective_check.json").write_text(
+        json.dumps(
+            {
+                "objective": "mine:loss",
+                "findings": [{"check": "sign", "sentence": "Goes <up>."}],
+                "passed": [],
+                "skipped": [],
+                "token_weights": None,
+            }
+        )
+    )
+    write_report(first)
+    page = first.report.read_text()
+    assert "(empty)" in page
+    assert "objective mine:loss: 0 checks passed, 1 did not." in page
+    assert "sign: Goes &lt;up&gt;." in page
+    assert main(["compare", str(first.path), str(second.path)]) == 0
+    assert "$x_1^$ [red]one" in " ".join(capsys.readouterr().out.split())
+    # As text of the figure, not as a formula.
+    assert "$x_1^$ [red]one" in (second.path / "compare.html").read_text()

@@ -1,0 +1,124 @@
+"""Flat names of nested settings: which they are, and that they go there and back."""
+
+import dataclasses
+
+import pytest
+
+from experiments.arguments import parse_run
+from experiments.cli import main
+from experiments.fields import NAMED
+from experiments.fields import attribute_sentences
+from experiments.fields import flat_values
+from experiments.fields import leaves
+from experiments.fields import with_values
+from experiments.registry import get_experiment
+from experiments.settings import RecipeSettings
+from experiments.settings import RunSettings
+from experiments.settings import changed_settings
+from experiments.settings import flat_settings
+from jaxrl_llm.objectives import Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """An optimiser.
+
+    Attributes:
+        rate: of learning, which goes on
+            in a second line: with a colon.
+        decay: of weights.
+    """
+
+    rate: float = 0.1
+    decay: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run.
+
+    Attributes:
+        rules: of the game.
+        actor: who acts.
+        critic: who judges.
+        decay: of the run, which keeps its short name.
+    """
+
+    rules: Optimizer = dataclasses.field(default_factory=Optimizer, metadata=NAMED)
+    actor: Optimizer = dataclasses.field(default_factory=Optimizer)
+    critic: Optimizer = dataclasses.field(default_factory=Optimizer)
+    decay: tuple[int, ...] = (1, 2)
+
+
+def test_a_group_is_named_where_it_asks_for_it_or_two_fields_would_have_one_name() -> None:
+    assert [leaf.name for leaf in leaves(Run())] == [
+        "rules.rate",
+        "rules.decay",
+        "rate",
+        "actor.decay",
+        "critic.rate",
+        "critic.decay",
+        "decay",
+    ]
+
+
+def test_values_go_there_and_back() -> None:
+    changed = with_values(Run(), {"critic.rate": 3.0, "rate": 2.0, "decay": [4], "rules.decay": 5.0, "other": 6})
+    assert changed == Run(Optimizer(decay=5.0), Optimizer(2.0), Optimizer(3.0), (4,))
+    assert with_values(Run(), flat_values(changed)) == changed
+    # None of a group that is named is not saved: a field that is new changes no run.
+    assert "rules.decay" not in flat_values(Run())
+
+
+def test_sentences_of_fields() -> None:
+    said = attribute_sentences(Optimizer)
+    assert said == {"rate": "of learning, which goes on in a second line: with a colon.", "decay": "of weights."}
+
+
+def test_every_field_of_a_recipe_is_a_field_of_a_run(capsys) -> None:
+    names = [field.name for field in dataclasses.fields(Recipe) if field.name not in ("name", "source")]
+    assert [field.name for field in dataclasses.fields(RecipeSettings)] == names
+    with pytest.raises(SystemExit):
+        main(["run", "smollm2_arithmetic", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for name in names:
+        assert f" --recipe-settings.{name.replace('_', '-')} " in text
+    assert "the ratio is clipped above at 1 + clip_high; the recipe's own where None." in text
+    assert "(one of none, maximum, average, both, sampled_maximum, sampled_average, sampled_both)" in text
+
+
+def test_changes_reach_the_recipe_and_the_saved_settings() -> None:
+    experiment = get_experiment("smollm2_arithmetic")
+    words = ["--recipe-settings.clip-high", "0.28", "--recipe_settings.surrogate=clipped", "--steps", "7"]
+    settings = parse_run(experiment, words).settings
+    own, changed = experiment.settings.get_recipe(), settings.get_recipe()
+    assert changed == dataclasses.replace(own, clip_high=0.28, surrogate="clipped")
+    flat = flat_settings(settings)
+    assert {name: flat[name] for name in flat if name.startswith("recipe_settings")} == {
+        "recipe_settings.clip_high": 0.28,
+        "recipe_settings.surrogate": "clipped",
+    }
+    changes = changed_settings(flat_settings(experiment.settings), flat)
+    assert sorted(changes) == ["recipe_settings.clip_high", "recipe_settings.surrogate", "steps"]
+
+
+def test_a_setting_that_is_new_is_none_in_the_runs_before_it() -> None:
+    assert not changed_settings({"steps": 1}, {"steps": 1, "objective": None})
+    assert changed_settings({"steps": 1, "mask_maximum": 0.1}, {"steps": 1}) == ["mask_maximum"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"clip_high": 0.5, "mask": "both_"}, "Field --recipe-settings: mask of recipe .trm. is .both_."),
+        ({"log_min_p": 0.5}, "log_min_p of recipe .trm. is 0.5"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused(changes, sentence) -> None:
+    with pytest.raises(Exception, match=sentence):
+        RunSettings(recipe_settings=RecipeSettings(**changes)).get_recipe()
+
+
+def test_nearest_names_are_found_without_their_group(capsys) -> None:
+    assert main(["run", "from_scratch", "--mask-maximum", "1"]) == 2
+    assert "Did you mean --recipe-settings.mask-maximum?" in capsys.readouterr().err
