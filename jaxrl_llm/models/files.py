@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import stat
-import struct
 import sys
 import time
 import uuid
@@ -26,21 +25,6 @@ ABANDONED_AFTER = 3600.0
 JSON_LIMIT = 16 * 2**20
 """Largest JSON file that is parsed [bytes]; the index of a checkpoint of 160 shards has 9 MB."""
 
-FOREIGN_FAULTS = (
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    AssertionError,
-    NotImplementedError,
-    RecursionError,
-    MemoryError,
-    OSError,
-    struct.error,
-)
-"""What Python and the libraries raise on content that nobody thought of."""
-
 
 class ModelFileError(ValueError):
     """A file of a model cannot be used as it is: damaged, of another kind, inconsistent, or of a kind not read here."""
@@ -54,14 +38,14 @@ class MissingModelFileError(ModelFileError, FileNotFoundError):
 def read_from(source: str | Path) -> Iterator[None]:
     """What goes wrong inside, while content of `source` is read, comes out as a `ModelFileError` that names it.
 
-    Sentences that were thought of pass as they are. The libraries' Rust parts panic on some content, with an exception
-    that derives from BaseException only and is known by its name.
+    Sentences that were thought of pass as they are. On content that nobody thought of, the libraries raise whatever
+    there is; their Rust parts panic, with an exception that derives from BaseException only and is known by its name.
     """
     try:
         yield
     except ModelFileError:
         raise
-    except FOREIGN_FAULTS as error:
+    except Exception as error:
         raise ModelFileError(f"{source} cannot be read ({type(error).__name__}: {one_line(error)}).") from error
     except BaseException as error:
         if type(error).__name__ != "PanicException":
