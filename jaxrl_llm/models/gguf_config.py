@@ -1,4 +1,4 @@
-"""The entries of a GGUF file as the configuration of the transformer; an absent entry means what it means to llama.cpp."""
+"""The entries of a GGUF file as a configuration; an absent entry means what it means to llama.cpp."""
 
 import math
 from collections.abc import Mapping
@@ -146,9 +146,8 @@ def _refuse_variants(entries: _Entries) -> None:
         raise ModelFileError(f"{entries.source} scales rotary positions ({kind!s:.40}){given}, which is not supported.")
     for name in UNSCALED:
         if entries.get(name, 0) not in (0, False):
-            raise ModelFileError(
-                f"{entries.source} sets {entries.architecture}.{name} to {entries.get(name)!r:.80}, which is not supported."
-            )
+            key = f"{entries.architecture}.{name}"
+            raise ModelFileError(f"{entries.source} sets {key} to {entries.get(name)!r:.80}, which is not supported.")
     if entries.get("attention.causal", True) is not True:
         raise ModelFileError(f"{entries.source} attends to later tokens; supported is causal attention.")
 

@@ -128,9 +128,7 @@ def pre_tokenizer(metadata: Mapping[str, Any]) -> PreTokenizer:
     found = PRE_TOKENIZERS.get(named) if isinstance(named, str) else None
     if found is None:
         known = ", ".join(dict.fromkeys(pre.splitter for pre in list(_NAMES)[1:]))
-        raise ModelFileError(
-            f"the GGUF file splits words by {named!r:.80}; supported are {known}, default and others like them."
-        )
+        raise ModelFileError(f"the GGUF file splits words by {named!r:.80}; supported are {known} and those like them.")
     return found
 
 

@@ -82,9 +82,7 @@ def _index(folder: Path) -> dict[str, str]:
         raise ModelFileError(f"{path} has no weight_map of tensors and names of files.")
     outside = sorted({name for name in index.values() if name in ("", ".", "..") or set(name) & set("/\\\0")})
     if outside:
-        raise ModelFileError(
-            f"{path} names {shortened(outside)!r:.300}; expected files of the same folder, by name only."
-        )
+        raise ModelFileError(f"{path} names {shortened(outside)!r:.300}; expected names of files of the same folder.")
     return index
 
 

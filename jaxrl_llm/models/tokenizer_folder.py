@@ -121,7 +121,7 @@ def _growth(step: Mapping[str, Any]) -> float:
         return math.prod(factors) / math.prod(forms) * max(forms, default=1.0)
     if kind == "Replace":
         pattern, content = step["pattern"], len(step["content"])
-        if "String" in pattern and pattern["String"]:
+        if pattern.get("String"):
             return max(1.0, content / len(pattern["String"]))
         return max(1.0, 1.0 + content)  # a pattern may match nothing at all, before every letter
     if kind == "Prepend":

@@ -271,7 +271,7 @@ class ByteTokenizer(Tokenizer):
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raise a ModelFileError unless a model with `vocab_size` rows fits `tokenizer`: a row per id, and little padding."""
+    """Raise a ModelFileError unless a model with `vocab_size` rows fits: a row per id, and little padding."""
     spare = vocab_size - tokenizer.vocab_size
     if 0 <= spare <= PADDING_LIMIT:
         return
