@@ -97,6 +97,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxrl_llm"
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is something under this name, be it a link to nothing; a name that no file can have is not there."""
+    try:
+        return os.path.lexists(path)
+    except (OSError, ValueError):
+        return False
+
+
 def read_json(path: Path, *, default: dict[str, Any] | None = None) -> dict[str, Any]:
     """The object in a JSON file; `default` where there is no such file and a default is given.
 
@@ -104,7 +112,7 @@ def read_json(path: Path, *, default: dict[str, Any] | None = None) -> dict[str,
         MissingModelFileError: no such file, and no default.
         ModelFileError: not a file, larger than `JSON_LIMIT`, or not a JSON object.
     """
-    if default is not None and not path.exists() and not path.is_symlink():
+    if default is not None and not is_there(path):
         return default
     regular_file(path, expected="a JSON file", limit=JSON_LIMIT)
     try:

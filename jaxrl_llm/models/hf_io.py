@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from jaxrl_llm.models.config import TransformerConfig
 from jaxrl_llm.models.files import MissingModelFileError
 from jaxrl_llm.models.files import ModelFileError
+from jaxrl_llm.models.files import is_there
 from jaxrl_llm.models.files import read_from
 from jaxrl_llm.models.files import read_json
 from jaxrl_llm.models.files import write_json
@@ -45,7 +46,7 @@ class SafetensorsFolder(StoredTensors):
             raise MissingModelFileError(f"{folder} is not a folder; expected a Hugging Face checkpoint with {SINGLE}.")
         index = _index(folder)
         names = sorted(set(index.values())) if index else [SINGLE]
-        missing = [name for name in names if not (folder / name).exists()]
+        missing = [name for name in names if not is_there(folder / name)]
         if missing:
             named = f", which {INDEX} names" if index else f", nor {INDEX}"
             raise MissingModelFileError(f"{folder} has no {shortened(missing)}{named}.")

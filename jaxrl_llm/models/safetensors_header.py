@@ -62,7 +62,8 @@ def read_safetensors_header(path: Path) -> SafetensorsHeader:
         if length > HEADER_LIMIT:
             raise _damaged(path, f"its header has {length} bytes; the most that is read is {HEADER_LIMIT}")
         content = _parsed(path, file.read(length))
-        metadata = content.pop("__metadata__", None) or {}
+        metadata = content.pop("__metadata__", None)
+        metadata = {} if metadata is None else metadata
         if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
             raise _damaged(path, "its __metadata__ are not texts by name")
         spans = {name: _span(path, name, entry) for name, entry in content.items()}

@@ -17,6 +17,7 @@ import tokenizers
 
 from jaxrl_llm.models.files import MissingModelFileError
 from jaxrl_llm.models.files import ModelFileError
+from jaxrl_llm.models.files import is_there
 from jaxrl_llm.models.files import one_line
 from jaxrl_llm.models.files import read_from
 from jaxrl_llm.models.files import read_json
@@ -87,7 +88,7 @@ def read_backend(path: Path) -> tokenizers.Tokenizer:
         MissingModelFileError: no such file.
         ModelFileError: it cannot be read, or its steps make far more of a text than it is.
     """
-    if not path.exists() and not path.is_symlink():
+    if not is_there(path):
         raise MissingModelFileError(f"{path} does not exist; a Hugging Face folder needs a tokenizer.json.")
     regular_file(path, expected="a tokenizer.json", limit=FILE_LIMIT)
     try:
@@ -246,7 +247,7 @@ def _numbers(config: Mapping[str, Any], kind: str, source: Path, *, least: int =
 def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     """The template of chats: that of a file of its own, else that of tokenizer_config.json (the default of several)."""
     path = folder / "chat_template.jinja"
-    if path.exists() or path.is_symlink():
+    if is_there(path):
         regular_file(path, expected="a chat template", limit=2**20)
         with read_from(path):
             return path.read_text(encoding="utf-8")
