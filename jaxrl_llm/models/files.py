@@ -98,7 +98,7 @@ def cache_folder() -> Path:
 
 
 def is_there(path: Path) -> bool:
-    """Whether there is something under this name, be it a link to nothing; a name that no file can have is not there."""
+    """Whether there is something under this name, be it a link to nothing; for a name that no file can have, not."""
     try:
         return os.path.lexists(path)
     except (OSError, ValueError):

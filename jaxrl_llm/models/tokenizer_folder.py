@@ -99,6 +99,7 @@ def read_backend(path: Path) -> tokenizers.Tokenizer:
             f"{path} is not a readable tokenizer.json ({one_line(error.__cause__)}); it may be truncated."
         ) from error
     with read_from(path):
+        _check_ids(backend, path)
         backend.no_truncation()
         backend.no_padding()
         for what, part in (("normalises", backend.normalizer), ("decodes", backend.decoder)):
@@ -109,6 +110,25 @@ def read_backend(path: Path) -> tokenizers.Tokenizer:
                     "are expected."
                 )
     return backend
+
+
+def _check_ids(backend: tokenizers.Tokenizer, path: Path) -> None:
+    """Raise where the library numbers added tokens otherwise than the file, as it does behind holes in the ids."""
+    text, place = path.read_text(encoding="utf-8"), -1
+    for _ in range(4):  # a token of this name may come first
+        place = text.find('"added_tokens"', place + 1)
+        colon = text.find(":", place)
+        if place < 0 or colon < 0:
+            return
+        found, _ = json.JSONDecoder().raw_decode(text, len(text) - len(text[colon + 1 :].lstrip()))
+        if isinstance(found, list):
+            break
+    else:
+        return
+    for entry in found:
+        read = backend.token_to_id(entry["content"])
+        if read != entry["id"]:
+            raise ModelFileError(f"{path} gives {entry['content']!r:.80} the id {entry['id']}; it is read as {read}.")
 
 
 def _growth(step: Mapping[str, Any]) -> float:

@@ -412,7 +412,7 @@ def test_entries_of_config_json_that_no_model_has(changes: dict[str, Any], sente
     [("llama", (16, 32, 2048)), ("mistral", (8, 32, 131072)), ("qwen2", (32, 32, 32768)), ("qwen3", (32, 128, 32768))],
 )
 def test_absent_entries_of_config_json_mean_what_they_mean_to_transformers(model_type: str, expected: tuple) -> None:
-    """Number of key-value heads, elements of a head, positions: the defaults of the configurations of transformers 5."""
+    """Number of key-value heads, elements of a head, positions: the defaults of transformers 5."""
     heads = 16 if model_type in ("llama", "mistral") else 32
     settings = {"vocab_size": 9, "hidden_size": 32 * heads, "intermediate_size": 8, "num_hidden_layers": 1}
     settings |= {"num_attention_heads": heads, "model_type": model_type}

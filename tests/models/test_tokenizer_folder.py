@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face folders: what stands beside tokenizer.json counts, and what would hide or inflate does not."""
+"""Tokenizers of folders: what stands beside tokenizer.json counts, and what would hide or inflate texts does not."""
 
 import json
 import time
@@ -17,6 +17,7 @@ from jaxrl_llm.models.files import ModelFileError
 from jaxrl_llm.models.tokenizer_folder import FILE_LIMIT
 from jaxrl_llm.models.tokenizers import ByteTokenizer
 from jaxrl_llm.models.tokenizers import Tokenizer
+from jaxrl_llm.models.tokenizers import byte_alphabet
 
 TEXT = "a long text of many letters, longer than the limit " * 3
 
@@ -79,7 +80,8 @@ def test_tokens_of_the_older_file_are_tokens(folder: Path) -> None:
 def test_a_listed_token_of_the_vocabulary_is_found_in_texts(folder: Path) -> None:
     """It is in the model's vocabulary already, where no merge leads to it."""
     content = json.loads((folder / "tokenizer.json").read_text())
-    content["model"]["vocab"] |= {"<x>": 259, "<y>": 260}
+    names = ("<|pad|>", "<|bos|>", "<|eos|>", "<x>", "<y>")
+    content["model"]["vocab"] |= {name: 256 + index for index, name in enumerate(names)}
     (folder / "tokenizer.json").write_text(json.dumps(content))
     assert Tokenizer.from_folder(folder).encode("<x>") == list(b"<x>")
     change(folder / "tokenizer_config.json", added_tokens_decoder={"259": {"content": "<x>"}}, bos_token="<y>")
@@ -135,7 +137,7 @@ def test_every_end_token_of_every_file_ends_an_answer(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
 def test_end_tokens_that_are_no_ids(ends: Any, name: str, folder: Path) -> None:
     change(folder / name, eos_token_id=ends)
-    with pytest.raises(ModelFileError, match="eos_token_id is .*; expected an id, or a list of ids"):
+    with pytest.raises(ModelFileError, match=r"eos_token_id is .*; expected an id, or a list of ids"):
         Tokenizer.from_folder(folder)
 
 
@@ -152,18 +154,29 @@ def test_minus_one_is_no_padding_token(folder: Path) -> None:
     assert Tokenizer.from_folder(folder).pad_id == 258
 
 
-def test_ids_without_a_text_are_told_apart(folder: Path) -> None:
-    """A hole in the vocabulary; the special tokens come behind it."""
+def test_ids_of_the_file_that_the_library_changes(folder: Path) -> None:
+    """It counts the vocabulary and numbers the other tokens from there, whatever the file says."""
     content = json.loads((folder / "tokenizer.json").read_text())
     content["model"]["vocab"]["far"] = 263
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    tokenizer = Tokenizer.from_folder(folder)
-    expected = [True] * 256 + [False] * 7 + [True] * 4
-    assert tokenizer.known_ids.tolist() == expected
-    assert tokenizer.has_text(269).tolist() == [*expected, False, False]
-    assert tokenizer.has_text(100).tolist() == [True] * 100
-    assert tokenizer.text_ids_count == 260
-    assert tokenizer.known_ids.dtype == np.bool_
+    with pytest.raises(ModelFileError, match=r"gives '<\|pad\|>' the id 256; it is read as 257"):
+        Tokenizer.from_folder(folder)
+
+
+def test_ids_without_a_text_are_told_apart(tmp_path: Path) -> None:
+    tokens = [*byte_alphabet(), "[PAD256]", "[PAD257]", "<eos>", "[PAD259]"]
+    metadata = {"model": "gpt2", "pre": "gpt-2", "tokens": tokens, "token_type": [1] * 256 + [5, 5, 3, 5]}
+    metadata |= {"merges": ["<eos> <eos>"], "eos_token_id": 258}
+    tokenizer = Tokenizer.from_gguf_metadata({f"tokenizer.ggml.{name}": value for name, value in metadata.items()})
+    expected = [True] * 256 + [False] * 2 + [True]
+    tokenizer.save(tmp_path)
+    for found in (tokenizer, Tokenizer.from_folder(tmp_path)):
+        assert found.known_ids.tolist() == expected
+        assert found.has_text(261).tolist() == [*expected, False, False]
+        assert found.has_text(100).tolist() == [True] * 100
+        assert found.text_ids_count == 257
+        assert found.known_ids.dtype == np.bool_
+        assert found.encode("a<eos>") == [97, 258]
 
 
 INFLATING = {
@@ -183,7 +196,7 @@ def test_normalisers_that_inflate_texts(name: str, folder: Path) -> None:
     backend.normalizer = INFLATING[name]
     saved(folder, backend)
     start = time.monotonic()
-    with pytest.raises(ModelFileError, match="normalises texts by steps that make up to .* letters of one"):
+    with pytest.raises(ModelFileError, match=r"normalises texts by steps that make up to .* letters of one"):
         Tokenizer.from_folder(folder)
     assert time.monotonic() - start < 5
 
