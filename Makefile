@@ -16,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest -q
 # A file stays in one process, so that what its tests share is made once; the longest, the notebooks, goes out first.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help venv run test test-float32 test-slow test-float64 test-sharded aot lint checks notebooks bench clean
+.PHONY: help venv run test test-float32 test-slow test-float64 test-sharded fuzz aot lint checks notebooks bench clean
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
@@ -49,6 +49,10 @@ test-float64: $(STAMP)
 	JAX_ENABLE_X64=1 $(PYTEST) $(PARALLEL) tests/exact
 test-sharded: $(STAMP)
 	XLA_FLAGS="$(XLA_FLAGS) --xla_force_host_platform_device_count=8" $(PYTEST) $(PARALLEL) tests/sharded
+
+## fuzz       damage sound model files at random for a minute: each loads, or says in a sentence why not
+fuzz: $(STAMP)
+	JAX_PLATFORMS=cpu $(BIN)/python -m tests.fuzz.model_files --seconds 60
 
 ## aot        compile the kernels for TPUs and an H100 that are not here (installs libtpu and a CUDA plugin, 1.1 GB, into .venv-aot)
 AOT := $(CURDIR)/.venv-aot

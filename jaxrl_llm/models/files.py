@@ -46,11 +46,12 @@ def read_from(source: str | Path) -> Iterator[None]:
     except ModelFileError:
         raise
     except Exception as error:
-        raise ModelFileError(f"{source} cannot be read ({type(error).__name__}: {one_line(error)}).") from error
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise ModelFileError(f"{source} cannot be used ({kind}{one_line(error)}).") from error
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
-        raise ModelFileError(f"{source} cannot be read (the library panicked: {one_line(error)}).") from error
+        raise ModelFileError(f"{source} cannot be used (the library panicked: {one_line(error)}).") from error
 
 
 def one_line(error: object, *, most: int = 300) -> str:

@@ -379,7 +379,7 @@ def test_every_number_and_format_of_a_sound_header_is_read(tmp_path: Path) -> No
         ({"rms_norm_eps": None}, "rms_norm_eps is None"),
         ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6'"),
         ({"rope_theta": 0}, "rope_theta must be positive"),
-        ({"rope_theta": 10**400}, "expected a finite number|cannot be read|at most"),
+        ({"rope_theta": 10**400}, "expected a finite number|cannot be used|at most"),
         ({"rope_theta": []}, r"rope_theta is \[\]|rope_theta"),
         ({"rope_scaling": []}, r"rope_scaling is \[\]; expected an object"),
         ({"rope_scaling": "llama3"}, "rope_scaling is 'llama3'; expected an object"),

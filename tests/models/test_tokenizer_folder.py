@@ -111,7 +111,7 @@ def test_further_special_tokens_are_special(folder: Path) -> None:
         ({"259": {"content": "<x>", "special": "yes"}}, "true or false flags"),
         ({"259": None}, "expected its content"),
         (["<x>"], "added_tokens_decoder is a list; expected an object"),
-        ({"259": {"content": "\ud800"}}, "cannot be read"),
+        ({"259": {"content": "\ud800"}}, "cannot be used"),
     ],
 )
 def test_lists_that_contradict_the_tokenizer(listed: Any, sentence: str, folder: Path) -> None:
