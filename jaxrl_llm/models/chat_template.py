@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-import jinja2
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator
 from jinja2.ext import Extension
 from jinja2.ext import loopcontrols
+from jinja2.filters import do_indent
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from jaxrl_llm.models.files import ModelFileError
@@ -187,7 +187,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             return _replaced(owner, *arguments, **named)
         if isinstance(owner, str) and name == "join":
             return self.glued(*arguments, owner)
-        return super().call(context, called, *arguments, **named)
+        return super().call(context, called, *arguments, **named)  # pyright: ignore[reportCallIssue] - its names have underscores
 
 
 class _Program:
@@ -255,7 +255,7 @@ def _indented(text: str, width: int | str = 4, first: bool = False, blank: bool 
     if not isinstance(width, int) or not 0 <= width <= 64:
         raise ModelFileError(f"the chat template indents by {width!r:.40}.")
     _bounded(len(text) + (width + 1) * (text.count("\n") + 1))
-    return jinja2.filters.do_indent(text, width, first, blank)
+    return do_indent(text, width, first, blank)
 
 
 def _replaced(text: Any, old: str, new: str, count: int | None = None) -> str:

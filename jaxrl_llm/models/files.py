@@ -38,16 +38,24 @@ class MissingModelFileError(ModelFileError, FileNotFoundError):
 def read_from(source: str | Path) -> Iterator[None]:
     """What goes wrong inside, while content of `source` is read, comes out as a `ModelFileError` that names it.
 
-    Sentences that were thought of pass as they are. On content that nobody thought of, the libraries raise whatever
-    there is; their Rust parts panic, with an exception that derives from BaseException only and is known by its name.
+    Sentences that were thought of pass as they are; on content that nobody thought of, libraries raise whatever there
+    is.
     """
     try:
-        yield
+        with without_panics(source):
+            yield
     except ModelFileError:
         raise
     except Exception as error:
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
         raise ModelFileError(f"{source} cannot be used ({kind}{one_line(error)}).") from error
+
+
+@contextmanager
+def without_panics(source: str | Path) -> Iterator[None]:
+    """A panic of a library's Rust part, which derives from BaseException only, comes out as a `ModelFileError`."""
+    try:
+        yield
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise

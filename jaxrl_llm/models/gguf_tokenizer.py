@@ -18,6 +18,8 @@ from tokenizers import processors
 from jaxrl_llm.models.files import ModelFileError
 from jaxrl_llm.models.files import read_from
 from jaxrl_llm.models.gguf_vocabulary import CONTROL
+from jaxrl_llm.models.gguf_vocabulary import ENDS
+from jaxrl_llm.models.gguf_vocabulary import IN_COMPANY
 from jaxrl_llm.models.gguf_vocabulary import NORMAL
 from jaxrl_llm.models.gguf_vocabulary import UNKNOWN
 from jaxrl_llm.models.gguf_vocabulary import UNUSED
@@ -239,24 +241,32 @@ def placeholder_metadata(*, vocab_size: int, end_ids: Sequence[int]) -> dict[str
 
     Args:
         vocab_size: rows of the model.
-        end_ids: tokens that end a text, one to three of them.
+        end_ids: tokens that end a text, at least one: three are named by their ids, more by their names.
 
     Raises:
-        ValueError: none or more than three end tokens, or one outside the vocabulary.
+        ValueError: no end tokens or too many of them, or one outside the vocabulary.
     """
     names = ("eos", "eot", "eom")
-    if not 1 <= len(end_ids) <= len(names):
-        raise ValueError(f"end_ids is {tuple(end_ids)}; a GGUF vocabulary can name one to {len(names)} end tokens.")
-    for token in end_ids:
+    further = sorted(ENDS - IN_COMPANY)
+    ends = list(dict.fromkeys(int(token) for token in end_ids))
+    if not 1 <= len(ends) <= len(names) + len(further):
+        raise ValueError(
+            f"end_ids is {tuple(end_ids)}; a GGUF vocabulary can name one to {len(names)} end tokens by their ids, and "
+            f"{len(further)} more by their texts."
+        )
+    for token in ends:
         if not 0 <= token < vocab_size:
             raise ValueError(f"end_ids has {token}, which is not a token of the vocabulary, 0 .. {vocab_size - 1}.")
+    tokens = [f"<{token}>" for token in range(vocab_size)]
+    for token, text in zip(ends[len(names) :], further, strict=False):
+        tokens[token] = text
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "gpt-2",
-        "tokenizer.ggml.tokens": [f"<{token}>" for token in range(vocab_size)],
+        "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": [CONTROL] * vocab_size,
-        "tokenizer.ggml.merges": ["<0> <1>"],
+        "tokenizer.ggml.merges": [f"{tokens[0]} {tokens[0]}"],
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.ggml.add_space_prefix": False,
-        **{f"tokenizer.ggml.{name}_token_id": int(token) for name, token in zip(names, end_ids, strict=False)},
+        **{f"tokenizer.ggml.{name}_token_id": token for name, token in zip(names, ends, strict=False)},
     }

@@ -42,6 +42,9 @@ ENDS = frozenset(
 )
 """Tokens that end an answer by their name."""
 
+IN_COMPANY = frozenset({"<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "</s>", "<|tool_response>"})
+"""Those of them of which some end nothing where certain others are."""
+
 PARTS_OF_FILES = {
     "fim_pre": (
         "<|fim_prefix|>",

@@ -19,6 +19,7 @@ from tokenizers import pre_tokenizers
 
 from jaxrl_llm.models.files import ModelFileError
 from jaxrl_llm.models.files import read_json
+from jaxrl_llm.models.files import without_panics
 from jaxrl_llm.models.files import write_json
 from jaxrl_llm.models.gguf_io import GGUFFile
 from jaxrl_llm.models.gguf_tokenizer import backend_from_metadata
@@ -189,16 +190,18 @@ class Tokenizer:
         text whose beginning is already encoded.
 
         Raises:
-            ModelFileError: the tokenizer makes far more ids than the text has bytes.
+            ModelFileError: the tokenizer makes far more ids than the text has bytes, or fails on the text.
         """
-        ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        with without_panics("the tokenizer"):
+            ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         if len(ids) > SPECIAL_LIMIT + GROWTH_LIMIT * len(text.encode()):
             raise ModelFileError(f"the tokenizer makes {len(ids)} ids of {len(text)} letters; it is no tokenizer.")
         return ids
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of the token ids [T]; bytes that are no valid UTF-8 become U+FFFD."""
-        return self.backend.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens)
+        with without_panics("the tokenizer"):
+            return self.backend.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens)
 
     def encode_batch(
         self, texts: Sequence[str], *, length: int | None = None, add_special_tokens: bool = True

@@ -12,10 +12,12 @@ from jaxrl_llm.models.config import tiny
 from jaxrl_llm.models.files import ModelFileError
 from jaxrl_llm.models.gguf_io import GGUFFile
 from jaxrl_llm.models.gguf_io import write_gguf
+from jaxrl_llm.models.gguf_tokenizer import placeholder_metadata
 from jaxrl_llm.models.gguf_vocabulary import ALWAYS_SHOWN
 from jaxrl_llm.models.gguf_vocabulary import ENDS
 from jaxrl_llm.models.gguf_vocabulary import PARTS_OF_FILES
 from jaxrl_llm.models.gguf_vocabulary import PRE_TOKENIZERS
+from jaxrl_llm.models.gguf_vocabulary import ending_ids
 from jaxrl_llm.models.pretrained import load_pretrained
 from jaxrl_llm.models.stored import tensor_shapes
 from jaxrl_llm.models.tokenizers import Tokenizer
@@ -149,6 +151,20 @@ def test_ends_of_a_file_reach_the_model_and_the_next_file(tmp_path: Path) -> Non
     assert set(Tokenizer.from_gguf_metadata(again).eos_ids) == set(expected)
     with reader_of(write(tmp_path / "again.gguf", again)) as reader:
         assert all(reader.ends_at(token) for token in expected)
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 9, 18])
+def test_placeholders_end_at_every_token_that_ends(count: int, tmp_path: Path) -> None:
+    ends = tuple(range(5, 5 + 2 * count, 2))
+    path = write(tmp_path / "it.gguf", placeholder_metadata(vocab_size=64, end_ids=ends))
+    with reader_of(path) as reader:
+        assert tuple(token for token in range(64) if reader.ends_at(token)) == ends
+    assert set(ending_ids(GGUFFile(path).metadata, GGUFFile(path).metadata["tokenizer.ggml.tokens"])) == set(ends)
+
+
+def test_more_ends_than_a_placeholder_can_name() -> None:
+    with pytest.raises(ValueError, match="can name one to 3 end tokens by their ids, and 15 more by their texts"):
+        placeholder_metadata(vocab_size=64, end_ids=tuple(range(19)))
 
 
 def test_more_ends_than_a_file_can_name() -> None:

@@ -252,6 +252,18 @@ def test_ids_are_bounded_by_the_text() -> None:
         plain.encode("aa")
 
 
+def test_a_splitter_that_gives_up_on_a_text(folder: Path) -> None:
+    backend = backend_of(folder)
+    bytes_of = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    slow = tokenizers.pre_tokenizers.Split(tokenizers.Regex("(a+)+b"), "isolated")
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([slow, bytes_of])
+    saved(folder, backend)
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.encode("aab") == [97, 97, 98]
+    with pytest.raises(ModelFileError, match=r"the tokenizer cannot be used .* retry-limit"):
+        tokenizer.encode("a" * 40)
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
