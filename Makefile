@@ -50,11 +50,12 @@ test-float64: $(STAMP)
 test-sharded: $(STAMP)
 	XLA_FLAGS="$(XLA_FLAGS) --xla_force_host_platform_device_count=8" $(PYTEST) $(PARALLEL) tests/sharded
 
-## fuzz       hostile command lines, FUZZ_EXAMPLES of them
+## fuzz       hostile command lines, FUZZ_EXAMPLES of them; model files damaged at random for a minute
 fuzz: export JAX_PLATFORMS = cpu
 fuzz: export FUZZ_EXAMPLES ?= 2000
 fuzz: $(STAMP)
 	$(PYTEST) tests/experiments/test_experiment_fuzz.py
+	$(BIN)/python -m tests.fuzz.model_files --seconds 60
 
 ## aot        compile the kernels for TPUs and an H100 that are not here (installs libtpu and a CUDA plugin, 1.1 GB, into .venv-aot)
 AOT := $(CURDIR)/.venv-aot

@@ -1,6 +1,7 @@
 from jaxrl_llm.models.cache import KVCache as KVCache
 from jaxrl_llm.models.config import RopeScaling as RopeScaling
 from jaxrl_llm.models.config import TransformerConfig as TransformerConfig
+from jaxrl_llm.models.files import ModelFileError as ModelFileError
 from jaxrl_llm.models.lora import LoraSettings as LoraSettings
 from jaxrl_llm.models.lora import add_lora as add_lora
 from jaxrl_llm.models.lora import merge_lora as merge_lora

@@ -2,6 +2,29 @@
 
 from dataclasses import dataclass
 
+LARGEST_SIZE = 2**31 - 1
+"""Of anything that is counted: positions and token ids are 32-bit integers."""
+LARGEST_FACTOR = 1e6
+"""By which rotary wavelengths are stretched."""
+LARGEST_NUMBER = 1e30
+"""Of a constant; in float32 it leaves room for a product."""
+
+
+def _check_size(name: str, size: object) -> None:
+    """Raise a ValueError unless `size` is a whole number that can count something."""
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"{name} must be a positive integer, got {size!r:.80}")
+    if size > LARGEST_SIZE:
+        raise ValueError(f"{name} must be at most {LARGEST_SIZE}, got {size:.3g}")
+
+
+def _check_number(name: str, value: object, *, largest: float) -> None:
+    """Raise a ValueError unless `value` is a number above 0 and at most `largest`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ValueError(f"{name} must be positive, got {value!r:.80}")
+    if value > largest:
+        raise ValueError(f"{name} must be at most {largest:g}, got {value!r:.80}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
@@ -17,8 +40,13 @@ class RopeScaling:
     original_max_positions: int = 8192
 
     def __post_init__(self) -> None:
+        _check_size("original_max_positions", self.original_max_positions)
+        _check_number("factor", self.factor, largest=LARGEST_FACTOR)
         if self.factor < 1:
             raise ValueError(f"factor stretches the wavelengths and must be at least 1, got {self.factor}")
+        _check_number("high_frequency_factor", self.high_frequency_factor, largest=LARGEST_FACTOR)
+        if not isinstance(self.low_frequency_factor, int | float):
+            raise ValueError(f"low_frequency_factor must be a number, got {self.low_frequency_factor!r:.80}")
         if not 0 < self.low_frequency_factor < self.high_frequency_factor:
             raise ValueError(
                 "low_frequency_factor must be positive and below high_frequency_factor, got "
@@ -64,9 +92,7 @@ class TransformerConfig:
             "max_positions",
         )
         for name in sizes:
-            size = getattr(self, name)
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name} must be a positive integer, got {size!r}")
+            _check_size(name, vars(self)[name])
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} query heads "
@@ -75,8 +101,7 @@ class TransformerConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even because rotary positions turn pairs, got {self.head_dim}")
         for name in ("rope_theta", "norm_eps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+            _check_number(name, vars(self)[name], largest=LARGEST_NUMBER)
 
     @property
     def num_parameters(self) -> int:

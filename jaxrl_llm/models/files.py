@@ -1,9 +1,14 @@
-"""What checkpoints are made of: JSON objects, folders and files that appear whole or not at all, the cache folder."""
+"""What checkpoints are made of: JSON objects, folders and files that appear whole or not at all, the cache folder.
+
+What others wrote is read with suspicion: a named pipe, a device, a file of another kind or of absurd size ends in one
+`ModelFileError` with a sentence before anything is read from it, allocated for it or computed from it.
+"""
 
 import errno
 import json
 import os
 import shutil
+import stat
 import sys
 import time
 import uuid
@@ -16,6 +21,77 @@ from typing import Any
 CACHE_VARIABLE = "JAXRL_LLM_CACHE"
 ABANDONED_AFTER = 3600.0
 """Age [seconds] from which the draft of a process that was killed is removed."""
+
+JSON_LIMIT = 16 * 2**20
+"""Largest JSON file that is parsed [bytes]; the index of a checkpoint of 160 shards has 9 MB."""
+
+
+class ModelFileError(ValueError):
+    """A file of a model cannot be used as it is: damaged, of another kind, inconsistent, or of a kind not read here."""
+
+
+class MissingModelFileError(ModelFileError, FileNotFoundError):
+    """A file or folder of a model is not there."""
+
+
+@contextmanager
+def read_from(source: str | Path) -> Iterator[None]:
+    """What goes wrong inside, while content of `source` is read, comes out as a `ModelFileError` that names it.
+
+    Sentences that were thought of pass as they are; on content that nobody thought of, libraries raise whatever there
+    is.
+    """
+    try:
+        with without_panics(source):
+            yield
+    except ModelFileError:
+        raise
+    except Exception as error:
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise ModelFileError(f"{source} cannot be used ({kind}{one_line(error)}).") from error
+
+
+@contextmanager
+def without_panics(source: str | Path) -> Iterator[None]:
+    """A panic of a library's Rust part, which derives from BaseException only, comes out as a `ModelFileError`."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ModelFileError(f"{source} cannot be used (the library panicked: {one_line(error)}).") from error
+
+
+def one_line(error: object, *, most: int = 300) -> str:
+    """A text on one line, cut after `most` characters."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= most else text[:most] + "..."
+
+
+def regular_file(path: Path, *, expected: str, limit: int | None = None) -> int:
+    """The size of a file [bytes], which must be one that can be read to its end.
+
+    Args:
+        path: the file; links are followed.
+        expected: what it should be, for the sentence.
+        limit: largest size [bytes]; None for any.
+
+    Raises:
+        MissingModelFileError: nothing there.
+        ModelFileError: a folder, a named pipe, a device or a socket, or a file above the limit.
+    """
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise MissingModelFileError(f"{path} does not exist; expected {expected}.") from error
+    except (OSError, ValueError) as error:
+        raise ModelFileError(f"{path!s:.300} cannot be looked at ({one_line(error)}); expected {expected}.") from error
+    if not stat.S_ISREG(status.st_mode):
+        kind = "folder" if stat.S_ISDIR(status.st_mode) else "named pipe, device or socket"
+        raise ModelFileError(f"{path} is a {kind}; expected {expected}.")
+    if limit is not None and status.st_size > limit:
+        raise ModelFileError(f"{path} has {status.st_size} bytes; expected {expected} of at most {limit} bytes.")
+    return status.st_size
 
 
 def cache_folder() -> Path:
@@ -30,23 +106,34 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxrl_llm"
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is something under this name, be it a link to nothing; for a name that no file can have, not."""
+    try:
+        return os.path.lexists(path)
+    except (OSError, ValueError):
+        return False
+
+
 def read_json(path: Path, *, default: dict[str, Any] | None = None) -> dict[str, Any]:
     """The object in a JSON file; `default` where there is no such file and a default is given.
 
     Raises:
-        FileNotFoundError: no such file, and no default.
-        ValueError: not a JSON object.
+        MissingModelFileError: no such file, and no default.
+        ModelFileError: not a file, larger than `JSON_LIMIT`, or not a JSON object.
     """
-    if not path.exists():
-        if default is not None:
-            return default
-        raise FileNotFoundError(f"{path} does not exist.")
+    if default is not None and not is_there(path):
+        return default
+    regular_file(path, expected="a JSON file", limit=JSON_LIMIT)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ModelFileError(f"{path} is not valid JSON here: it is nested too deep.") from error
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); it may be truncated.") from error
+        raise ModelFileError(f"{path} is not valid JSON ({one_line(error)}); it may be truncated.") from error
+    except OSError as error:
+        raise ModelFileError(f"{path} cannot be read ({one_line(error)}).") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}; expected a JSON object.")
+        raise ModelFileError(f"{path} holds a {type(content).__name__}; expected a JSON object.")
     return content
 
 

@@ -16,16 +16,19 @@ from typing import NamedTuple
 import gguf
 import numpy as np
 
+from jaxrl_llm.models.config import LARGEST_FACTOR
 from jaxrl_llm.models.config import RopeScaling
 from jaxrl_llm.models.config import TransformerConfig
+from jaxrl_llm.models.files import ModelFileError
 from jaxrl_llm.models.files import whole_file
+from jaxrl_llm.models.gguf_config import config_from_gguf
+from jaxrl_llm.models.gguf_header import read_header
 from jaxrl_llm.models.hf_config import ARCHITECTURES
 from jaxrl_llm.models.hf_config import architecture_of
 from jaxrl_llm.models.layers import rotary_frequencies
+from jaxrl_llm.models.stored import StoredTensors
 
 GGUFType = Literal["F32", "F16", "BF16", "Q8_0"]
-
-SUPPORTED = ("llama", "qwen2", "qwen3")
 
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -43,49 +46,49 @@ LAYER_NAMES = {
 TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER_NAMES_BACK = {hf: name for name, hf in LAYER_NAMES.items()}
 _TOP_NAMES_BACK = {hf: name for name, hf in TOP_NAMES.items()}
-EMBEDDING = "model.embed_tokens.weight"
 ROPE_FACTORS = "rope_freqs.weight"
 
 
-class GGUFFile(Mapping[str, np.ndarray]):
+class GGUFFile(StoredTensors):
     """The tensors of a GGUF file under their Hugging Face names; each is dequantised to float32 when it is asked for.
 
     Attributes:
-        reader: the open file, a memory map.
+        reader: the header and the open file, a memory map.
         metadata: its key-value entries.
         config: the configuration they describe.
+        shapes, dtypes: see `StoredTensors`.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a truncated file, none in the GGUF format, or an unsupported architecture.
+        MissingModelFileError: no such file.
+        ModelFileError: a truncated file, none in the GGUF format, one part of several, or an unsupported architecture.
     """
 
     def __init__(self, path: Path) -> None:
-        self.reader = _open(path)
-        self.metadata: dict[str, Any] = {name: field.contents() for name, field in self.reader.fields.items()}
-        tensors = {tensor.name: tensor for tensor in self.reader.tensors}
-        factors = tensors.pop(ROPE_FACTORS, None)
-        self._tensors = {_hf_name(name): tensor for name, tensor in tensors.items()}
-        self.config = _config(self.metadata, self._tensors, source=str(path))
-        if factors is not None:
-            self.config = _with_rope_factors(self.config, np.asarray(factors.data, np.float32), source=str(path))
+        self.reader = read_header(path)
+        self.metadata = self.reader.entries
+        tensors = {_hf_name(name): name for name in self.reader.tensors if name != ROPE_FACTORS}
+        if len(tensors) < len(self.reader.tensors) - (ROPE_FACTORS in self.reader.tensors):
+            raise ModelFileError(f"{path} has a tensor twice, under its names in GGUF and in Hugging Face folders.")
+        self._names = tensors
+        self.shapes = {hf: self.reader.tensors[name].shape for hf, name in tensors.items()}
+        self.dtypes = dict.fromkeys(tensors, "float32")
+        self.config = config_from_gguf(self.metadata, self.shapes, source=str(path))
+        if ROPE_FACTORS in self.reader.tensors:
+            self.config = _with_rope_factors(self.config, self.reader.values(ROPE_FACTORS), source=str(path))
 
     def __getitem__(self, name: str) -> np.ndarray:
-        tensor = self._tensors[name]
-        # GGUF counts dimensions from the innermost, numpy from the outermost.
-        shape = tuple(int(size) for size in reversed(tensor.shape))
-        values = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+        values = self.reader.values(self._names[name])
         heads = _heads_to_reorder(name, self.config)
         return deinterleave(values, heads) if heads else values
 
     def __contains__(self, name: object) -> bool:
-        return name in self._tensors
+        return name in self._names
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self._names)
 
 
 def deinterleave(weight: np.ndarray, num_heads: int) -> np.ndarray:
@@ -176,69 +179,19 @@ def rope_factors(config: TransformerConfig) -> np.ndarray:
 def _with_rope_factors(config: TransformerConfig, factors: np.ndarray, *, source: str) -> TransformerConfig:
     """The configuration with Llama 3's scaling, its original context (a power of two) found from the stored factors."""
     largest = round(float(factors.max()), 4)
-    for context in (8192, *(2**power for power in range(4, 21))):
-        guess = replace(config, rope_scaling=RopeScaling(factor=largest, original_max_positions=context))
-        expected = rope_factors(guess)
-        if factors.shape == expected.shape and np.allclose(factors, expected, rtol=1e-4):
-            return guess
-    raise ValueError(
+    if factors.shape == (config.head_dim // 2,) and np.isfinite(factors).all() and 1 <= largest <= LARGEST_FACTOR:
+        for context in (8192, *(2**power for power in range(4, 21))):
+            guess = replace(config, rope_scaling=RopeScaling(factor=largest, original_max_positions=context))
+            if np.allclose(factors, rope_factors(guess), rtol=1e-4):
+                return guess
+    raise ModelFileError(
         f"{source} scales rotary positions by {ROPE_FACTORS} in another way than Llama 3; "
         "load such a model from its Hugging Face folder."
     )
 
 
-def _open(path: Path) -> gguf.GGUFReader:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; expected a GGUF file.")
-    try:
-        return gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
-        size = path.stat().st_size
-        raise ValueError(
-            f"{path} ({size} bytes) is truncated or not a GGUF file ({error}); copy or install it again."
-        ) from error
-
-
-def _config(metadata: Mapping[str, Any], tensors: Mapping[str, Any], *, source: str) -> TransformerConfig:
-    architecture = metadata.get("general.architecture")
-    if architecture not in SUPPORTED:
-        raise ValueError(f"{source} has the architecture {architecture!r}; supported are {', '.join(SUPPORTED)}.")
-
-    def entry(name: str, default: Any = None) -> Any:
-        value = metadata.get(f"{architecture}.{name}", default)
-        if value is None:
-            raise ValueError(f"{source} lacks the entry {architecture}.{name}.")
-        return value
-
-    if entry("expert_count", 0):
-        raise ValueError(f"{source} is a mixture of {entry('expert_count')} experts; supported are dense models.")
-    if entry("rope.scaling.type", "none") != "none":
-        raise ValueError(f"{source} scales rotary positions ({entry('rope.scaling.type')}), which is not supported.")
-    heads, width = entry("attention.head_count"), entry("embedding_length")
-    head_dim = entry("attention.key_length", width // heads)
-    if entry("rope.dimension_count", head_dim) != head_dim:
-        raise ValueError(f"{source} rotates {entry('rope.dimension_count')} of {head_dim} elements; supported is all.")
-    if EMBEDDING not in tensors:
-        raise ValueError(f"{source} has no tensor {_gguf_name(EMBEDDING)}.")
-    return TransformerConfig(
-        vocab_size=int(tensors[EMBEDDING].shape[-1]),
-        hidden_size=width,
-        num_layers=entry("block_count"),
-        num_heads=heads,
-        num_kv_heads=entry("attention.head_count_kv", heads),
-        head_dim=head_dim,
-        intermediate_size=entry("feed_forward_length"),
-        rope_theta=_decimal(entry("rope.freq_base", 10_000.0)),
-        norm_eps=_decimal(entry("attention.layer_norm_rms_epsilon")),
-        tie_embeddings="lm_head.weight" not in tensors,
-        max_positions=entry("context_length"),
-        qkv_bias=architecture == "qwen2",
-        qk_norm=architecture == "qwen3",
-    )
-
-
 def _entries(config: TransformerConfig, architecture: str, dtype: GGUFType) -> dict[str, Any]:
-    """The entries that llama.cpp reads the sizes from; the inverse of `_config`."""
+    """The entries that llama.cpp reads the sizes from; the inverse of `config_from_gguf`."""
     sizes = {
         "vocab_size": config.vocab_size,
         "context_length": config.max_positions,
@@ -304,8 +257,3 @@ def _gguf_name(name: str) -> str:
     if len(parts) == 4 and parts[:2] == ["model", "layers"]:
         return f"blk.{parts[2]}.{_LAYER_NAMES_BACK[parts[3]]}.{kind}"
     return f"{_TOP_NAMES_BACK[stem]}.{kind}"
-
-
-def _decimal(value: float) -> float:
-    """The shortest decimal that is this float32: 1e-05 for 9.999999747378752e-06."""
-    return float(str(np.float32(value)))

@@ -1,10 +1,14 @@
 """config.json of a Hugging Face folder and the configuration of the transformer, both ways."""
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from jaxrl_llm.models.config import RopeScaling
 from jaxrl_llm.models.config import TransformerConfig
+from jaxrl_llm.models.files import ModelFileError
+from jaxrl_llm.models.files import read_from
 
 Settings = Mapping[str, Any]
 
@@ -19,36 +23,104 @@ ARCHITECTURES = {
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
+@dataclass(frozen=True)
+class _Defaults:
+    """What transformers takes where a config.json says nothing; None for what follows from the other entries."""
+
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 2048
+    sliding_window: int | None = None
+
+
+DEFAULTS = {
+    "llama": _Defaults(),
+    "mistral": _Defaults(num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096),
+    "qwen2": _Defaults(num_key_value_heads=32, max_position_embeddings=32768, sliding_window=4096),
+    "qwen3": _Defaults(num_key_value_heads=32, head_dim=128, max_position_embeddings=32768, sliding_window=4096),
+}
+
+
 def config_from_hf(settings: Settings, *, source: str = "config.json") -> TransformerConfig:
     """The configuration that a config.json describes; `source` names the file in error sentences.
 
+    An absent entry means what it means to transformers for that model type (`DEFAULTS`).
+
     Raises:
-        ValueError: another architecture, a missing size, or a variant (sliding window, quantisation, ...) that is not
-            computed here.
+        ModelFileError: another architecture, a missing size, an entry of another type, a size that no model can have,
+            or a variant (sliding window, quantisation, ...) that is not computed here.
     """
-    model_type = _model_type(settings, source)
+    entries = _Entries(settings, source)
+    model_type = _model_type(entries)
     missing = [name for name in REQUIRED if settings.get(name) is None]
     if missing:
-        raise ValueError(f"{source} lacks {', '.join(missing)}.")
-    _refuse_variants(settings, model_type, source)
-    rope, theta = _rope(settings, source)
-    heads = settings["num_attention_heads"]
-    return TransformerConfig(
-        vocab_size=settings["vocab_size"],
-        hidden_size=settings["hidden_size"],
-        num_layers=settings["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=settings.get("num_key_value_heads") or heads,
-        head_dim=settings.get("head_dim") or settings["hidden_size"] // heads,
-        intermediate_size=settings["intermediate_size"],
-        rope_theta=theta,
-        norm_eps=float(settings.get("rms_norm_eps", 1e-6)),
-        tie_embeddings=bool(settings.get("tie_word_embeddings", False)),
-        max_positions=settings.get("max_position_embeddings", 2048),
-        qkv_bias=model_type == "qwen2",
-        qk_norm=model_type == "qwen3",
-        rope_scaling=rope,
-    )
+        raise ModelFileError(f"{source} lacks {', '.join(missing)}.")
+    default = DEFAULTS[model_type]
+    _refuse_variants(entries, model_type, default)
+    rope, theta = _rope(entries)
+    heads, width = entries.integer("num_attention_heads"), entries.integer("hidden_size")
+    if not 0 < heads <= width:
+        raise ModelFileError(f"{source} has {heads} heads for {width} channels; expected at least one, and no more.")
+    per_head = default.head_dim if "head_dim" not in settings and default.head_dim else width // heads
+    with read_from(source):
+        return TransformerConfig(
+            vocab_size=entries.integer("vocab_size"),
+            hidden_size=width,
+            num_layers=entries.integer("num_hidden_layers"),
+            num_heads=heads,
+            num_kv_heads=entries.integer("num_key_value_heads", default.num_key_value_heads or heads, null=heads),
+            head_dim=entries.integer("head_dim", per_head, null=width // heads),
+            intermediate_size=entries.integer("intermediate_size"),
+            rope_theta=theta,
+            norm_eps=entries.number("rms_norm_eps", 1e-6),
+            tie_embeddings=entries.truth("tie_word_embeddings", False),
+            max_positions=entries.integer("max_position_embeddings", default.max_position_embeddings),
+            qkv_bias=model_type == "qwen2",
+            qk_norm=model_type == "qwen3",
+            rope_scaling=rope,
+        )
+
+
+@dataclass(frozen=True)
+class _Entries:
+    """The entries of a config.json (or of an object in it), by name and type."""
+
+    settings: Settings
+    source: str
+
+    def integer(self, name: str, default: int | None = None, *, null: int | None = None) -> int:
+        """A whole number; `default` where the entry is absent, `null` where it is null."""
+        value = self.settings.get(name, default)
+        value = null if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self.unexpected(name, "a whole number")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A finite number."""
+        value = self.settings.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
+            raise self.unexpected(name, "a finite number")
+        with read_from(self.source):
+            return float(value)
+
+    def truth(self, name: str, default: bool) -> bool:
+        """True or false."""
+        value = self.settings.get(name, default)
+        if not isinstance(value, bool):
+            raise self.unexpected(name, "true or false")
+        return value
+
+    def part(self, name: str) -> "_Entries | None":
+        """An object inside this one, or None where it is absent, null or empty."""
+        value = self.settings.get(name)
+        if value is not None and not isinstance(value, Mapping):
+            raise self.unexpected(name, "an object")
+        return _Entries(value, self.source) if value else None
+
+    def unexpected(self, name: str, expected: str) -> ModelFileError:
+        """The sentence for an entry of another type."""
+        return ModelFileError(f"{self.source} says {name} is {self.settings.get(name)!r:.80}; expected {expected}.")
 
 
 def config_to_hf(config: TransformerConfig, *, dtype: str) -> dict[str, Any]:
@@ -110,53 +182,74 @@ def architecture_of(config: TransformerConfig) -> str:
     return "Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"
 
 
-def _model_type(settings: Settings, source: str) -> str:
+def _model_type(entries: _Entries) -> str:
     """The `model_type` of a supported architecture."""
-    named = settings.get("architectures") or []
+    settings, named = entries.settings, entries.settings.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise entries.unexpected("architectures", "a list of names")
+    own = settings.get("model_type")
     known = [ARCHITECTURES[name] for name in named if name in ARCHITECTURES]
-    if not named and settings.get("model_type") in ARCHITECTURES.values():
-        known = [settings["model_type"]]
+    if not named and isinstance(own, str) and own in ARCHITECTURES.values():
+        known = [own]
     if not known:
-        found = ", ".join(named) or settings.get("model_type") or "no architecture"
-        raise ValueError(f"{source} names {found}; supported are {', '.join(ARCHITECTURES)}.")
+        found = ", ".join(named) or own or "no architecture"
+        raise ModelFileError(f"{entries.source} names {found!s:.200}; supported are {', '.join(ARCHITECTURES)}.")
     return known[0]
 
 
-def _refuse_variants(settings: Settings, model_type: str, source: str) -> None:
+def _refuse_variants(entries: _Entries, model_type: str, default: _Defaults) -> None:
     """Raise for settings that change the mathematics in a way that is not computed here."""
+    settings, source = entries.settings, entries.source
     if settings.get("quantization_config") is not None:
-        method = settings["quantization_config"].get("quant_method", "unnamed")
-        raise ValueError(f"{source} describes weights quantised by {method}; expected float weights.")
+        quantised = entries.part("quantization_config")
+        method = "unnamed" if quantised is None else quantised.settings.get("quant_method", "unnamed")
+        raise ModelFileError(f"{source} describes weights quantised by {method!s:.80}; expected float weights.")
     for name in ("attention_bias", "mlp_bias"):
         if settings.get(name):
-            raise ValueError(f"{source} sets {name}; biases are supported for Qwen2's queries, keys and values only.")
+            raise ModelFileError(
+                f"{source} sets {name}; biases are supported for Qwen2's queries, keys and values only."
+            )
     if settings.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"{source} says hidden_act is {settings['hidden_act']}; supported is silu.")
-    window = settings.get("sliding_window")
-    if model_type in ("qwen2", "qwen3") and not settings.get("use_sliding_window", False):
-        window = None
-    if window is not None and window < settings.get("max_position_embeddings", 2048):
-        raise ValueError(
-            f"{source} sets a sliding_window of {window} positions; supported is attention to all of them."
+        raise ModelFileError(f"{source} says hidden_act is {settings['hidden_act']!s:.80}; supported is silu.")
+    if settings.get("sliding_window", default.sliding_window) is not None:
+        _refuse_window(entries, model_type, default)
+
+
+def _refuse_window(entries: _Entries, model_type: str, default: _Defaults) -> None:
+    """Raise for a window that some layer looks through and that is shorter than the longest text."""
+    window = entries.integer("sliding_window", default.sliding_window)
+    kinds = entries.settings.get("layer_types")
+    of_qwen = model_type in ("qwen2", "qwen3")
+    sliding = entries.truth("use_sliding_window", False) if of_qwen else True
+    if of_qwen and kinds is not None:
+        if not isinstance(kinds, list):
+            raise entries.unexpected("layer_types", "a list")
+        sliding = any(kind != "full_attention" for kind in kinds)
+    if sliding and window < entries.integer("max_position_embeddings", default.max_position_embeddings):
+        raise ModelFileError(
+            f"{entries.source} sets a sliding_window of {window} positions; supported is attention to all of them."
         )
 
 
-def _rope(settings: Settings, source: str) -> tuple[RopeScaling | None, float]:
+def _rope(entries: _Entries) -> tuple[RopeScaling | None, float]:
     """Scaling and base of the rotary positions, from the entries of transformers 5 or of transformers 4."""
-    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta", settings.get("rope_theta", 10_000.0)))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    part = rope.get("partial_rotary_factor", settings.get("partial_rotary_factor")) or 1.0
-    if part != 1.0:
-        raise ValueError(f"{source} rotates the fraction {part} of each head; supported is 1.")
-    if kind == "default":
+    source = entries.source
+    rope = entries.part("rope_parameters") or entries.part("rope_scaling") or _Entries({}, source)
+    theta = rope.number("rope_theta", entries.settings.get("rope_theta", 10_000.0))
+    part = rope.settings.get("partial_rotary_factor", entries.settings.get("partial_rotary_factor"))
+    if part is not None and part != 1.0:
+        raise ModelFileError(f"{source} rotates the fraction {part!s:.80} of each head; supported is 1.")
+    kind = rope.settings.get("rope_type", rope.settings.get("type"))
+    if kind is None and set(rope.settings) - {"rope_theta", "partial_rotary_factor"}:
+        raise ModelFileError(f"{source} scales rotary positions without saying how (rope_type).")
+    if kind in (None, "default"):
         return None, theta
     if kind != "llama3":
-        raise ValueError(f"{source} scales rotary positions by {kind!r}; supported are 'default' and 'llama3'.")
-    scaling = RopeScaling(
-        factor=rope["factor"],
-        low_frequency_factor=rope["low_freq_factor"],
-        high_frequency_factor=rope["high_freq_factor"],
-        original_max_positions=rope["original_max_position_embeddings"],
-    )
-    return scaling, theta
+        raise ModelFileError(f"{source} scales rotary positions by {kind!r:.80}; supported are 'default' and 'llama3'.")
+    with read_from(source):
+        return RopeScaling(
+            factor=rope.number("factor"),
+            low_frequency_factor=rope.number("low_freq_factor"),
+            high_frequency_factor=rope.number("high_freq_factor"),
+            original_max_positions=rope.integer("original_max_position_embeddings"),
+        ), theta

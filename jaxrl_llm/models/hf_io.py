@@ -1,8 +1,8 @@
 """Weights in Hugging Face folders: safetensors files, one or several with an index, read lazily and written whole."""
 
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,46 +10,57 @@ import safetensors
 from safetensors.numpy import save_file
 
 from jaxrl_llm.models.config import TransformerConfig
+from jaxrl_llm.models.files import MissingModelFileError
+from jaxrl_llm.models.files import ModelFileError
+from jaxrl_llm.models.files import is_there
+from jaxrl_llm.models.files import read_from
 from jaxrl_llm.models.files import read_json
 from jaxrl_llm.models.files import write_json
 from jaxrl_llm.models.hf_config import config_to_hf
+from jaxrl_llm.models.safetensors_header import read_safetensors_header
+from jaxrl_llm.models.stored import StoredTensors
+from jaxrl_llm.models.stored import shortened as shortened
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
-class SafetensorsFolder(Mapping[str, np.ndarray]):
+class SafetensorsFolder(StoredTensors):
     """The tensors of a folder by name; each is read when it is asked for, from a memory map.
+
+    Where an index names the file of a tensor, that file counts: another file may hold an old copy of it.
 
     Attributes:
         metadata: the text entries of the file's header (of the first file, where there are several).
+        shapes, dtypes: see `StoredTensors`.
 
     Raises:
-        FileNotFoundError: no weights in the folder, or files missing that its index names.
-        ValueError: a file that is truncated or no safetensors file, or an index that names tensors its files lack.
+        MissingModelFileError: no weights in the folder, or files missing that its index names.
+        ModelFileError: a file that is truncated or no safetensors file, a tensor of unknown place or of a kind that
+            numpy has not, or an index that names tensors its files lack.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._places: dict[str, safetensors.safe_open] = {}
-        self.metadata: dict[str, str] = {}
+        self._files: dict[str, safetensors.safe_open] = {}
         if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} is not a folder; expected a Hugging Face checkpoint with {SINGLE}.")
-        index = read_json(folder / INDEX, default={}).get("weight_map")
+            raise MissingModelFileError(f"{folder} is not a folder; expected a Hugging Face checkpoint with {SINGLE}.")
+        index = _index(folder)
         names = sorted(set(index.values())) if index else [SINGLE]
-        missing = [name for name in names if not (folder / name).exists()]
+        missing = [name for name in names if not is_there(folder / name)]
         if missing:
             named = f", which {INDEX} names" if index else f", nor {INDEX}"
-            raise FileNotFoundError(f"{folder} has no {', '.join(missing)}{named}.")
-        for name in reversed(names):
-            handle = _open(folder / name)
-            self._places |= dict.fromkeys(handle.keys(), handle)
-            self.metadata = handle.metadata() or {}
-        absent = sorted(set(index or ()) - set(self._places))
-        if absent:
-            raise ValueError(f"{folder / INDEX} names tensors that its files do not hold: {shortened(absent)}.")
+            raise MissingModelFileError(f"{folder} has no {shortened(missing)}{named}.")
+        headers = {name: read_safetensors_header(folder / name) for name in names}
+        self.metadata = headers[names[0]].metadata
+        self._places = _places(folder, index, {name: header.shapes for name, header in headers.items()})
+        self.shapes = {tensor: headers[name].shapes[tensor] for tensor, name in self._places.items()}
+        self.dtypes = {tensor: headers[name].dtypes[tensor] for tensor, name in self._places.items()}
+        for name in names:
+            with read_from(folder / name):
+                self._files[name] = safetensors.safe_open(folder / name, framework="np")
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._places[name].get_tensor(name)
+        return self._files[self._places[name]].get_tensor(name)
 
     def __contains__(self, name: object) -> bool:
         return name in self._places
@@ -59,6 +70,36 @@ class SafetensorsFolder(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._places)
+
+
+def _index(folder: Path) -> dict[str, str]:
+    """File of each tensor, as the folder's index names it; empty without an index."""
+    path = folder / INDEX
+    content = read_json(path, default={})
+    if not content:
+        return {}
+    index = content.get("weight_map")
+    if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
+        raise ModelFileError(f"{path} has no weight_map of tensors and names of files.")
+    outside = sorted({name for name in index.values() if name in ("", ".", "..") or set(name) & set("/\\\0")})
+    if outside:
+        raise ModelFileError(f"{path} names {shortened(outside)!r:.300}; expected names of files of the same folder.")
+    return index
+
+
+def _places(folder: Path, index: Mapping[str, str], held: Mapping[str, Iterable[str]]) -> dict[str, str]:
+    """The file that counts for each tensor; what the index does not name must lie in one file only."""
+    absent = sorted(tensor for tensor, name in index.items() if tensor not in held[name])
+    if absent:
+        raise ModelFileError(f"{folder / INDEX} names tensors that its files do not hold: {shortened(absent)}.")
+    places = dict(index)
+    for name, tensors in held.items():
+        for tensor in tensors:
+            if tensor not in index and places.setdefault(tensor, name) != name:
+                raise ModelFileError(
+                    f"{folder} has {tensor} in {places[tensor]} and in {name}, and {INDEX} names neither."
+                )
+    return places
 
 
 def write_hf(
@@ -89,18 +130,3 @@ def write_hf(
         raise OSError(None, str(error)) from error
     # The library makes a file that only its owner may read, whatever the umask says.
     (folder / SINGLE).chmod((folder / "config.json").stat().st_mode)
-
-
-def shortened(names: Sequence[str], *, most: int = 8) -> str:
-    """The names as a list in words, cut after `most` of them."""
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _open(path: Path) -> safetensors.safe_open:
-    try:
-        return safetensors.safe_open(path, framework="np")
-    except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{path} is truncated or not a safetensors file ({error}); copy or download it again."
-        ) from error

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from jaxrl_llm.models.files import regular_file
 from jaxrl_llm.models.gguf_io import GGUFFile
 from jaxrl_llm.models.tokenizers import Tokenizer
 from jaxrl_llm.models.tokenizers import check_vocabulary
@@ -35,12 +36,12 @@ def load_pretrained(
         mesh: devices to spread the parameters over; None for the default device.
 
     Raises:
-        FileNotFoundError: there is nothing at `path`, or something is missing in the folder.
-        ValueError: what is there cannot be used, or model and tokenizer do not belong together.
+        MissingModelFileError: there is nothing at `path`, or something is missing in the folder.
+        ModelFileError: what is there cannot be used, or model and tokenizer do not belong together.
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; expected a Hugging Face folder or a GGUF file.")
+    if not path.is_dir():
+        regular_file(path, expected="a Hugging Face folder or a GGUF file")
     folder = path if path.is_dir() else conversion_or_none(path)
     if folder is not None:
         # A conversion without tokenizer.json is that of a file whose tokenizer cannot be rebuilt; reading it says why.
@@ -64,7 +65,7 @@ def smollm2_135m(
 
     Raises:
         ModuleNotFoundError: the package is not installed; the sentence gives the command.
-        ValueError: its weights are damaged.
+        ModelFileError: its weights are damaged.
     """
     return load_pretrained(smollm2_path(), dtype=dtype, compute_dtype=compute_dtype, mesh=mesh)
 

@@ -17,11 +17,20 @@ from tokenizers import decoders
 from tokenizers import models
 from tokenizers import pre_tokenizers
 
+from jaxrl_llm.models.files import ModelFileError
 from jaxrl_llm.models.files import read_json
+from jaxrl_llm.models.files import without_panics
 from jaxrl_llm.models.files import write_json
 from jaxrl_llm.models.gguf_io import GGUFFile
 from jaxrl_llm.models.gguf_tokenizer import backend_from_metadata
 from jaxrl_llm.models.gguf_tokenizer import metadata_from_backend
+from jaxrl_llm.models.gguf_vocabulary import ending_ids
+from jaxrl_llm.models.gguf_vocabulary import special_id
+from jaxrl_llm.models.gguf_vocabulary import token_texts
+from jaxrl_llm.models.tokenizer_folder import GROWTH_LIMIT
+from jaxrl_llm.models.tokenizer_folder import LARGEST_ID
+from jaxrl_llm.models.tokenizer_folder import SPECIAL_LIMIT
+from jaxrl_llm.models.tokenizer_folder import read_folder
 
 PADDING_LIMIT = 1024
 """Model rows beyond the tokenizer's ids that still count as padding of the embedding (phi-2: 905)."""
@@ -32,10 +41,10 @@ class Tokenizer:
 
     Attributes:
         backend: the tokenizer of the `tokenizers` library.
-        eos_id: the token that ends a response.
+        eos_ids: the tokens that end a response, `eos_id` first.
         pad_id: the token at padded places; may equal `eos_id`, since masks and not ids say what is real.
         bos_id: the token that starts a text, or None.
-        chat_template: the Jinja source that came with the checkpoint, carried along and never executed here.
+        chat_template: the Jinja source that came with the checkpoint; `chat.checkpoint_chat` renders it.
     """
 
     def __init__(
@@ -43,47 +52,67 @@ class Tokenizer:
         backend: tokenizers.Tokenizer,
         *,
         eos_id: int,
+        eos_ids: Sequence[int] = (),
         pad_id: int | None = None,
         bos_id: int | None = None,
         chat_template: str | None = None,
     ) -> None:
         self.backend = backend
-        self.eos_id = eos_id
+        self.eos_ids = tuple(dict.fromkeys((eos_id, *eos_ids)))
         self.pad_id = eos_id if pad_id is None else pad_id
         self.bos_id = bos_id
         self.chat_template = chat_template
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
-        for name, token in {"eos_id": self.eos_id, "pad_id": self.pad_id, "bos_id": bos_id}.items():
+        if self.vocab_size > LARGEST_ID:
+            raise ModelFileError(
+                f"the tokenizer has the id {self.vocab_size - 1}; the largest may be {LARGEST_ID - 1}."
+            )
+        named = {"eos_id": eos_id, "pad_id": self.pad_id, "bos_id": bos_id}
+        for name, token in [*named.items(), *(("eos_ids", token) for token in self.eos_ids)]:
             if token is not None and not 0 <= token < self.vocab_size:
-                raise ValueError(f"{name} is {token}, but this tokenizer has ids 0 to {self.vocab_size - 1}.")
+                raise ModelFileError(f"{name} is {token}, but this tokenizer has ids 0 to {self.vocab_size - 1}.")
+
+    @property
+    def eos_id(self) -> int:
+        """The token that ends a response; the first of `eos_ids`."""
+        return self.eos_ids[0]
+
+    @property
+    def text_ids_count(self) -> int:
+        """How many ids have a text; the others, up to the rows of the model, mean nothing and cannot be decoded."""
+        return len(self.backend.get_vocab(with_added_tokens=True))
+
+    @property
+    def known_ids(self) -> Bool[np.ndarray, " V"]:
+        """Which of the ids 0 to vocab_size - 1 have a text."""
+        return self.has_text(self.vocab_size)
+
+    def has_text(self, vocab_size: int) -> Bool[np.ndarray, " V"]:
+        """Which rows of a model with `vocab_size` rows have a text: those of its padding are false."""
+        mask = np.zeros(vocab_size, bool)
+        ids = np.fromiter(self.backend.get_vocab(with_added_tokens=True).values(), np.int64)
+        mask[ids[ids < vocab_size]] = True
+        return mask
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
-        """The tokenizer of a Hugging Face folder: its tokenizer.json, and the special tokens its *_config.json name.
+        """The tokenizer of a Hugging Face folder: its tokenizer.json, and what its *_config.json files say of tokens.
+
+        See `tokenizer_folder.read_folder`.
 
         Raises:
-            FileNotFoundError: no tokenizer.json in the folder.
-            ValueError: tokenizer.json cannot be read, or no file of the folder names an end token.
+            MissingModelFileError: no tokenizer.json in the folder.
+            ModelFileError: a file cannot be read or used, the files contradict one another, or none of them names an
+                end token.
         """
-        folder = Path(folder)
-        backend = _read_backend(folder / "tokenizer.json")
-        settings = read_json(folder / "tokenizer_config.json", default={})
-        numbers = [read_json(folder / name, default={}) for name in ("config.json", "generation_config.json")]
-        template = settings.get("chat_template")
-        if (folder / "chat_template.jinja").exists():
-            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        eos_id = _special_id(backend, settings, numbers, "eos")
-        if eos_id is None:
-            raise ValueError(
-                f"{folder} names no end token: neither tokenizer_config.json (eos_token) nor config.json or "
-                "generation_config.json (eos_token_id) has one."
-            )
+        found = read_folder(Path(folder))
         return cls(
-            backend,
-            eos_id=eos_id,
-            pad_id=_special_id(backend, settings, numbers, "pad"),
-            bos_id=_special_id(backend, settings, numbers, "bos"),
-            chat_template=template if isinstance(template, str) else None,
+            found.backend,
+            eos_id=found.eos_ids[0],
+            eos_ids=found.eos_ids,
+            pad_id=found.pad_id,
+            bos_id=found.bos_id,
+            chat_template=found.chat_template,
         )
 
     @classmethod
@@ -91,8 +120,8 @@ class Tokenizer:
         """The tokenizer inside a GGUF file; `load_pretrained` is faster after the first time.
 
         Raises:
-            FileNotFoundError: no such file.
-            ValueError: the file is truncated, or its tokenizer is not byte-level BPE of a known kind.
+            MissingModelFileError: no such file.
+            ModelFileError: the file is damaged, or its tokenizer is not byte-level BPE of a known kind.
         """
         return cls.from_gguf_metadata(GGUFFile(Path(path)).metadata)
 
@@ -100,46 +129,79 @@ class Tokenizer:
     def from_gguf_metadata(cls, metadata: Mapping[str, Any]) -> "Tokenizer":
         """The tokenizer that the key-value entries of a GGUF file describe; see `from_gguf`."""
         backend = backend_from_metadata(metadata)
-        ids = {kind: metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "padding", "bos")}
-        if ids["eos"] is None:
-            raise ValueError("the GGUF file names no end token (tokenizer.ggml.eos_token_id).")
+        tokens = token_texts(metadata)
+        ids = ending_ids(metadata, tokens)
         template = metadata.get("tokenizer.chat_template")
-        return cls(backend, eos_id=ids["eos"], pad_id=ids["padding"], bos_id=ids["bos"], chat_template=template)
+        return cls(
+            backend,
+            eos_id=ids[0],
+            eos_ids=ids,
+            pad_id=special_id(metadata, "padding", len(tokens)),
+            bos_id=special_id(metadata, "bos", len(tokens)),
+            chat_template=template if isinstance(template, str) else None,
+        )
 
     def gguf_metadata(self, *, vocab_size: int) -> dict[str, Any]:
         """The key-value entries that describe this tokenizer in the GGUF file of a model with `vocab_size` rows.
 
         Raises:
-            ValueError: it is not byte-level BPE of a known kind.
+            ValueError: it is not byte-level BPE of a known kind, or ends at more tokens than the file can name.
         """
         entries = metadata_from_backend(self.backend, vocab_size=vocab_size)
         ids = {"eos": self.eos_id, "padding": self.pad_id, "bos": self.bos_id}
         entries |= {f"tokenizer.ggml.{kind}_token_id": token for kind, token in ids.items() if token is not None}
+        unnamed = set(self.eos_ids) - set(ending_ids(entries, token_texts(entries)))
+        if len(unnamed) > 2:
+            raise ValueError(
+                f"the tokenizer ends at {self.eos_ids}; a GGUF file can name three tokens beside those known by name."
+            )
+        for kind, token in zip(("eot", "eom"), sorted(unnamed), strict=False):
+            entries[f"tokenizer.ggml.{kind}_token_id"] = token
         if self.chat_template is not None:
             entries["tokenizer.chat_template"] = self.chat_template
         return entries
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json into the existing `folder`; `from_folder` reads them back."""
+        """Write the tokenizer into the existing `folder`; `from_folder` and transformers read it back.
+
+        tokenizer.json and tokenizer_config.json hold the tokenizer, generation_config.json all tokens that end a
+        response; a config.json that is there is told the ids too.
+        """
         folder = Path(folder)
         names = {"eos_token": self.eos_id, "pad_token": self.pad_id, "bos_token": self.bos_id}
         settings = {name: None if token is None else self.backend.id_to_token(token) for name, token in names.items()}
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": self.chat_template}
+        settings |= {"clean_up_tokenization_spaces": False}
         self.backend.save(str(folder / "tokenizer.json"))
         kept = {name: value for name, value in settings.items() if value is not None}
         write_json(folder / "tokenizer_config.json", kept)
+        ends: Any = list(self.eos_ids) if len(self.eos_ids) > 1 else self.eos_id
+        ids = {"eos_token_id": ends, "pad_token_id": self.pad_id, "bos_token_id": self.bos_id}
+        ids = {name: value for name, value in ids.items() if value is not None}
+        write_json(folder / "generation_config.json", ids)
+        config = folder / "config.json"
+        if config.exists():
+            write_json(config, {**read_json(config), **ids})
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; the names of special tokens inside it become those tokens.
 
         `add_special_tokens=False` leaves out the start token that some tokenizers put in front: right for the rest of a
         text whose beginning is already encoded.
+
+        Raises:
+            ModelFileError: the tokenizer makes far more ids than the text has bytes, or fails on the text.
         """
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        with without_panics("the tokenizer"):
+            ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        if len(ids) > SPECIAL_LIMIT + GROWTH_LIMIT * len(text.encode()):
+            raise ModelFileError(f"the tokenizer makes {len(ids)} ids of {len(text)} letters; it is no tokenizer.")
+        return ids
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of the token ids [T]; bytes that are no valid UTF-8 become U+FFFD."""
-        return self.backend.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens)
+        with without_panics("the tokenizer"):
+            return self.backend.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens)
 
     def encode_batch(
         self, texts: Sequence[str], *, length: int | None = None, add_special_tokens: bool = True
@@ -212,11 +274,11 @@ class ByteTokenizer(Tokenizer):
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raise a ValueError unless a model with `vocab_size` rows fits `tokenizer`: a row per id, and little padding."""
+    """Raise a ModelFileError unless a model with `vocab_size` rows fits: a row per id, and little padding."""
     spare = vocab_size - tokenizer.vocab_size
     if 0 <= spare <= PADDING_LIMIT:
         return
-    raise ValueError(
+    raise ModelFileError(
         f"tokenizer and model do not belong together: the tokenizer has {tokenizer.vocab_size} ids, the model "
         f"{vocab_size} rows (it may have up to {PADDING_LIMIT} more than the tokenizer, never fewer)."
     )
@@ -230,31 +292,3 @@ def byte_alphabet() -> list[str]:
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     substitutes = iter(range(0x100, 0x200))
     return [chr(byte) if byte in visible else chr(next(substitutes)) for byte in range(256)]
-
-
-def _read_backend(path: Path) -> tokenizers.Tokenizer:
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; a Hugging Face folder needs a tokenizer.json.")
-    try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception for every malformed file
-        raise ValueError(f"{path} is not a readable tokenizer.json ({error}); it may be truncated.") from error
-
-
-def _special_id(
-    backend: tokenizers.Tokenizer, settings: Mapping[str, Any], numbers: Sequence[Mapping[str, Any]], kind: str
-) -> int | None:
-    """Id of the eos, pad or bos token: by its name in tokenizer_config.json, else its number in the other configs."""
-    name = settings.get(f"{kind}_token")
-    if isinstance(name, Mapping):
-        name = name.get("content")
-    if name is not None:
-        token = backend.token_to_id(name)
-        if token is None:
-            raise ValueError(f"tokenizer_config.json says {kind}_token is {name!r}; tokenizer.json does not have it.")
-        return token
-    for config in numbers:
-        number = config.get(f"{kind}_token_id")
-        if number is not None:
-            return number[0] if isinstance(number, list) else number
-    return None

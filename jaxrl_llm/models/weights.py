@@ -7,7 +7,6 @@ arrays; this module turns such a mapping into a `Transformer`, and a `Transforme
 import hashlib
 import shutil
 import warnings
-from collections.abc import Iterable
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,8 +23,11 @@ from jax.sharding import Mesh
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
+from jaxrl_llm.models import gguf_io
 from jaxrl_llm.models.config import TransformerConfig
+from jaxrl_llm.models.files import ModelFileError
 from jaxrl_llm.models.files import cache_folder
+from jaxrl_llm.models.files import read_from
 from jaxrl_llm.models.files import read_json
 from jaxrl_llm.models.files import whole_folder
 from jaxrl_llm.models.gguf_io import GGUFFile
@@ -33,16 +35,16 @@ from jaxrl_llm.models.gguf_io import GGUFType
 from jaxrl_llm.models.gguf_io import write_gguf
 from jaxrl_llm.models.hf_config import config_from_hf
 from jaxrl_llm.models.hf_io import SafetensorsFolder
-from jaxrl_llm.models.hf_io import shortened
 from jaxrl_llm.models.hf_io import write_hf
 from jaxrl_llm.models.layers import RMSNorm
 from jaxrl_llm.models.lora import merge_lora
 from jaxrl_llm.models.sharding import shardings
+from jaxrl_llm.models.stored import Tensors
+from jaxrl_llm.models.stored import check_fit
+from jaxrl_llm.models.stored import check_memory
 from jaxrl_llm.models.tokenizers import Tokenizer
 from jaxrl_llm.models.tokenizers import check_vocabulary
 from jaxrl_llm.models.transformer import Transformer
-
-Tensors = Mapping[str, np.ndarray]
 
 PART_NAMES = {
     "attention_norm": "input_layernorm",
@@ -59,10 +61,7 @@ PART_NAMES = {
 }
 """Parts of a block and their Hugging Face names."""
 
-DERIVED = "rotary_emb.inv_freq"
-"""End of the names of tensors in old checkpoints that follow from the configuration."""
-
-CONVERSION = 1
+CONVERSION = 2
 """Version of what `converted_gguf` writes; a new one makes old conversions be made again."""
 
 
@@ -82,8 +81,8 @@ def load_hf(
         mesh: devices to spread the parameters over by the rules of `models.sharding`; None for the default device.
 
     Raises:
-        FileNotFoundError: no folder, no config.json or no weights.
-        ValueError: a truncated file, another architecture, or tensors that are missing, unknown or of another shape.
+        MissingModelFileError: no folder, no config.json or no weights.
+        ModelFileError: a damaged file, another architecture, or tensors that are missing, unknown or of another shape.
     """
     folder = Path(folder)
     tensors = SafetensorsFolder(folder)
@@ -110,8 +109,8 @@ def load_gguf(
         mesh: see `load_hf`.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a truncated file, another architecture, or tensors that are missing, unknown or of another shape.
+        MissingModelFileError: no such file.
+        ModelFileError: a damaged file, another architecture, or tensors that are missing, unknown or of another shape.
     """
     folder = conversion_or_none(path)
     if folder is not None:
@@ -122,11 +121,11 @@ def load_gguf(
 
 def conversion_or_none(path: str | Path) -> Path | None:
     """`converted_gguf`, or None and a warning where the cache cannot be written."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist; expected a GGUF file.")
     try:
         return converted_gguf(path)
     except OSError as error:
+        if isinstance(error, ModelFileError):
+            raise
         warnings.warn(f"{error} The model is dequantised again at every load until it can be.", stacklevel=3)
         return None
 
@@ -135,17 +134,17 @@ def converted_gguf(path: str | Path) -> Path:
     """The Hugging Face folder in the cache that holds a GGUF file in float32, made by the first call.
 
     It is named by the SHA-256 of the GGUF file, which also stands in the header of its weights, so a changed file is
-    never served from the conversion of another. The folder appears whole or not at all, whoever else is at it.
+    never served from the conversion of another. The folder appears whole or not at all, whoever else is at it. The
+    file's header is checked before the file is hashed, which reads all of it.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file cannot be read; see `GGUFFile`.
+        MissingModelFileError: no such file.
+        ModelFileError: the file cannot be read; see `GGUFFile`.
         OSError: the cache cannot be written or has no room.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; expected a GGUF file.")
-    with path.open("rb") as file:
+    check_gguf(path)
+    with read_from(path), path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     origin = {"source_sha256": digest, "source_size": str(path.stat().st_size), "conversion": str(CONVERSION)}
     folder = cache_folder() / "gguf" / f"{path.stem}-{digest[:16]}"
@@ -164,6 +163,13 @@ def converted_gguf(path: str | Path) -> Path:
         if not _is_conversion(folder, origin):
             raise
     return folder
+
+
+def check_gguf(path: Path) -> None:
+    """Raise a ModelFileError unless the header of a GGUF file is that of a model that can be read here."""
+    file = gguf_io.GGUFFile(path)
+    check_fit(file.config, file, source=str(path))
+    check_memory(file.config, 4, source=str(path))
 
 
 def save_hf(model: Transformer, folder: str | Path, *, tokenizer: Tokenizer | None = None) -> None:
@@ -244,25 +250,20 @@ def build_model(
         mesh: see `load_hf`.
 
     Raises:
-        ValueError: tensors that are missing, unknown, of another shape or not of floats.
+        ModelFileError: tensors that are missing, unknown, of another shape or not of floats, or more of them than fit
+            into the memory of this machine.
     """
     kept, products = jnp.dtype(dtype), jnp.dtype(dtype if compute_dtype is None else compute_dtype)
+    check_fit(config, tensors, source=source)
+    if mesh is None:
+        check_memory(config, kept.itemsize, source=source)
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), param_dtype=kept, compute_dtype=products))
     slots = _slots(model)
-    _check_names(tensors, slots, config, source)
     placements = {} if mesh is None else _placements(slots, mesh)
-    wrong = []
     for name, slot in slots.items():
-        tensor = tensors[name]
-        expected = slot.parameter.get_value().shape
-        found = tensor.shape[::-1] if slot.transposed else tensor.shape
-        if found != expected or not jnp.issubdtype(tensor.dtype, jnp.floating):
-            stored = expected[::-1] if slot.transposed else expected
-            wrong.append(f"{name} is {tensor.dtype} {list(tensor.shape)}, expected floats {list(stored)}")
-        elif not wrong:
-            slot.parameter.set_value(_on_device(tensor, slot.transposed, dtype, placements.get(name)))
-    if wrong:
-        raise ValueError(f"{source} has tensors that do not fit the model: {shortened(wrong)}.")
+        with read_from(source):
+            tensor = tensors[name]
+        slot.parameter.set_value(_on_device(tensor, slot.transposed, dtype, placements.get(name)))
     return model
 
 
@@ -302,16 +303,6 @@ def _slots(model: Transformer) -> dict[str, _Slot]:
     if model.unembedding is not None:
         slots["lm_head.weight"] = _Slot(model.unembedding, transposed=True)
     return slots
-
-
-def _check_names(tensors: Tensors, wanted: Iterable[str], config: TransformerConfig, source: str) -> None:
-    missing = sorted(set(wanted) - set(tensors))
-    if missing:
-        raise ValueError(f"{source} lacks {len(missing)} tensors: {shortened(missing)}.")
-    optional = {"lm_head.weight"} if config.tie_embeddings else set()
-    unknown = sorted(name for name in set(tensors) - set(wanted) - optional if not name.endswith(DERIVED))
-    if unknown:
-        raise ValueError(f"{source} has {len(unknown)} tensors that this architecture lacks: {shortened(unknown)}.")
 
 
 def _on_device(tensor: np.ndarray, transposed: bool, dtype: DTypeLike, placement: Sharding | None) -> jax.Array:

@@ -56,7 +56,7 @@ def test_ids_are_those_of_transformers_but_for_its_known_fault(smollm2: Tokenize
     assert {text for text in TEXTS if smollm2.encode(text) != theirs[text]} == {OTHER_NUMERALS}
 
 
-@pytest.mark.parametrize(("splitter", "texts"), [("gpt-2", 1), ("qwen2", 3), ("llama-bpe", 2)])
+@pytest.mark.parametrize(("splitter", "texts"), [("gpt-2", 1), ("qwen2", 2), ("llama-bpe", 2)])
 def test_goldens_see_another_splitter(splitter: str, texts: int, metadata: dict) -> None:
     """smollm and gpt-2 differ in digits only, and no token has two ASCII digits: other numerals tell them apart."""
     wrong = Tokenizer.from_gguf_metadata({**metadata, "tokenizer.ggml.pre": splitter})

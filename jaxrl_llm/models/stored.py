@@ -1,0 +1,103 @@
+"""Tensors in files, described before they are read, and whether they are those of a model."""
+
+import os
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl_llm.models.config import TransformerConfig
+from jaxrl_llm.models.files import ModelFileError
+
+Tensors = Mapping[str, np.ndarray]
+
+DERIVED = "rotary_emb.inv_freq"
+"""End of the names of tensors in old checkpoints that follow from the configuration."""
+
+SMALLEST_BLOCK = 9
+"""Tensors of a block without biases and norms of heads."""
+
+
+class StoredTensors(Tensors):
+    """Tensors by their Hugging Face names, each read when it is asked for.
+
+    Attributes:
+        shapes: the shape of each.
+        dtypes: the dtype of each, by numpy's name, as it is read.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, str]
+
+
+def check_fit(config: TransformerConfig, tensors: Tensors, *, source: str) -> None:
+    """Raise a ModelFileError unless the tensors are those of the configuration, by name, shape and kind.
+
+    Tensors in files are judged by their description; nothing is read.
+    """
+    if config.num_layers > 1024 and config.num_layers * SMALLEST_BLOCK > len(tensors):  # before their names are made
+        raise ModelFileError(
+            f"{source} lacks tensors: it is to have {config.num_layers} layers, and has {len(tensors)} tensors."
+        )
+    wanted = tensor_shapes(config)
+    _check_names(tensors, wanted, config, source)
+    wrong = []
+    for name, expected in wanted.items():
+        if isinstance(tensors, StoredTensors):
+            found, dtype = tensors.shapes[name], jnp.dtype(tensors.dtypes[name])
+        else:
+            found, dtype = tensors[name].shape, tensors[name].dtype
+        if found != expected or not jnp.issubdtype(dtype, jnp.floating):
+            wrong.append(f"{name} is {dtype} {list(found)}, expected floats {list(expected)}")
+    if wrong:
+        raise ModelFileError(f"{source} has tensors that do not fit the model: {shortened(wrong)}.")
+
+
+def tensor_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor in checkpoints, [out, in], by its Hugging Face name."""
+    width, inner, size = config.hidden_size, config.intermediate_size, config.head_dim
+    queries, memories = config.num_heads * size, config.num_kv_heads * size
+    block: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (width,)}
+    for part, rows in (("q", queries), ("k", memories), ("v", memories)):
+        block[f"self_attn.{part}_proj.weight"] = (rows, width)
+        if config.qkv_bias:
+            block[f"self_attn.{part}_proj.bias"] = (rows,)
+    block["self_attn.o_proj.weight"] = (width, queries)
+    if config.qk_norm:
+        block |= {"self_attn.q_norm.weight": (size,), "self_attn.k_norm.weight": (size,)}
+    block |= {"post_attention_layernorm.weight": (width,), "mlp.down_proj.weight": (width, inner)}
+    block |= {"mlp.gate_proj.weight": (inner, width), "mlp.up_proj.weight": (inner, width)}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, width)}
+    for index in range(config.num_layers):
+        shapes |= {f"model.layers.{index}.{part}": shape for part, shape in block.items()}
+    shapes["model.norm.weight"] = (width,)
+    return shapes if config.tie_embeddings else {**shapes, "lm_head.weight": (config.vocab_size, width)}
+
+
+def check_memory(config: TransformerConfig, item_size: int, *, source: str) -> None:
+    """Raise a ModelFileError where this machine cannot hold the parameters at `item_size` bytes each."""
+    needed = config.num_parameters * item_size
+    try:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):  # the system does not say
+        return
+    if needed > there:
+        raise ModelFileError(f"{source} is a model of {needed / 1e9:.0f} GB; this machine has {there / 1e9:.0f} GB.")
+
+
+def shortened(names: Sequence[str], *, most: int = 8) -> str:
+    """The names as a list in words, cut after `most` of them, and each after 200 characters."""
+    rest = len(names) - most
+    return ", ".join(f"{name:.200}" for name in names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _check_names(tensors: Tensors, wanted: Iterable[str], config: TransformerConfig, source: str) -> None:
+    missing = sorted(set(wanted) - set(tensors))
+    if missing:
+        raise ModelFileError(f"{source} lacks {len(missing)} tensors: {shortened(missing)}.")
+    optional = {"lm_head.weight"} if config.tie_embeddings else set()
+    unknown = sorted(name for name in set(tensors) - set(wanted) - optional if not name.endswith(DERIVED))
+    if unknown:
+        raise ModelFileError(f"{source} has {len(unknown)} tensors that this architecture lacks: {shortened(unknown)}.")
