@@ -84,6 +84,7 @@ def clustered_mean(
 def _prepare(
     log_ratio_t: Float[Array, "B T"], response_mask: Bool[Array, "B T"], rewards: Float[Array, " B"] | None = None
 ) -> tuple[Float[Array, "B T"], Bool[Array, " B"]]:
+    # The log-ratio with 0 outside the mask, and which rows are sequences.
     require_rank(2, "B T", log_ratio_t=log_ratio_t, response_mask=response_mask)
     require_same_shape(log_ratio_t=log_ratio_t, response_mask=response_mask)
     require_dtype("floating", log_ratio_t=log_ratio_t, rewards=rewards)
