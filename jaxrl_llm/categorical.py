@@ -10,6 +10,8 @@ l_k = log p_k - log q_k below.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array
 from jaxtyping import Bool
 from jaxtyping import Float
@@ -30,8 +32,8 @@ def _finite(log_p: Float[Array, "*batch V"], other: Float[Array, "*batch V"]) ->
 def _log_ratio(
     log_p: Float[Array, "*batch V"], log_q: Float[Array, "*batch V"]
 ) -> tuple[Float[Array, "*batch V"], Bool[Array, "*batch"]]:
-    # (log p - log q, 0 where one of them is -inf; whether some p_k > 0 = q_k). That p_k may be below the smallest number
-    # of the dtype, 0 times an infinite log-ratio: it is found by its logarithm.
+    # (log p - log q, 0 where one of them is -inf; whether some p_k > 0 = q_k). That p_k may be below the smallest
+    # number of the dtype, 0 times an infinite log-ratio: it is found by its logarithm.
     absent = jnp.isneginf(log_p) | jnp.isneginf(log_q)
     missing = jnp.any(jnp.isneginf(log_q) & ~jnp.isneginf(log_p), axis=-1)
     zero = jnp.zeros((), log_p.dtype)
@@ -44,8 +46,36 @@ def _or_infinity(divergence: Float[Array, "*batch"], missing: Bool[Array, "*batc
 
 
 def log_prob(logits: Float[Array, "*batch V"], targets: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
-    """log p_a of the target a [nats]."""
-    return jnp.take_along_axis(log_probs(logits), targets[..., None], axis=-1)[..., 0]
+    """log p_a of the target a [nats].
+
+    Raises:
+        ValueError: for a target outside the vocabulary, where targets are known. Inside jit it gives NaN instead, with
+            gradient 0 for its logits: never the log-probability of another token.
+    """
+    return at_target(log_probs(logits), targets)
+
+
+def at_target(values: Float[Array, "*batch V"], targets: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
+    """values[..., a] of the target a, NaN where it lies outside the vocabulary. Raises as `log_prob`."""
+    inside = in_vocabulary(targets, values.shape[-1])
+    index = jnp.where(inside, targets, jnp.zeros((), targets.dtype))
+    chosen = jnp.take_along_axis(values, index[..., None], axis=-1)[..., 0]
+    return jnp.where(inside, chosen, jnp.array(jnp.nan, values.dtype))
+
+
+def in_vocabulary(targets: Int[Array, "*batch"], vocabulary: int) -> Bool[Array, "*batch"]:
+    """True where 0 <= target < vocabulary. -1 is no token, nor is the -100 of other libraries.
+
+    Raises:
+        ValueError: naming the first target that is outside, where targets are known (not inside jit).
+    """
+    # The size of the vocabulary may not fit into a narrow type.
+    wide = targets.astype(jnp.int32) if targets.dtype.itemsize < 4 else targets
+    inside = (wide >= 0) & (wide < vocabulary)
+    if not isinstance(inside, Tracer) and not np.all(inside):
+        first = np.asarray(targets)[~np.asarray(inside)][0]
+        raise ValueError(f"targets holds {first}; each must be a token of the vocabulary, 0 .. {vocabulary - 1}.")
+    return inside
 
 
 def max_log_prob(logits: Float[Array, "*batch V"]) -> Float[Array, "*batch"]:
@@ -94,8 +124,8 @@ def chi_square(logits: Float[Array, "*batch V"], logits_ref: Float[Array, "*batc
     """chi^2(p || q) = sum_k (p_k - q_k)^2 / q_k = sum_k p_k^2 / q_k - 1; +inf where p_k > 0 = q_k.
 
     Summed as (p_k - q_k)(p_k / q_k - 1) where p_k is near q_k, which does not cancel, and elsewhere as exp(2 log p_k -
-    log q_k) - 2 p_k + q_k, which lives where p_k and q_k are too small for the dtype. Where it is infinite, or too large
-    for the dtype, it has no gradient (zeros).
+    log q_k) - 2 p_k + q_k, which lives where p_k and q_k are too small for the dtype. Where it is infinite, or too
+    large for the dtype, it has no gradient (zeros).
     """
     log_p, log_q = log_probs(logits), log_probs(logits_ref)
     p, q = jnp.exp(log_p), jnp.exp(log_q)

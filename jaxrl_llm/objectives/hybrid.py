@@ -41,8 +41,8 @@ def dense_gradient(
 ) -> Float[Array, "*batch V"]:
     """dk/dz = p (l - k), the closed form of the gradient of KL(pi || pi_T) with respect to the logits.
 
-    Its components sum to zero, and it vanishes at p = p_T and for confident p. A logit of -inf is a probability of 0 and
-    has gradient 0; where the teacher cannot draw what the student can, k is infinite and has no gradient (zeros).
+    Its components sum to zero, and it vanishes at p = p_T and for confident p. A logit of -inf is a probability of 0
+    and has gradient 0; where the teacher cannot draw what the student can, k is infinite and has no gradient (zeros).
 
     Args:
         logits: of the student.
@@ -80,8 +80,8 @@ def top_k_kl_partial(
 ) -> Float[Array, "*batch"]:
     """sum_{v in S} p_v l_v over the student's k most likely tokens: a part of the KL, of either sign. Do not clip it.
 
-    Gradient: p_v ( 1[v in S](l_v + 1) - sum_S p (l + 1) ) [nats]. +inf, without a gradient, where the teacher cannot draw
-    one of them.
+    Gradient: p_v ( 1[v in S](l_v + 1) - sum_S p (l + 1) ) [nats]. +inf, without a gradient, where the teacher
+    cannot draw one of them.
     """
     index = _top_k(logits, k)
     log_p, log_q = _gather(categorical.log_probs(logits), index), _gather(categorical.log_probs(logits_teacher), index)

@@ -29,8 +29,9 @@ def spent_gradient(
 ) -> Float[Array, "B T"]:
     """W_t = sum_{j<=t} (1 - 2 pi_j + C_j): cumulative squared norm of the logit gradients of the sampled tokens.
 
-    Each term is |e_a - p|^2, the squared norm of d log pi(a) / dz (arXiv 2506.12912). At the sampled policy it is never
-    negative.
+    Each term is |e_a - p|^2, the squared norm of d log pi(a) / dz (arXiv 2506.12912), computed as (1 - pi)^2 + (C -
+    pi^2): the second part, the squares of the other tokens, lies in [0, (1 - pi)^2] and is held to it. So the term is
+    never negative, and right within a factor of 2 even where pi is so near 1 that C says nothing about the others.
 
     Args:
         log_prob: of the sampled tokens [nats].
@@ -55,7 +56,10 @@ def _squared_norm(
     require_dtype("floating", log_prob=log_prob, collision=collision)
     require_dtype("boolean", response_mask=response_mask)
     zero = jnp.zeros((), log_prob.dtype)
-    return jnp.where(response_mask, 1 - 2 * jnp.exp(jnp.where(response_mask, log_prob, zero)) + collision, zero)
+    log_p = jnp.where(response_mask, log_prob, zero)
+    rest = jnp.square(jnp.expm1(log_p))  # (1 - p)^2
+    others = jnp.clip(collision - jnp.exp(2 * log_p), zero, rest)
+    return jnp.where(response_mask, rest + others, zero)
 
 
 def _against_weighted_mean(

@@ -37,8 +37,8 @@ def dense_kl(
     forward mode and no second derivative. The backward pass keeps three numbers per row and reads the logits again.
 
     A row with NaN or +inf in it, or without any logit above -inf, gives NaN in that row alone; a logit of -inf is a
-    probability of 0, and so is one that far below the row's largest that exp underflows. KL is +inf, and has no gradient
-    (zeros), where some p_k > 0 = q_k. A row whose cotangent is zero has a zero gradient whatever it holds.
+    probability of 0, and so is one that far below the row's largest that exp underflows. KL is +inf, and has no
+    gradient (zeros), where some p_k > 0 = q_k. A row whose cotangent is zero has a zero gradient whatever it holds.
 
     Args:
         logits: [N, V] of the policy; float16, bfloat16, float32 or float64.
@@ -136,7 +136,9 @@ def _both(chosen: str, logits: Array, logits_ref: Array, weights: Array) -> Dens
     if chosen == "xla":
         return DenseGradient(*xla.kl_and_gradient(logits, logits_ref, weights))
     sums = ENGINES[chosen].state(logits, logits_ref, dtype)
-    gradient = ENGINES[chosen].gradient(logits, logits_ref, sums.maximum, streaming.factor(weights, sums.total, sums.centre), sums.centre)
+    gradient = ENGINES[chosen].gradient(
+        logits, logits_ref, sums.maximum, streaming.factor(weights, sums.total, sums.centre), sums.centre
+    )
     return DenseGradient(streaming.divergence(sums), gradient)
 
 
@@ -152,7 +154,9 @@ def _forward_rule(chosen: str, logits: Array, logits_ref: Array):
 
 def _backward_rule(chosen: str, residuals, cotangent: Array):
     logits, logits_ref, maximum, total, centre = residuals
-    return ENGINES[chosen].gradient(logits, logits_ref, maximum, streaming.factor(cotangent, total, centre), centre), None
+    return ENGINES[chosen].gradient(
+        logits, logits_ref, maximum, streaming.factor(cotangent, total, centre), centre
+    ), None
 
 
 _kl.defvjp(_forward_rule, _backward_rule)

@@ -31,7 +31,7 @@ def kl_and_gradient(
 
 @jax.custom_vjp
 def kl_of_rows(z: Float[Array, "N V"], z_ref: Float[Array, "N V"]) -> Float[Array, " N"]:
-    """`kl` with the gradient of `kl_and_gradient`: autodiff alone multiplies a cotangent of 0 with what the row holds."""
+    """`kl` with the gradient of `kl_and_gradient`: autodiff alone multiplies a 0 with what the row holds."""
     return kl(z, z_ref)
 
 
