@@ -77,7 +77,8 @@ def importance_weighted_k1(ratio: Float[Array, "*shape"], log_ratio: Float[Array
     """ratio * log(p/q) for tokens sampled from another policy mu, ratio = p/mu with its gradient.
 
     E_mu[ratio log(p/q)] = KL(p || q) per context, and because the ratio carries a gradient, the expected gradient is
-    grad KL(p || q) exactly: the extra E_p[grad log p] it contains is zero.
+    grad KL(p || q) exactly: the extra E_p[grad log p] it contains is zero. Both where mu can draw whatever p can; of a
+    truncated sampler both sums run over its tokens alone, and are of either sign (errata F2.20).
     """
     return ratio * log_ratio
 

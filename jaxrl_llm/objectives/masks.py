@@ -117,7 +117,10 @@ def accept_by_sampled_average(
     log_ratio_t: Float[Array, "B T"], response_mask: Bool[Array, "B T"], *, threshold: ScalarLike
 ) -> Bool[Array, " B"]:
     """The average test from sampled log-probs alone: mean_t k3 <= threshold, k3 = rho - 1 - log rho, an unbiased
-    estimate of KL(mu || pi).
+    estimate of KL(mu || pi) where mu can draw whatever pi can.
+
+    Of a truncated sampler it estimates KL(mu || pi) less the mass of pi that mu cannot draw, and accepts too much:
+    0.036 for 0.236 nats at mu = (0.7, 0.3, 0), pi = (0.5, 0.3, 0.2) (errata F2.20). Use an exact test there.
 
     Args and Raises as `accept_by_sampled_maximum`.
     """

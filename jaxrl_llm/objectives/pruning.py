@@ -101,9 +101,11 @@ def pruned_token_weights(
     """w_t = min(pi_S / mu_S', cap) where the token is in the training safe set, else 0: token-level truncated
     correction.
 
-    mu_S' is the inference policy on its own safe set. The sampler only produces tokens of S', so pi_S-mass on tokens
-    outside S' is
-    missed: the estimate is unbiased up to P_{pi_S}(some token outside S').
+    mu_S' is the inference policy on its own safe set. The weight turns the draw of a token into one of pi_S given its
+    context, up to the mass of pi_S outside S', which the sampler never produces, and up to the cap. The contexts stay
+    those that mu_S' visits, so a mean of weighted tokens is not an expectation under pi_S, however large the cap: a
+    second token whose worth depends on the first keeps the first's frequency under mu_S' (errata F3.6).
+    `pruned_sequence_weights` is unbiased up to P_{pi_S}(some token outside S').
 
     Args:
         log_prob: log pi_S of the sampled tokens [nats]; a constant here.

@@ -129,6 +129,8 @@ def own_token_baseline(
     collision: Float[Array, "B T"],
     response_mask: Bool[Array, "B T"],
     group_ids: Int[Array, " B"],
+    *,
+    token_weights: Float[Array, "B T"] | None = None,
 ) -> Float[Array, "B T"]:
     """A_{i,t} = R_i - B_t,  B_t = sum_i R_i n_{i,t} / sum_i n_{i,t},  n_{i,t} = |e_a - p|^2 of the token at t alone.
 
@@ -136,7 +138,19 @@ def own_token_baseline(
     variance of sum_t (R - B_t) grad log pi_t is a sum over t that these B_t minimise, each for itself. What
     `optimal_token_baseline` minimises is the variance of another estimator (errata F5.3).
 
-    Args, Returns, Raises as `optimal_token_baseline`.
+    This holds where all tokens weigh the same ("seq-mean-token-sum"). With weights w_{i,t} in the loss, as the 1 /
+    length of "seq-mean-token-mean", n is to be multiplied by w^2: give them as token_weights (errata F5.4). What is
+    smallest then is the mean squared norm of sum_t w_t (R - B_t) grad log pi_t; a weight that depends on later tokens,
+    as a length does, makes the expectation depend on every baseline.
+
+    Args:
+        rewards, log_prob, collision, response_mask, group_ids: as `optimal_token_baseline`.
+        token_weights: w of each token in the loss, for instance `aggregation.token_weights`; equal if None.
+
+    Returns, Raises as `optimal_token_baseline`.
     """
     norm = jax.lax.stop_gradient(_squared_norm(log_prob, collision, response_mask))
+    if token_weights is not None:
+        require_same_shape(log_prob=log_prob, token_weights=token_weights)
+        norm = norm * jnp.square(jax.lax.stop_gradient(jnp.where(response_mask, token_weights, 0)).astype(norm.dtype))
     return _against_weighted_mean(rewards, norm, response_mask, group_ids)
