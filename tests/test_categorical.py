@@ -169,3 +169,65 @@ def test_equals_the_kernels_from_hidden_states(key):
         (categorical.chi_square(z, w), stats.chi_square),
     ]:
         np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=1e-5)
+
+
+INF = np.inf
+EDGES = {
+    "a probability below the smallest number": ([0.0, -200.0], [0.0, -INF], INF, INF),
+    "the same in the wider rows": ([1.0, -200.0, 0.5, -INF], [0.0, -INF, 1.0, -INF], INF, INF),
+    "a probability": ([0.0, 1.0], [0.0, -INF], INF, INF),
+    "none in either": ([0.0, 1.0, -INF], [0.0, 1.0, -INF], 0.0, 0.0),
+    "none in the first": ([0.0, -INF], [0.0, 0.0], np.log(2), 1.0),
+    "both below the smallest number": ([0.0, -150.0], [0.0, -250.0], None, np.exp(-50.0)),
+    "too large for the dtype": ([0.0, 0.0], [0.0, -300.0], 150.0 - np.log(2), INF),
+}
+
+
+@pytest.mark.parametrize("case", EDGES)
+def test_divergences_where_probabilities_vanish(case):
+    z, w, kl, chi = EDGES[case]
+    z, w = jnp.array(z, jnp.float32), jnp.array(w, jnp.float32)
+    if kl is not None:
+        np.testing.assert_allclose(categorical.kl(z, w), kl, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(categorical.chi_square(z, w), chi, rtol=1e-3, atol=1e-7)
+    for divergence in (categorical.kl, categorical.chi_square):
+        value, gradients = jax.value_and_grad(divergence, argnums=(0, 1))(z, w)
+        assert all(np.isfinite(g).all() for g in gradients)
+        assert np.isfinite(value) or not any(np.any(g) for g in gradients)
+
+
+def test_a_row_that_is_no_distribution_is_nan_and_not_infinite():
+    empty, full = jnp.full(3, -jnp.inf), jnp.zeros(3)
+    for row in (empty, jnp.array([0.0, jnp.nan, 1.0])):
+        for pair in ((row, full), (full, row), (row, row)):
+            assert np.isnan(categorical.kl(*pair))
+            assert np.isnan(categorical.chi_square(*pair))
+
+
+def test_sums_of_probabilities_are_at_most_one(key):
+    logits = 3 * jax.random.normal(key, (200, 300))
+    everything = jnp.ones(logits.shape, bool)
+    raw = jnp.sum(jnp.exp(categorical.log_probs(logits)), axis=-1)
+    assert jnp.max(raw) > 1  # what a sum rounds to
+    assert jnp.max(categorical.kept_mass(logits, everything)) <= 1
+    assert jnp.max(categorical.collision(jnp.where(jnp.arange(300) == 0, 40.0, logits))) <= 1
+
+
+@pytest.mark.parametrize("target", [-1, -3, -100, 4, 5, 2**31 - 1])
+def test_a_target_that_is_no_token_is_refused_and_nan_inside_jit(target):
+    logits, targets = jnp.zeros((2, 4)).at[:, 1].set(2.0), jnp.array([1, target])
+    with pytest.raises(ValueError, match=rf"targets holds {target}; each must be a token of the vocabulary, 0 .. 3"):
+        categorical.log_prob(logits, targets)
+    found = jax.jit(categorical.log_prob)(logits, targets)
+    assert np.isnan(found[1])
+    np.testing.assert_allclose(found[0], categorical.log_prob(logits[0], jnp.array(1)))
+    gradient = jax.jit(jax.grad(lambda z: categorical.log_prob(z, targets)[0]))(logits)
+    assert np.isfinite(gradient).all()
+    assert not gradient[1].any()
+
+
+@pytest.mark.parametrize("kind", [jnp.int8, jnp.int16, jnp.int32])
+def test_targets_of_a_narrow_type_in_a_wide_vocabulary(kind):
+    logits = jnp.arange(400.0)[None] / 400
+    found = categorical.log_prob(logits, jnp.array([100], kind))
+    np.testing.assert_array_equal(found, categorical.log_probs(logits)[:, 100])

@@ -22,10 +22,22 @@ from jaxrl_llm.checks import require_same_shape
 
 
 @checked
+def others_squared(p: Float[Array, "*shape"], collision: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """C - p_c^2 = sum over the other actions of p_k^2, held to [0, (1 - p_c)^2], between which it lies [prob].
+
+    Near p_c = 1 the difference is below the rounding of C, and of either sign; the limits, both exact, are not.
+    """
+    rest = jnp.square(1 - p)
+    return jnp.clip(collision - p * p, jnp.zeros((), p.dtype), rest)
+
+
+@checked
 def squared_update_norm(
     p: Float[Array, "*shape"], collision: Float[Array, "*shape"], *, step: ScalarLike = 1.0
 ) -> Float[Array, "*shape"]:
     """|dz|^2 = step^2 (1 - 2 p_c + C), step = eta A: the main formula of arXiv 2506.12912.
+
+    Computed as (1 - p_c)^2 + `others_squared`, which does not cancel near p_c = 1 and is never negative.
 
     Args:
         p: probability p_c of the sampled action.
@@ -39,7 +51,12 @@ def squared_update_norm(
         ValueError: if the shapes differ.
     """
     require_same_shape(p=p, collision=collision)
-    return jnp.square(step) * (1 - 2 * p + collision)
+    return jnp.square(step) * (jnp.square(1 - p) + others_squared(p, collision))
+
+
+def _not_negative(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    # 1 - C of a sum C that was rounded above 1.
+    return jnp.maximum(x, jnp.zeros((), x.dtype))
 
 
 @checked
@@ -84,7 +101,7 @@ def expected_squared_update_norm(
     Proposition 1 of EMPG (arXiv 2509.09265). It is monotone in H2, not in the Shannon entropy that EMPG uses (errata
     4.1).
     """
-    return jnp.square(step) * (1 - collision)
+    return jnp.square(step) * _not_negative(1 - collision)
 
 
 @checked
@@ -95,7 +112,7 @@ def expected_update_norm_range(
 
     The lower end is loose by a factor of at least sqrt(2), see `expected_update_norm_range_sharp` (errata F5.2).
     """
-    rest = 1 - collision
+    rest = _not_negative(1 - collision)
     return jnp.abs(step) * rest / 2**0.5, jnp.abs(step) * safe_sqrt(rest)
 
 
@@ -118,7 +135,8 @@ def expected_update_norm_range_sharp(
     Raises:
         ValueError: if vocabulary is smaller than 2.
     """
-    low, _ = update_norm_range(collision, vocabulary=vocabulary, step=step)
+    one = jnp.ones((), collision.dtype)
+    low, _ = update_norm_range(jnp.minimum(collision, one), vocabulary=vocabulary, step=step)
     return low, expected_update_norm_range(collision, step=step)[1]
 
 
@@ -137,9 +155,9 @@ def log_prob_changes(
         step: learning rate times advantage.
 
     Returns:
-        d log p_k for every k [nats]; its mean under p is zero.
+        d log p_k for every k [nats]; its mean under p is zero. NaN for an action outside the vocabulary.
     """
-    chosen = jnp.take_along_axis(p, action[..., None], axis=-1)
+    chosen = categorical.at_target(p, action)[..., None]
     collision = jnp.sum(p * p, axis=-1, keepdims=True)
     hit = jax.nn.one_hot(action, p.shape[-1], dtype=p.dtype)
     return jnp.asarray(step, p.dtype) * (hit - p - chosen + collision)
@@ -160,9 +178,9 @@ def entropy_change(
         step: learning rate times advantage.
 
     Returns:
-        dH [nats].
+        dH [nats]; NaN for an action outside the vocabulary.
     """
     log_p = jnp.log(p)
     surprise = p * (log_p + categorical.entropy(log_p)[..., None])
-    chosen = jnp.take_along_axis(surprise, action[..., None], axis=-1)[..., 0]
+    chosen = categorical.at_target(surprise, action)
     return jnp.negative(step) * (chosen - jnp.sum(p * surprise, axis=-1))

@@ -12,6 +12,10 @@ coupled to differ only after it, |J(pi) - J(pi~)| <= span P_pi(hit), and hit has
 bound of `surrogate_error` applies to pi~, whose largest KL is at most delta.
 
 L'(pi~) masks tokens by their context, not sequences: E_mu[R sum_t 1[c_t in G](rho_t - 1)].
+
+A context with a small KL(mu || pi) may still be one where pi can draw a token that mu cannot. There pi~ is not covered
+by mu: L'(pi~) then depends on where the rewards start, and B must be one of `surrogate_error.WITHOUT_COVERAGE` with the
+span of the rewards and 0 (errata F2.20).
 """
 
 import jax.numpy as jnp
@@ -91,7 +95,9 @@ def sampled_context_masked_gain(
 ) -> Estimate:
     """L'(pi~) = E_mu[ R sum_t 1[c_t in G](rho_t - 1) ], the surrogate that the repaired guarantee certifies.
 
-    Unlike the sequence-masked surrogate it does not depend on a baseline: given its context every term has mean zero.
+    Unlike the sequence-masked surrogate it does not depend on a baseline where mu can sample whatever pi can: given its
+    context every term has mean zero. Otherwise it has mean -(what pi has and mu cannot draw), each unit of baseline
+    adds the sum of that over the tokens, and only baseline 0 estimates L'(pi~) (errata F2.20).
 
     Args:
         log_ratio_t: log pi - log mu of the sampled tokens [nats].
@@ -125,8 +131,9 @@ def context_masked_inputs(
 ) -> BoundInputs:
     """`bound_inputs_from_tokens` of pi~: no divergence outside G.
 
-    By construction max_kl <= threshold; setting max_kl = threshold makes it a certificate, since the threshold holds at
-    every context of pi~, visited or not (max_tv then is sqrt(threshold / 2) by Pinsker).
+    By construction max_kl <= threshold, and max_kl = threshold holds at every context of pi~, visited or not (max_tv
+    then is sqrt(threshold / 2) by Pinsker). Bounds that read maxima alone (classical, coupling, Pinsker-marginal)
+    become certificates by setting the two; those that read means stay estimates.
     """
     inside = context_mask(kl_t, response_mask, threshold=threshold)
     zero = jnp.zeros((), kl_t.dtype)
@@ -142,20 +149,29 @@ def masked_gain_lower_bound(
     hit_probability: ScalarLike,
     sequence_tv: ScalarLike,
     reward_range: tuple[ScalarLike, ScalarLike] = (0.0, 1.0),
+    mu_covers_pi: Bool[Array, ""] | bool = True,
 ) -> Float[Array, ""]:
     """L'(pi~) - B(pi~) - span min(1, P_mu(hit) + TV(P^{pi~}, P^mu)): what J(pi) - J(mu) is at least.
 
     Args:
         context_masked_gain: L'(pi~).
-        error_bound: any bound of `surrogate_error` for the inputs of pi~, in units of reward.
+        error_bound: any bound of `surrogate_error` for the inputs of pi~, in units of reward; without coverage one of
+            `surrogate_error.WITHOUT_COVERAGE`.
         hit_probability: P_mu(hit) [prob].
         sequence_tv: TV between the laws of whole responses under pi~ and mu [prob].
         reward_range: (low, high), between which every reward lies.
+        mu_covers_pi: whether mu can sample every token that pi can, in every context. Where it is false, error_bound is
+            widened from the span of the rewards to that of the rewards and 0: with rewards of -3 and a policy that
+            moved 0.02 to a token of which mu knows nothing, L' - B would certify a gain of 0.04 where there is none
+            (errata F2.20). One that is that wide already is widened again, which is safe.
 
     Returns:
         the lower bound, in units of reward. With estimates in place of expectations it is an estimate.
     """
     low, high = reward_range
     span = jnp.asarray(high, jnp.result_type(float)) - low
+    from_zero = jnp.maximum(jnp.asarray(high, span.dtype), 0) - jnp.minimum(jnp.asarray(low, span.dtype), 0)
+    error = jnp.asarray(error_bound, span.dtype)
+    error = jnp.where(mu_covers_pi, error, error * (from_zero / span))
     leaves = jnp.minimum(jnp.asarray(hit_probability, span.dtype) + sequence_tv, jnp.ones((), span.dtype))
-    return jnp.asarray(context_masked_gain, span.dtype) - error_bound - span * leaves
+    return jnp.asarray(context_masked_gain, span.dtype) - error - span * leaves

@@ -16,6 +16,9 @@ from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import ScalarLike
 
+from jaxrl_llm.bounds.logit_dynamics import expected_squared_update_norm
+from jaxrl_llm.bounds.logit_dynamics import others_squared
+from jaxrl_llm.bounds.logit_dynamics import squared_update_norm
 from jaxrl_llm.checks import checked
 from jaxrl_llm.checks import require_dtype
 from jaxrl_llm.checks import require_numbers
@@ -40,8 +43,10 @@ def first_order_log_prob_change(p: Float[Array, "*shape"], *, max_noise: ScalarL
 
 @checked
 def first_order_violation(max_noise: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """(exp(2 e) - 1) / (2 e): by how much |D| can exceed the printed bound, approached as p -> 1."""
-    return jnp.expm1(2 * max_noise) / (2 * max_noise)
+    """(exp(2 e) - 1) / (2 e), 1 at e = 0: by how much |D| can exceed the printed bound, approached as p -> 1."""
+    small = max_noise < 1e-8  # where 1 + e is all the digits there are
+    twice = jnp.where(small, jnp.ones((), max_noise.dtype), 2 * max_noise)
+    return jnp.where(small, 1 + max_noise, jnp.expm1(twice) / twice)
 
 
 @checked
@@ -155,7 +160,7 @@ def gaussian_log_prob_variance(
     Returns:
         the variance [nats^2].
     """
-    return jnp.square(scale) * (1 - 2 * p + collision)
+    return squared_update_norm(p, collision, step=scale)
 
 
 @checked
@@ -175,10 +180,11 @@ def gaussian_sampled_bias(
     Returns:
         the expected log-ratio [nats].
     """
-    return jnp.square(scale) * (0.5 - 2 * p + 1.5 * collision)
+    # 1/2 - 2 p + 3/2 C = (1 - p)(1 - 3 p) / 2 + 3/2 (C - p^2), which does not cancel near p = 1.
+    return jnp.square(scale) * ((1 - p) * (1 - 3 * p) / 2 + 1.5 * others_squared(p, collision))
 
 
 @checked
 def gaussian_expected_kl(collision: Float[Array, "*shape"], *, scale: ScalarLike) -> Float[Array, "*shape"]:
     """E[KL(p' || p)] = s^2 (1 - C) / 2 [nats] to second order in s: the average of the sampled bias over tokens."""
-    return jnp.square(scale) * (1 - collision) / 2
+    return expected_squared_update_norm(collision, step=scale) / 2

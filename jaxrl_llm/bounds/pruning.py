@@ -28,6 +28,9 @@ from jaxrl_llm.checks import require_rank
 from jaxrl_llm.checks import require_same_shape
 from jaxrl_llm.masked import masked_sum
 
+ROUNDING = 1e-4
+"""By how much a sum of probabilities in float32 over a large vocabulary may exceed 1."""
+
 
 def _check(kept_mass_t: Float[Array, "B T"], response_mask: Bool[Array, "B T"]) -> Bool[Array, " B"]:
     require_rank(2, "B T", kept_mass_t=kept_mass_t, response_mask=response_mask)
@@ -39,8 +42,8 @@ def _check(kept_mass_t: Float[Array, "B T"], response_mask: Bool[Array, "B T"]) 
 
 @checked
 def context_total_variation(kept_mass: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """TV(pi, pi_S) = 1 - Z in one context [prob]."""
-    return 1 - kept_mass
+    """TV(pi, pi_S) = 1 - Z in one context [prob]; 0 where the sum Z was rounded above 1."""
+    return jnp.maximum(1 - kept_mass, jnp.zeros((), kept_mass.dtype))
 
 
 @checked
@@ -64,7 +67,8 @@ def sampled_total_variation(
     """
     real = _check(kept_mass_t, response_mask)
     # log1p(-(1 - Z)) keeps the digits of a mass near 1.
-    log_kept = jnp.log1p(-jnp.where(response_mask, 1 - kept_mass_t, jnp.zeros((), kept_mass_t.dtype)))
+    pruned = context_total_variation(kept_mass_t)
+    log_kept = jnp.log1p(-jnp.where(response_mask, pruned, jnp.zeros((), pruned.dtype)))
     return clustered_mean(-jnp.expm1(jnp.sum(log_kept, axis=1)), real, group_ids)
 
 
@@ -76,7 +80,9 @@ def sampled_bias_bound(
     reward_range: tuple[ScalarLike, ScalarLike] = (0.0, 1.0),
     group_ids: Int[Array, " B"] | None = None,
 ) -> Estimate:
-    """span E_{pi_S}[sum_t (1 - Z(c_t))]: the data-dependent bound on |J - J_S|, the only informative one at LLM scale.
+    """span E_{pi_S}[sum_t (1 - Z(c_t))]: a data-dependent bound on |J - J_S|, informative at LLM scale.
+
+    The span times `sampled_total_variation` is never above it, and bounds the same.
 
     Args:
         kept_mass_t: Z of the context of each token [prob].
@@ -93,7 +99,9 @@ def sampled_bias_bound(
     real = _check(kept_mass_t, response_mask)
     low, high = reward_range
     span = jnp.asarray(high, kept_mass_t.dtype) - low
-    return clustered_mean(span * masked_sum(1 - kept_mass_t, response_mask, axis=1), real, group_ids)
+    return clustered_mean(
+        span * masked_sum(context_total_variation(kept_mass_t), response_mask, axis=1), real, group_ids
+    )
 
 
 def worst_case_pruned_mass(*, log_min_p: ScalarLike, vocabulary: int) -> Float[Array, ""]:
@@ -121,16 +129,19 @@ def worst_case_bias_bound(
     """span min(1, T (1 - min Z)): the bound on |J - J_S| that needs the smallest kept mass over all contexts.
 
     Args:
-        smallest_kept_mass: min Z over reachable contexts [prob].
+        smallest_kept_mass: min Z over reachable contexts [prob]; a sum that was rounded above 1 counts as 1.
         horizon: T [tokens].
         reward_range: (low, high), between which every reward lies.
 
     Returns:
-        the bound, in units of reward; equal to the span where it is vacuous.
+        the bound, in units of reward; equal to the span where it is vacuous, never negative.
+
+    Raises:
+        ValueError: for numbers that are no mass: below 0, or above 1 by more than `ROUNDING`.
     """
-    require_numbers(0, 1, smallest_kept_mass=smallest_kept_mass)
+    require_numbers(0, 1 + ROUNDING, smallest_kept_mass=smallest_kept_mass)
     require_numbers(1, math.inf, horizon=horizon)
     low, high = reward_range
     span = jnp.asarray(high, jnp.result_type(float)) - low
-    leaves = horizon * (1 - jnp.asarray(smallest_kept_mass, span.dtype))
+    leaves = horizon * context_total_variation(jnp.asarray(smallest_kept_mass, span.dtype))
     return span * jnp.minimum(leaves, jnp.ones((), span.dtype))

@@ -139,9 +139,9 @@ def psrl_potential_sharp(
     """min over eps of (1/4) log det( I + Gamma_h / eps ) + eps ratio^2 K, at most K / 4 and ratio^2 K tr Gamma_h.
 
     Derived here, with half the logarithm of `psrl_potential`: the best linear estimator divides by the whole variance
-    of the target, E Var(y|theta) + X^T Gamma X = Var(y) <= R_h^2 / 4, not by R_h^2 / 4 + X^T Gamma X. Goes to 0 with
-    the prior covariance. On the simplex a constant may be added to V without moving X^T Gamma X, so ratio = sqrt(d) / 2
-    will do.
+    of the target, E Var(y|theta) + X^T Gamma X = Var(y) <= R_h^2 / 4, not by R_h^2 / 4 + X^T Gamma X. Goes to
+    0 with the prior covariance, and is 0 without episodes. On the simplex a constant may be added to V without moving
+    X^T Gamma X, so ratio = sqrt(d) / 2 will do.
 
     Args, Raises as `psrl_potential`.
 
@@ -151,8 +151,9 @@ def psrl_potential_sharp(
     require_rank(3, "H D D", prior_covariances=prior_covariances)
     eigenvalues = jnp.maximum(jnp.linalg.eigvalsh(prior_covariances), 0.0)
     length = jnp.square(jnp.asarray(feature_ratio, eigenvalues.dtype)) * episodes
-    # Every eps gives a bound; around its best value the sum is flat.
-    eps = jnp.geomspace(1e-3, 1e3, 121, dtype=eigenvalues.dtype)[:, None] / length
+    # Every eps gives a bound; around its best value the sum is flat. Without episodes or features there is no sum.
+    some = jnp.where(length > 0, length, jnp.ones((), length.dtype))
+    eps = jnp.geomspace(1e-3, 1e3, 121, dtype=eigenvalues.dtype)[:, None] / some
     log_det = jnp.sum(jnp.log1p(eigenvalues[None] / eps[:, :, None]), axis=-1)
     largest = jnp.minimum(jnp.asarray(episodes, eigenvalues.dtype) / 4, length * jnp.sum(eigenvalues, axis=-1))
     return jnp.minimum(jnp.min(log_det / 4 + eps * length, axis=0), largest)

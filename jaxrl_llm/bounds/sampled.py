@@ -7,7 +7,10 @@ apart. Every estimate is a mean over sequences with a standard error clustered b
 independent. Rows without a response token are not sequences.
 
 "Unbiased" of an error, a gain of J or a TV means: if mu can sample whatever pi can. Of what only pi can draw no sample
-tells; E_pi[R 1(y is such a response)] is then missing.
+tells; E_pi[R 1(y is such a response)] is then missing. So is, from every expectation of rho_t - 1, the mass x_t that pi
+has on such tokens: E_mu[rho_t - 1 | c_t] = -x_t and E_mu[|rho_t - 1| | c_t] = 2 TV - x_t. A baseline b then adds b
+E_mu[sum_t x_t] to a surrogate gain, which without one is right as L' is defined. `sampled_sequence_tv_one_sided` alone
+needs no such assumption (errata F2.20).
 """
 
 from typing import NamedTuple
@@ -84,6 +87,7 @@ def clustered_mean(
 def _prepare(
     log_ratio_t: Float[Array, "B T"], response_mask: Bool[Array, "B T"], rewards: Float[Array, " B"] | None = None
 ) -> tuple[Float[Array, "B T"], Bool[Array, " B"]]:
+    # The log-ratio with 0 outside the mask, and which rows are sequences.
     require_rank(2, "B T", log_ratio_t=log_ratio_t, response_mask=response_mask)
     require_same_shape(log_ratio_t=log_ratio_t, response_mask=response_mask)
     require_dtype("floating", log_ratio_t=log_ratio_t, rewards=rewards)
@@ -127,8 +131,9 @@ def sampled_surrogate_error(
         response_mask: true at the tokens that mu sampled.
         rewards: one per sequence.
         group_ids: equal for sequences that answer the same prompt; None makes every sequence its own cluster.
-        baseline: subtracted from every reward. The expectation does not depend on it, the variance does; the middle of
-            the reward range is safe, and a mean of the same rewards adds a bias of order 1/B.
+        baseline: subtracted from every reward. Where mu can sample whatever pi can, the expectation does not depend on
+            it, the variance does; the middle of the reward range is safe, and a mean of the same rewards adds a bias of
+            order 1/B. Otherwise use 0.
         limit: clamp of l_t and of its partial sums [nats].
 
     Returns:
@@ -154,6 +159,9 @@ def sampled_worst_surrogate_error(
     Error = E_mu[R X] and E_mu X = 0, so over all rewards in [0, 1] the largest |Error| is E_mu max(0, -X), attained by
     R = 1 where X < 0. No bound on |Error| that does not read the rewards can be below it; it is at most D_KL and at
     most sum_t Dbar_t (docs/theory.md). Each term is at most sum_t (rho_t - 1 - log rho_t). Derived here.
+
+    This needs that mu can sample whatever pi can. Otherwise it is the largest -Error alone, and what only pi can draw
+    may be rewarded: at T = 1 it is 0, and the largest |Error| the mass of that (errata F2.20).
 
     Args:
         log_ratio_t: log pi - log mu of the sampled tokens [nats].
@@ -183,7 +191,9 @@ def sampled_surrogate_gain(
 ) -> Estimate:
     """Unbiased estimate of L'(pi) = E_mu[ R sum_t (rho_t - 1) ], the gain that the surrogate promises.
 
-    Args, Raises as `sampled_surrogate_error`.
+    What it promises depends on where rewards start unless mu can sample whatever pi can: rewards of -3 everywhere and a
+    mass of 0.02 that mu cannot draw have L' = 0.06 and a gain of 0 (errata F2.20). Args, Raises as
+    `sampled_surrogate_error`.
 
     Returns:
         the estimate, in units of reward.
@@ -224,7 +234,8 @@ def sampled_sequence_tv(
 ) -> Estimate:
     """Unbiased estimate of TV(P^mu, P^pi) = (1/2) E_mu | prod_t rho_t - 1 | between the laws of whole responses.
 
-    Args, Raises as `sampled_surrogate_error`.
+    Where mu cannot sample whatever pi can, half the mass of that is missing (the one-sided form misses nothing). Args,
+    Raises as `sampled_surrogate_error`.
 
     Returns:
         the estimate [prob]; above 1 when a rare sequence has a large ratio.
@@ -243,7 +254,8 @@ def sampled_sequence_tv_one_sided(
 ) -> Estimate:
     """Unbiased estimate of the same TV as E_mu[ max(0, 1 - prod_t rho_t) ], every term of which lies in [0, 1].
 
-    Args, Raises as `sampled_surrogate_error`.
+    It sums mu - pi where that is positive, so it holds whatever mu can sample. Args, Raises as
+    `sampled_surrogate_error`.
 
     Returns:
         the estimate [prob], never above 1.
@@ -267,7 +279,8 @@ def sampled_weighted_deviation(
     For weights w_t that are at least the TV between pi and mu over what follows position t, given any context: for
     instance w_t = min(1, (T - t) eps). Proof: Error = E_mu sum_t (rho_t - 1) E_mu[R (prod_{j>t} rho_j - 1) | c_t, y_t],
     and the inner expectation is a difference of mean rewards, at most w_t. Because E_mu |rho_t - 1| = 2 Dbar_t, it
-    estimates the adaptive bound.
+    estimates the adaptive bound. All of this where mu can sample whatever pi can: else it sees too little and bounds
+    nothing (at T = 1 it is 0, and the Error the reward of what mu cannot draw; errata F2.20).
     Source: the length-neutral variant of TRM (arXiv 2512.23075, appendix), which states 2 E_mu[W] (errata F2.2). The
     weights must belong to the largest length, not to the realised one (errata F2.12).
 

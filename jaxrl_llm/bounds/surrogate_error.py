@@ -101,7 +101,8 @@ def pinsker_marginal_tv_printed(inputs: BoundInputs) -> Float[Array, ""]:
 def mixed_kl_sharp(inputs: BoundInputs) -> Float[Array, ""]:
     """min( T min(1, sqrt(delta/2)), sqrt(T delta D_KL) ): the printed form without its 4, and without sqrt(T).
 
-    Both parts hold because `linear_sharp` and `sequence_kl_sharp` do, neither of which it is ever below.
+    Both parts hold because `linear_sharp` and `sequence_kl_sharp` do: the first is never below the one, the second
+    never below the other, so that it is never below the smaller of the two (it can be below the larger).
     """
     product = safe_sqrt(inputs.horizon * inputs.max_kl * inputs.sequence_kl)
     return jnp.minimum(inputs.horizon * _capped(safe_sqrt(inputs.max_kl / 2)), product)
@@ -180,8 +181,8 @@ def sequence_kl_sharp(inputs: BoundInputs) -> Float[Array, ""]:
     Proof: with W = prod_t rho_t, S = sum_t (rho_t - 1) and Phi = S - log W >= 0, W >= 1 + log W = 1 + S - Phi. As
     E_mu[W - 1 - S] = 0, |Error| = |E_mu[R (W - 1 - S)]| <= E_mu max(0, 1 + S - W) <= E_mu Phi = D_KL. It needs no
     maximum and is linear in the horizon, where the printed bounds grow like T^(3/2). Not in the paper (errata F2.17).
-    Where pi can draw what mu cannot, E_mu[W - 1 - S] is not 0 and the bound still holds, for rewards in [0, 1]
-    (docs/theory.md, errata F2.18). It is infinite where mu can draw what pi cannot.
+    Where pi can draw what mu cannot, E_mu[W - 1 - S] is not 0 and the bound still holds, times the span of the rewards
+    and 0 (docs/theory.md, errata F2.18). It is infinite where mu can draw what pi cannot.
     """
     return inputs.sequence_kl
 
@@ -233,8 +234,9 @@ BOUND_NAMES = tuple(SHARP)
 """The order that `SurrogateErrorBounds.dominating` indexes."""
 
 WITHOUT_COVERAGE = ("mixed_kl", "linear", "average_only", "sequence_kl")
-"""The bounds that hold where pi can draw what mu cannot, if rewards start at 0. Each other one is broken by one token:
-mu never draws it, pi does with a small probability, and it alone is rewarded."""
+"""The bounds that hold where pi can draw what mu cannot, times the span of the rewards and 0 together (their own span
+where low <= 0 <= high). Each other one is broken by one token: mu never draws it, pi does with a small probability, and
+it alone is rewarded."""
 
 UNIFIED = ("pinsker_marginal_kl", "pinsker_marginal_tv", "mixed_kl", "mixed_tv", "coupling", "adaptive")
 """The bounds that the paper's unified bound B* is the minimum of."""
@@ -287,12 +289,24 @@ def trivial_error_bound(
 
 
 def _proved(
-    bounds: dict[str, Float[Array, ""]], *, low: ScalarLike, mu_covers_pi: Bool[Array, ""] | bool
+    bounds: dict[str, Float[Array, ""]],
+    *,
+    reward_range: tuple[ScalarLike, ScalarLike],
+    mu_covers_pi: Bool[Array, ""] | bool,
 ) -> dict[str, Float[Array, ""]]:
-    """Infinity in the place of a bound that does not hold. Without coverage L' depends on where the rewards start."""
-    from_zero = jnp.asarray(low) == 0
-    holds = {name: mu_covers_pi | (from_zero & (name in WITHOUT_COVERAGE)) for name in bounds}
-    return {name: jnp.where(holds[name], bound, jnp.inf) for name, bound in bounds.items()}
+    """The bounds in units of reward, infinity in the place of one that does not hold.
+
+    Error is linear in R. With coverage that of a constant is 0, so that a span is all that counts. Without, L' depends
+    on where the rewards start: max(R, 0) and max(-R, 0) start at 0, and their bounds add up to the span of [low, high]
+    and 0.
+    """
+    low, high = (jnp.asarray(end, bounds["linear"].dtype) for end in reward_range)
+    from_zero = jnp.maximum(high, jnp.zeros_like(high)) - jnp.minimum(low, jnp.zeros_like(low))
+    factors = {
+        name: jnp.where(mu_covers_pi, high - low, from_zero if name in WITHOUT_COVERAGE else jnp.inf) for name in bounds
+    }
+    # Where it does not hold a bound of 0 is infinite as well.
+    return {name: jnp.where(jnp.isinf(x), jnp.inf, x * bounds[name]) for name, x in factors.items()}
 
 
 def surrogate_error_bounds(
@@ -316,7 +330,8 @@ def surrogate_error_bounds(
         mean_reward: J(mu), if it was measured.
         surrogate_gain: L'(pi), if it was measured; both or none.
         mu_covers_pi: whether mu can sample every token that pi can, in every context. Softmax policies do; top-p, top-k
-            and min-p samplers do not. Where it is false, bounds that do not hold then are infinite (errata F2.18).
+            and min-p samplers do not. Where it is false, bounds that do not hold then are infinite, and the others are
+            times the span of the rewards and 0: more than their own span if 0 is not among them (errata F2.18).
 
     Returns:
         `SurrogateErrorBounds` in units of reward.
@@ -331,7 +346,9 @@ def surrogate_error_bounds(
         raise ValueError("mean_reward and surrogate_gain must be given together, or neither; one is None.")
     span = jnp.asarray(high, inputs.max_kl.dtype) - low
     printed, sharp = (
-        _proved({name: span * bound(inputs) for name, bound in all_.items()}, low=low, mu_covers_pi=mu_covers_pi)
+        _proved(
+            {name: bound(inputs) for name, bound in all_.items()}, reward_range=reward_range, mu_covers_pi=mu_covers_pi
+        )
         for all_ in (PRINTED, SHARP)
     )
     threshold = span

@@ -207,7 +207,9 @@ def aggregate_accepted(
         mode, length_normaliser, batch_fraction: as in `aggregate`.
 
     Returns:
-        (sum, count) over the accepted sequences; (0, 0) if there is none.
+        (sum, count) over the accepted sequences; if there is none, (0, 0), and (0, batch_fraction) for "token-sum",
+        whose count says which part of the batch the rows are and not how many of them were accepted: the counts of
+        micro-batches add to 1 whatever was accepted in them.
     """
     require_rank(1, "B", accepted=accepted)
     return aggregate(

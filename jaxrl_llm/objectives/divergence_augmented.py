@@ -186,10 +186,11 @@ def scaled_by_root_mean_square(
     Departures from the released code: no 1e-4 is added to the denominator.
     """
     _check(response_mask, advantages=advantages)
+    advantages = jnp.where(response_mask, advantages, jnp.zeros((), advantages.dtype))
     mean_square = masked_mean(jnp.square(advantages), response_mask)
     positive = mean_square > 0
     root = jnp.sqrt(jnp.where(positive, mean_square, jnp.ones((), mean_square.dtype)))
-    return jnp.where(response_mask & positive, advantages / root, jnp.zeros((), advantages.dtype))
+    return jnp.where(positive, advantages / root, jnp.zeros((), advantages.dtype))
 
 
 @checked

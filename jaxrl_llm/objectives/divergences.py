@@ -42,11 +42,13 @@ def k3(log_ratio: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """k3 = q/p - 1 + log(p/q): not negative and unbiased for KL(p || q) [nats].
 
     Source: Schulman 2020. Every -log(q/p) + b (q/p - 1) is unbiased; b = 1 is the one that is never negative (errata
-    F2.8). The exponent is clamped to `ratios.LOG_RATIO_LIMIT`. As a loss its expected on-policy gradient is grad KL(q
-    || p) with the tokens of p, not grad KL(p || q).
+    F2.8). Below -`ratios.LOG_RATIO_LIMIT` the whole log-ratio is clamped, so that log_ratio = -inf is a large
+    number and not -inf; above it the exponent alone. Unbiased where p can draw whatever q can; else it misses the mass
+    of q outside the support of p: E[k3] = KL(p || q) - q(outside) (errata F2.20). As a loss its expected on-policy
+    gradient is grad KL(q || p) with the tokens of p, not grad KL(p || q).
     """
-    clamped = jnp.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    return jnp.expm1(-clamped) + log_ratio
+    from_below = jnp.maximum(log_ratio, -LOG_RATIO_LIMIT)
+    return jnp.expm1(-jnp.minimum(from_below, LOG_RATIO_LIMIT)) + from_below
 
 
 def _value_of_gradient_of(value: Float[Array, "*shape"], gradient: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -75,7 +77,8 @@ def importance_weighted_k1(ratio: Float[Array, "*shape"], log_ratio: Float[Array
     """ratio * log(p/q) for tokens sampled from another policy mu, ratio = p/mu with its gradient.
 
     E_mu[ratio log(p/q)] = KL(p || q) per context, and because the ratio carries a gradient, the expected gradient is
-    grad KL(p || q) exactly: the extra E_p[grad log p] it contains is zero.
+    grad KL(p || q) exactly: the extra E_p[grad log p] it contains is zero. Both where mu can draw whatever p can; of a
+    truncated sampler both sums run over its tokens alone, and are of either sign (errata F2.20).
     """
     return ratio * log_ratio
 

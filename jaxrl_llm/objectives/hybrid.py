@@ -41,7 +41,8 @@ def dense_gradient(
 ) -> Float[Array, "*batch V"]:
     """dk/dz = p (l - k), the closed form of the gradient of KL(pi || pi_T) with respect to the logits.
 
-    Its components sum to zero, and it vanishes at p = p_T and for confident p.
+    Its components sum to zero, and it vanishes at p = p_T and for confident p. A logit of -inf is a probability of 0
+    and has gradient 0; where the teacher cannot draw what the student can, k is infinite and has no gradient (zeros).
 
     Args:
         logits: of the student.
@@ -55,9 +56,12 @@ def dense_gradient(
     """
     require_same_shape(logits=logits, logits_teacher=logits_teacher)
     log_p, log_q = categorical.log_probs(logits), categorical.log_probs(logits_teacher)
-    difference = log_p - log_q
-    p = jnp.exp(log_p)
-    return p * (difference - jnp.sum(p * difference, axis=-1, keepdims=True))
+    p, zero = jnp.exp(log_p), jnp.zeros((), log_p.dtype)
+    absent = jnp.isneginf(log_p) | jnp.isneginf(log_q)
+    infinite = jnp.any(jnp.isneginf(log_q) & ~jnp.isneginf(log_p), axis=-1, keepdims=True)
+    difference = jnp.where(absent, zero, log_p) - jnp.where(absent, zero, log_q)
+    gradient = p * (difference - jnp.sum(p * difference, axis=-1, keepdims=True))
+    return jnp.where(infinite & ~jnp.isnan(gradient), zero, gradient)
 
 
 def _top_k(logits: Float[Array, "*batch V"], k: int) -> Int[Array, "*batch k"]:
@@ -76,11 +80,15 @@ def top_k_kl_partial(
 ) -> Float[Array, "*batch"]:
     """sum_{v in S} p_v l_v over the student's k most likely tokens: a part of the KL, of either sign. Do not clip it.
 
-    Gradient: p_v ( 1[v in S](l_v + 1) - sum_S p (l + 1) ) [nats].
+    Gradient: p_v ( 1[v in S](l_v + 1) - sum_S p (l + 1) ) [nats]. +inf, without a gradient, where the teacher
+    cannot draw one of them.
     """
     index = _top_k(logits, k)
     log_p, log_q = _gather(categorical.log_probs(logits), index), _gather(categorical.log_probs(logits_teacher), index)
-    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+    absent, zero = jnp.isneginf(log_p) | jnp.isneginf(log_q), jnp.zeros((), log_p.dtype)
+    total = jnp.sum(jnp.exp(log_p) * (jnp.where(absent, zero, log_p) - jnp.where(absent, zero, log_q)), axis=-1)
+    missing = jnp.any(jnp.isneginf(log_q) & ~jnp.isneginf(log_p), axis=-1)
+    return jnp.where(missing & ~jnp.isnan(total), jnp.array(jnp.inf, total.dtype), total)
 
 
 @checked
@@ -109,9 +117,12 @@ def top_k_kl_with_tail(
         return categorical.kl(logits, logits_teacher)
 
     def merged(z: Float[Array, "*batch V"]) -> Float[Array, "*batch m"]:
-        rows = jnp.put_along_axis(z, index, jnp.array(-jnp.inf, z.dtype), axis=-1, inplace=False)
-        tail = jax.nn.logsumexp(rows, axis=-1, keepdims=True)
-        return jnp.concatenate([_gather(z, index), tail], axis=-1)
+        nothing = jnp.array(-jnp.inf, z.dtype)
+        rows = jnp.put_along_axis(z, index, nothing, axis=-1, inplace=False)
+        # A tail without any mass is cut off before the logarithm, whose gradient there would be NaN.
+        empty = jnp.all(jnp.isneginf(rows), axis=-1, keepdims=True)
+        tail = jax.nn.logsumexp(jnp.where(empty, jnp.zeros((), z.dtype), rows), axis=-1, keepdims=True)
+        return jnp.concatenate([_gather(z, index), jnp.where(empty, nothing, tail)], axis=-1)
 
     return categorical.kl(merged(logits), merged(logits_teacher))
 

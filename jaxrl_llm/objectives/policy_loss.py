@@ -1,6 +1,7 @@
 """Evaluate a recipe on plain arrays: its loss as (sum, count), and what to look at while it runs."""
 
 from typing import NamedTuple
+from typing import overload
 
 import jax
 import jax.numpy as jnp
@@ -196,8 +197,12 @@ def _check(response_mask: Bool[Array, "B T"], target_kept: Bool[Array, "B T"] | 
     require_dtype("boolean", response_mask=response_mask, target_kept=target_kept)
 
 
-def _inside(x: Array | None, target_kept: Bool[Array, "B T"]) -> Array | None:
-    return None if x is None else jnp.where(target_kept, x, jnp.zeros((), x.dtype))
+@overload
+def _inside(x: Array, kept: Bool[Array, "B T"]) -> Array: ...
+@overload
+def _inside(x: None, kept: Bool[Array, "B T"]) -> None: ...
+def _inside(x: Array | None, kept: Bool[Array, "B T"]) -> Array | None:
+    return None if x is None else jnp.where(kept, x, jnp.zeros((), x.dtype))
 
 
 def _recipe_log_ratio(
@@ -250,7 +255,8 @@ def policy_loss(
         recipe: one of `RECIPES`, or your own; static under jit.
         log_prob: log pi(y_t|c_t) of the trained policy [nats], with its gradient.
         advantages: one per sequence or one per token; a constant to the gradient.
-        response_mask: true at the tokens that the policy sampled.
+        response_mask: true at the tokens that the policy sampled; elsewhere every array may hold anything, NaN
+            included, and neither loss nor gradient nor metrics notice.
         log_prob_old: under the policy at the start of the update [nats].
         log_prob_behaviour: under the policy that sampled [nats].
         log_prob_ref: under the reference policy [nats], for a sampled KL estimator.
@@ -271,7 +277,11 @@ def policy_loss(
     statistics = {"kl_t": kl_t, "kl_ref_t": kl_ref_t, "entropy": entropy}
     others = {"log_prob_old": log_prob_old, "log_prob_behaviour": log_prob_behaviour, "log_prob_ref": log_prob_ref}
     _check(response_mask, target_kept, {"log_prob": log_prob, **others, **statistics})
-    advantages = _spread_advantages(advantages, response_mask)
+    # Before any arithmetic: a NaN at padding that meets a cotangent of 0 is a NaN in the gradient.
+    advantages = _inside(_spread_advantages(advantages, response_mask), response_mask)
+    log_prob = _inside(log_prob, response_mask)
+    statistics = {name: _inside(x, response_mask) for name, x in statistics.items()}
+    kl_t, kl_ref_t, entropy = statistics.values()
     if recipe.log_min_p is not None and target_kept is not None:
         log_prob = jnp.where(target_kept, log_prob, jnp.zeros((), log_prob.dtype))
         others = {name: _inside(x, target_kept) for name, x in others.items()}

@@ -35,7 +35,8 @@ class PrunedLogProb(NamedTuple):
     """Log-probabilities of targets under the pruned policy.
 
     Attributes:
-        log_prob: log pi_S(a) [nats] where the target is in the safe set; 0, with gradient 0, where it is not.
+        log_prob: log pi_S(a) [nats] where the target is in the safe set; 0, with gradient 0, where it is not, and NaN
+            where it is no token of the vocabulary.
         kept: true where the target is in the safe set.
         kept_mass: Z [prob], with its gradient.
     """
@@ -63,19 +64,23 @@ def pruned_log_prob(
         `PrunedLogProb`.
 
     Raises:
-        ValueError, TypeError: if logits are not floating, targets not integer, or log_min_p is a number above 0.
+        ValueError, TypeError: if logits are not floating, targets not integer, or log_min_p is a number above 0; for a
+            target outside the vocabulary, where targets are known (not inside jit).
     """
     require_dtype("floating", logits=logits)
     require_dtype("integer", targets=targets)
     if isinstance(log_min_p, (int, float)) and log_min_p > 0:
         raise ValueError(f"log_min_p is {log_min_p}; it must be at most 0, since no token exceeds the most likely one.")
     keep = categorical.safe_set(logits, log_min_p=log_min_p)
-    kept = jnp.take_along_axis(keep, targets[..., None], axis=-1)[..., 0]
+    token = categorical.in_vocabulary(targets, logits.shape[-1])
+    index = jnp.where(token, targets, jnp.zeros((), targets.dtype))
+    kept = token & jnp.take_along_axis(keep, index[..., None], axis=-1)[..., 0]
     # A pruned target is replaced by the most likely token before the gather, so that no -inf enters the gradient.
     inside = jnp.where(kept, targets, jnp.argmax(logits, axis=-1).astype(targets.dtype))
     log_prob = categorical.log_prob(categorical.restrict(logits, keep), inside)
-    zero = jnp.zeros((), log_prob.dtype)
-    return PrunedLogProb(jnp.where(kept, log_prob, zero), kept, categorical.kept_mass(logits, keep))
+    zero, nan = jnp.zeros((), log_prob.dtype), jnp.array(jnp.nan, log_prob.dtype)
+    log_prob = jnp.where(kept, log_prob, jnp.where(token, zero, nan))
+    return PrunedLogProb(log_prob, kept, categorical.kept_mass(logits, keep))
 
 
 def _check_kept(kept: Bool[Array, "B T"], response_mask: Bool[Array, "B T"]) -> None:
@@ -96,9 +101,11 @@ def pruned_token_weights(
     """w_t = min(pi_S / mu_S', cap) where the token is in the training safe set, else 0: token-level truncated
     correction.
 
-    mu_S' is the inference policy on its own safe set. The sampler only produces tokens of S', so pi_S-mass on tokens
-    outside S' is
-    missed: the estimate is unbiased up to P_{pi_S}(some token outside S').
+    mu_S' is the inference policy on its own safe set. The weight turns the draw of a token into one of pi_S given its
+    context, up to the mass of pi_S outside S', which the sampler never produces, and up to the cap. The contexts stay
+    those that mu_S' visits, so a mean of weighted tokens is not an expectation under pi_S, however large the cap: a
+    second token whose worth depends on the first keeps the first's frequency under mu_S' (errata F3.6).
+    `pruned_sequence_weights` is unbiased up to P_{pi_S}(some token outside S').
 
     Args:
         log_prob: log pi_S of the sampled tokens [nats]; a constant here.

@@ -29,8 +29,9 @@ def spent_gradient(
 ) -> Float[Array, "B T"]:
     """W_t = sum_{j<=t} (1 - 2 pi_j + C_j): cumulative squared norm of the logit gradients of the sampled tokens.
 
-    Each term is |e_a - p|^2, the squared norm of d log pi(a) / dz (arXiv 2506.12912). At the sampled policy it is never
-    negative.
+    Each term is |e_a - p|^2, the squared norm of d log pi(a) / dz (arXiv 2506.12912), computed as (1 - pi)^2 + (C -
+    pi^2): the second part, the squares of the other tokens, lies in [0, (1 - pi)^2] and is held to it. So the term is
+    never negative, and right within a factor of 2 even where pi is so near 1 that C says nothing about the others.
 
     Args:
         log_prob: of the sampled tokens [nats].
@@ -55,7 +56,10 @@ def _squared_norm(
     require_dtype("floating", log_prob=log_prob, collision=collision)
     require_dtype("boolean", response_mask=response_mask)
     zero = jnp.zeros((), log_prob.dtype)
-    return jnp.where(response_mask, 1 - 2 * jnp.exp(jnp.where(response_mask, log_prob, zero)) + collision, zero)
+    log_p = jnp.where(response_mask, log_prob, zero)
+    rest = jnp.square(jnp.expm1(log_p))  # (1 - p)^2
+    others = jnp.clip(collision - jnp.exp(2 * log_p), zero, rest)
+    return jnp.where(response_mask, rest + others, zero)
 
 
 def _against_weighted_mean(
@@ -125,6 +129,8 @@ def own_token_baseline(
     collision: Float[Array, "B T"],
     response_mask: Bool[Array, "B T"],
     group_ids: Int[Array, " B"],
+    *,
+    token_weights: Float[Array, "B T"] | None = None,
 ) -> Float[Array, "B T"]:
     """A_{i,t} = R_i - B_t,  B_t = sum_i R_i n_{i,t} / sum_i n_{i,t},  n_{i,t} = |e_a - p|^2 of the token at t alone.
 
@@ -132,7 +138,19 @@ def own_token_baseline(
     variance of sum_t (R - B_t) grad log pi_t is a sum over t that these B_t minimise, each for itself. What
     `optimal_token_baseline` minimises is the variance of another estimator (errata F5.3).
 
-    Args, Returns, Raises as `optimal_token_baseline`.
+    This holds where all tokens weigh the same ("seq-mean-token-sum"). With weights w_{i,t} in the loss, as the 1 /
+    length of "seq-mean-token-mean", n is to be multiplied by w^2: give them as token_weights (errata F5.4). What is
+    smallest then is the mean squared norm of sum_t w_t (R - B_t) grad log pi_t; a weight that depends on later tokens,
+    as a length does, makes the expectation depend on every baseline.
+
+    Args:
+        rewards, log_prob, collision, response_mask, group_ids: as `optimal_token_baseline`.
+        token_weights: w of each token in the loss, for instance `aggregation.token_weights`; equal if None.
+
+    Returns, Raises as `optimal_token_baseline`.
     """
     norm = jax.lax.stop_gradient(_squared_norm(log_prob, collision, response_mask))
+    if token_weights is not None:
+        require_same_shape(log_prob=log_prob, token_weights=token_weights)
+        norm = norm * jnp.square(jax.lax.stop_gradient(jnp.where(response_mask, token_weights, 0)).astype(norm.dtype))
     return _against_weighted_mean(rewards, norm, response_mask, group_ids)

@@ -25,6 +25,8 @@ from jaxrl_llm.rollouts.sampling import SamplingSettings
 from jaxrl_llm.rollouts.sampling import rollout_keys
 from jaxrl_llm.rollouts.sampling import sample_tokens
 from jaxrl_llm.rollouts.sampling import token_uniforms
+from jaxrl_llm.rollouts.texts import check_left_padded
+from jaxrl_llm.rollouts.texts import check_tokens
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Bool
 from jaxrl_llm.typing import Float
@@ -136,7 +138,8 @@ def make_generate(
 
     Raises:
         ValueError: for sizes or tokens that cannot be; from the returned function, before it computes anything, for
-            arguments that do not fit.
+            arguments that do not fit, prompts that are not left-padded or empty, and prompt tokens that are none of the
+            vocabulary (these two are values: not seen inside another jit).
     """
     eos_ids = (eos_id,) if isinstance(eos_id, int) else tuple(int(token) for token in eos_id)
     for name, size in (("max_new_tokens", max_new_tokens), ("group_size", group_size)):
@@ -146,12 +149,22 @@ def make_generate(
     plan = _Plan(max_new_tokens, group_size, sampling, eos_ids, pad_id, dtype, perturb_logits, cache_rounding)
 
     @jax.jit
-    def generate(state, prompt_tokens, prompt_mask, key, step, prompt_index, sample_index=None, noise_key=None):
+    def compiled(state, prompt_tokens, prompt_mask, key, step, prompt_index, sample_index=None, noise_key=None):
         model = nnx.merge(graphdef, state)
         sample_index = jnp.arange(group_size) if sample_index is None else sample_index
         _check(model, plan, prompt_tokens, prompt_mask, prompt_index, sample_index)
         keys = rollout_keys(key, step, prompt_index, sample_index).reshape(-1)
         return _generate(model, plan, prompt_tokens, prompt_mask.astype(bool), keys, noise_key)
+
+    sizes: list[int] = []  # of the vocabulary, once a state was seen
+
+    def generate(state, prompt_tokens, prompt_mask, *arguments, **options):
+        if not sizes:
+            sizes.append(nnx.merge(graphdef, state).config.vocab_size)
+        if prompt_tokens.ndim == 2 and prompt_mask.shape == prompt_tokens.shape:
+            check_tokens("prompt_tokens", prompt_tokens, prompt_mask, vocabulary=sizes[0])
+            check_left_padded("prompt_mask", prompt_mask)
+        return compiled(state, prompt_tokens, prompt_mask, *arguments, **options)
 
     return generate
 
@@ -190,7 +203,8 @@ def _generate(
     keys: Key[Array, " B"],
     noise_key: PRNGKey | None,
 ) -> Rollout:
-    hidden, cache = model.prefill(prompt_tokens, prompt_mask, cache_rounding=plan.cache_rounding)
+    read = jnp.where(prompt_mask, prompt_tokens, 0)  # what stands at padding may be no token
+    hidden, cache = model.prefill(read, prompt_mask, cache_rounding=plan.cache_rounding)
     first_logits = jnp.repeat(model.logits(hidden[:, -1]).T, plan.group_size, axis=1)
     weights = DecodeWeights.of(model, plan.decode_dtype)
     prompt = PromptCache.of(cache, weights.dtype)

@@ -108,7 +108,8 @@ def sample_tokens(
 
     Returns:
         The tokens, and their log-probabilities [nats] under the tempered, truncated and renormalised distribution that
-        drew them.
+        drew them. NaN for logits that are no distribution (a NaN or +inf among them, or all -inf); the token is then
+        any.
     """
     blocks = _in_blocks(logits)
     block_max = jnp.max(blocks, axis=1)
@@ -116,7 +117,9 @@ def sample_tokens(
     if settings.greedy:
         block = jnp.argmax(block_max, axis=0)
         entry = jnp.argmax(_take_block(blocks, block), axis=0)
-        return (block * blocks.shape[1] + entry).astype(jnp.int32), jnp.zeros_like(maximum)
+        # A maximum that is NaN or infinite is of no distribution, and what it chose is not certain.
+        certain = jnp.where(jnp.isfinite(maximum), jnp.zeros_like(maximum), jnp.nan)
+        return (block * blocks.shape[1] + entry).astype(jnp.int32), certain
     reach = _reach(blocks, maximum, len(logits), settings)
     masses = jnp.sum(_weights(blocks, maximum, reach, settings), axis=1)
     block = _invert(masses, uniforms[:, 0])

@@ -8,6 +8,7 @@ from jaxrl_kernels import Reference
 from jaxrl_kernels import TokenStatistics
 from jaxrl_kernels import token_statistics
 from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.rollouts.texts import check_texts
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Bool
 from jaxrl_llm.typing import Float
@@ -64,8 +65,13 @@ def score(
         TokenStatistics of [B, R] arrays, column r about the token in column T - R + r; they mean nothing at padding.
 
     Raises:
-        ValueError: if the shapes do not fit.
+        ValueError: if the shapes do not fit; where the values are known (not inside jit), if a prompt is not
+            left-padded or a real token is none of the vocabulary. Inside jit the log-prob of such a response token is
+            NaN.
     """
+    check_texts(tokens, token_mask, response_width=response_width, vocabulary=model.config.vocab_size)
+    if token_mask.shape == tokens.shape:
+        tokens = jnp.where(token_mask, tokens, 0)  # what stands at padding may be no token
     hidden = predicting(model(tokens, token_mask, remat=remat), response_width)
     head, axis = model.head()
     reference_states = None

@@ -125,3 +125,36 @@ def test_shannon_entropy_does_not_order_the_gradient_but_renyi_does():
 def test_bad_input_is_a_sentence():
     with pytest.raises(ValueError, match="vocabulary is 1; it must be at least 2"):
         logit_dynamics.update_norm_range(jnp.asarray(0.5), vocabulary=1)
+
+
+def test_near_certainty_in_float32_norms_and_variances_keep_their_sign_and_scale():
+    """1 - 2 p + C loses its digits near p = 1, and came out negative."""
+    z = np.linspace(3, 16, 200)[:, None] * (np.arange(50) == 0)
+    p = np.exp(z - np.log(np.exp(z).sum(1, keepdims=True)))
+    chosen, collision = (jnp.asarray(x, jnp.float32) for x in (p[:, 0], (p * p).sum(1)))
+    truth = (1 - p[:, 0]) ** 2 + (p[:, 1:] ** 2).sum(1)
+    assert np.min(np.float32(1) - 2 * np.asarray(chosen) + np.asarray(collision)) < 0
+    for value in (
+        logit_dynamics.squared_update_norm(chosen, collision),
+        gaussian_log_prob_variance(chosen, collision, scale=1.0),
+    ):
+        assert np.all(value[chosen < 1] > 0)
+        confident = np.asarray(chosen) < 0.999
+        np.testing.assert_allclose(value[confident], truth[confident], rtol=0.3)
+        assert np.all(value <= 2 * jnp.square(1 - chosen))
+    over = jnp.float32(1.0000001)
+    assert logit_dynamics.expected_squared_update_norm(over) == 0
+    for low_high in (
+        logit_dynamics.expected_update_norm_range(over),
+        logit_dynamics.expected_update_norm_range_sharp(over, vocabulary=5),
+    ):
+        np.testing.assert_array_equal(low_high, [0, 0])
+
+
+@pytest.mark.parametrize("action", [-1, -100, 5, 6])
+def test_an_action_that_does_not_exist_is_refused_and_nan_inside_jit(action):
+    p, actions = jnp.full((1, 5), 0.2), jnp.array([action])
+    for change in (logit_dynamics.log_prob_changes, logit_dynamics.entropy_change):
+        with pytest.raises(ValueError, match=f"targets holds {action}"):
+            change(p, actions)
+        assert np.isnan(jax.jit(change)(p, actions)).all()

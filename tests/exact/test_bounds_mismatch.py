@@ -2,6 +2,7 @@
 tokens.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -124,3 +125,12 @@ def test_bias_and_variance_under_gaussian_noise():
     # Flat below one per cent: the extreme tail is not singled out (errata F3.2).
     tail = mismatch.gaussian_sampled_bias(jnp.asarray([1e-2, 1e-6]), jnp.asarray([collision, collision]), scale=s)
     assert abs(float(tail[0] / tail[1]) - 1) < 0.02
+
+
+def test_the_factor_of_the_violation_starts_at_one():
+    e = jnp.array([0.0, 1e-300, 1e-9, 1e-3, 0.5])
+    value, slope = jax.vmap(jax.value_and_grad(mismatch.first_order_violation))(e)
+    np.testing.assert_allclose(value[:3], 1 + e[:3], rtol=1e-14)
+    np.testing.assert_allclose(value[3:], np.expm1(2 * e[3:]) / (2 * e[3:]), rtol=1e-14)
+    assert slope[0] == 1
+    assert np.isfinite(slope).all()

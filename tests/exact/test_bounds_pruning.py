@@ -101,3 +101,15 @@ def test_a_mask_counts_sequences_and_scales_with_the_rewards():
     worst = pruning.worst_case_bias_bound(smallest_kept_mass=0.99, horizon=20, reward_range=(-1.0, 2.0))
     np.testing.assert_allclose(worst, 3 * 0.2, rtol=1e-9)
     np.testing.assert_allclose(pruning.context_total_variation(mass), 1 - mass)
+
+
+def test_a_mass_that_was_rounded_above_one_prunes_nothing():
+    over = 1.0000004
+    assert pruning.worst_case_bias_bound(smallest_kept_mass=over, horizon=8) == 0
+    assert pruning.worst_case_bias_bound(smallest_kept_mass=jnp.array(over), horizon=8) == 0
+    assert pruning.context_total_variation(jnp.array(over)) == 0
+    mass, mask = jnp.full((2, 3), over), jnp.ones((2, 3), bool)
+    assert pruning.sampled_total_variation(mass, mask).value == 0
+    assert pruning.sampled_bias_bound(mass, mask).value == 0
+    with pytest.raises(ValueError, match=r"smallest_kept_mass is 1\.01"):
+        pruning.worst_case_bias_bound(smallest_kept_mass=1.01, horizon=8)

@@ -158,3 +158,15 @@ def test_the_cube_constant_is_one_sided():
         v = rng.normal(size=6) * rng.choice([0.0, 1.0], 6) + 1e-12
         v /= np.linalg.norm(v)
         assert (signs @ v >= 1 - 1e-9).mean() >= regret.ANTI_CONCENTRATION["cube"]
+
+
+def test_without_episodes_features_or_uncertainty_there_is_no_potential():
+    prior = jnp.eye(3)[None] / 4
+    for value in (
+        regret.psrl_potential_sharp(prior, episodes=0),
+        regret.psrl_potential_sharp(prior, episodes=5, feature_ratio=0.0),
+        regret.psrl_potential_sharp(0 * prior, episodes=5),
+        regret.psrl_bayes_regret_sharp(prior, rank=2, episodes=0),
+        regret.psrl_bayes_regret(prior, episodes=0),
+    ):
+        np.testing.assert_array_equal(value, np.zeros_like(value))

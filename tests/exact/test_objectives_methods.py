@@ -9,6 +9,7 @@ from jaxrl_llm import categorical
 from jaxrl_llm.objectives import divergence_augmented as augmented
 from jaxrl_llm.objectives import modulation
 from jaxrl_llm.objectives import pruning
+from jaxrl_llm.objectives.token_baseline import own_token_baseline
 from theory_checks import token_trees as trees
 
 
@@ -41,6 +42,36 @@ class TestEntropyModulation:
         for zeta in (0.05, 0.5, 50.0):
             np.testing.assert_allclose(self.pull_towards_branch_one(returns, bonus, zeta), 0.1, rtol=1e-9)
         np.testing.assert_allclose(bonus, shaped[:, ::-1].cumsum(1)[:, ::-1], atol=1e-12)
+
+    def test_the_invariant_bonus_is_a_baseline_only_if_it_is_known_before_the_step(self):
+        # (errata F4.3) a step of two tokens, or two steps of one, all four responses by enumeration
+        root, later = jnp.array([0.3, -0.2]), jnp.array([[2.0, -2.0], [0.1, 0.0]])
+        entropy = jnp.stack([jnp.broadcast_to(categorical.entropy(root), 2), categorical.entropy(later)], axis=1)
+        entropy = jnp.repeat(entropy, 2, axis=0)  # rows: responses 00, 01, 10, 11
+        law = (jax.nn.softmax(root)[:, None] * jax.nn.softmax(later)).reshape(-1)
+        score = jax.jacobian(categorical.log_probs)(root)[jnp.array([0, 0, 1, 1])]
+        every = jnp.ones((4, 2), bool)
+
+        def pull(step_entropy, ids):
+            step_ids = jnp.broadcast_to(jnp.array(ids), (4, 2))
+            h, has = step_entropy(entropy, step_ids, every, steps=2)
+            bonus = modulation.potential_bonus(jnp.exp(-h), has)
+            return jnp.sum(law[:, None] * bonus[:, :1] * score, axis=0)
+
+        np.testing.assert_allclose(pull(modulation.step_entropy, [0, 0]), [-0.0419, 0.0419], atol=5e-5)
+        for step_entropy, ids in (
+            (modulation.step_entropy, [0, 1]),
+            (modulation.entropy_before_step, [0, 0]),
+            (modulation.entropy_before_step, [0, 1]),
+        ):
+            np.testing.assert_allclose(pull(step_entropy, ids), [0, 0], atol=1e-15)
+
+    def test_the_entropy_before_a_step_is_that_of_its_first_response_token(self):
+        entropy = jnp.arange(1.0, 7.0)[None].at[0, 1].set(jnp.nan)
+        mask = jnp.array([[True, False, True, True, True, True]])
+        found = modulation.entropy_before_step(entropy, jnp.array([[-1, 0, 0, 2, 0, 2]]), mask, steps=4)
+        np.testing.assert_array_equal(found[0], [[3.0, 0.0, 4.0, 0.0]])
+        np.testing.assert_array_equal(found[1], [[True, False, True, False]])
 
     def test_the_scale_has_mean_one_but_weights_the_signs_unevenly(self):
         # (errata F4.4) failures happen where the policy is uncertain: mean of A g is not zero although both means are
@@ -177,3 +208,32 @@ class TestDivergenceAugmentation:
             scale = float(jnp.max(jnp.abs(exact)))
             np.testing.assert_allclose(self.policy_gradient(kernel, new, phi + density), exact, atol=1e-13)
             assert float(jnp.max(jnp.abs(self.policy_gradient(kernel, new, phi) - exact))) > 0.005 * scale
+
+
+def test_the_own_baseline_of_weighted_tokens():
+    """errata F5.4: responses of one or two tokens, each weighing 1 / length, all drawn equally often by enumeration."""
+    # Token 1 ends a response; half of all draws end at once. Rows: 1, 1, 00, 01.
+    mask = jnp.array([[True, False], [True, False], [True, True], [True, True]])
+    tokens = np.array([[1, 0], [1, 0], [0, 0], [0, 1]])
+    rewards, ids = jnp.array([0.2, 0.2, 1.0, -0.4]), jnp.zeros(4, int)
+    log_prob, collision = jnp.full((4, 2), jnp.log(0.5)), jnp.full((4, 2), 0.5)
+    weights = jnp.where(mask, 1 / mask.sum(axis=1, keepdims=True), 0.0)
+    scores = np.zeros((4, 2, 2, 2))  # response, token, context, logit: every context has logits of its own
+    for row, token in np.ndindex(4, 2):
+        scores[row, token, token] = np.where(mask[row, token], np.eye(2)[tokens[row, token]] - 0.5, 0.0)
+
+    def second_moment(advantages):
+        step = np.einsum("bt,btcv->bcv", np.asarray(weights * advantages), scores)
+        return float((step**2).sum(axis=(1, 2)).mean())
+
+    best = own_token_baseline(rewards, log_prob, collision, mask, ids, token_weights=weights)
+    baseline = jnp.where(mask, rewards[:, None] - best, 0.0)
+    np.testing.assert_allclose(baseline[:, 0], (0.4 + 0.25 * 0.6) / 2.5)  # weights 1, 1, 1/4, 1/4
+    plain = own_token_baseline(rewards, log_prob, collision, mask, ids)
+    assert second_moment(best) < second_moment(plain)
+    for moved in (-0.05, 0.05):
+        for column in (0, 1):
+            other = jnp.where(mask & (jnp.arange(2)[None] == column), best + moved, best)
+            assert second_moment(best) < second_moment(other)
+    equal = own_token_baseline(rewards, log_prob, collision, mask, ids, token_weights=jnp.full((4, 2), 3.0))
+    np.testing.assert_allclose(equal, plain)

@@ -150,6 +150,38 @@ def test_infinities_and_nan_stay_in_their_row(implementation):
         np.testing.assert_array_equal(found[5, :130], 0)
 
 
+EDGE_ROWS = np.array(
+    [
+        [[0, 1, np.nan, 2], [0, 1, 0.2, 0.3]],
+        [[0, 1, 0.3, 2], [0, 0.5, -np.inf, -1]],  # infinite
+        [[-np.inf] * 4, [0, 1, 0.2, 0.3]],  # no distribution
+        [[0, 1, 0.2, 0.3], [-np.inf] * 4],
+        [[0, 1, np.inf, 2], [0, 1, 0.2, 0.3]],
+        [[0, -np.inf, -np.inf, 1], [0, 1, -np.inf, 0.3]],
+        [[0, -200, -np.inf, 1], [0, -np.inf, -np.inf, 0.5]],  # exp underflows
+    ],
+    np.float32,
+)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_edge_rows_have_their_value_and_a_gradient_only_where_there_is_one(implementation):
+    z, z_ref = jnp.asarray(EDGE_ROWS[:, 0]), jnp.asarray(EDGE_ROWS[:, 1])
+    with interpreted(implementation):
+        found, pull = jax.vjp(lambda x: dense_kl(x, z_ref, implementation=implementation), z)
+        (zero,), (one,) = pull(jnp.zeros(len(z))), pull(jnp.ones(len(z)))
+        together = dense_gradient(z, z_ref, implementation=implementation)
+    for kl, gradient in ((found, one), together):
+        assert np.isnan(kl[jnp.array([0, 2, 3, 4])]).all()
+        assert np.isposinf(kl[1])
+        assert not gradient[1].any()
+        assert np.isnan(gradient[0]).any()
+        np.testing.assert_allclose(kl[6], dense_kl(z[6:, ::3], z_ref[6:, ::3])[0], rtol=1e-5)
+        assert np.isfinite(gradient[5:]).all()
+        assert np.any(gradient[5] != 0)
+    np.testing.assert_array_equal(zero, np.zeros(z.shape))
+
+
 @pytest.mark.parametrize("implementation", STREAMING)
 def test_a_row_without_weight_adds_nothing(implementation):
     z, z_ref, weights = draw(8, 300)

@@ -82,3 +82,18 @@ def test_bad_input_is_a_sentence(without_type_hook):
         aggregation.aggregate(DIRTY, jnp.array(MASK), mode="seq-mean-token-sum-norm")
     with pytest.raises(ValueError, match=r"loss_t is float32\[4\]; it must have 2 axes"):
         aggregation.token_mean(DIRTY[0], jnp.array(MASK))
+
+
+@pytest.mark.parametrize("mode", aggregation.AGGREGATIONS)
+def test_nothing_accepted_has_sum_zero_and_the_count_of_its_rule(mode):
+    loss, mask = jnp.ones((2, 3)), jnp.ones((2, 3), bool)
+    rule = {"mode": mode, "length_normaliser": 3.0, "batch_fraction": 0.25}
+    total, count = aggregation.aggregate_accepted(loss, mask, jnp.zeros(2, bool), **rule)
+    assert total == 0
+    assert count == (0.25 if mode == "token-sum" else 0)
+    # Four micro-batches, of which one has nothing accepted: the sum over the batch is divided by 1, not by 3/4.
+    parts = [
+        aggregation.aggregate_accepted(loss, mask, jnp.full(2, some), **rule) for some in (True, True, True, False)
+    ]
+    if mode == "token-sum":
+        assert sum(x for x, _ in parts) / sum(n for _, n in parts) == 18

@@ -87,3 +87,24 @@ def test_a_mask_is_a_constant():
 def test_bad_input_is_a_sentence(without_type_hook):
     with pytest.raises(ValueError, match=r"response_mask is bool\[2, 4\] and kl_t is float32\[5, 4\]"):
         masks.accept_by_maximum(KL, MASK[:2], threshold=0.1)
+
+
+TESTS = {
+    "maximum": lambda x, m: masks.accept_by_maximum(x, m, threshold=0.05),
+    "average": lambda x, m: masks.accept_by_average(x, m, threshold=0.05),
+    "both": lambda x, m: masks.accept_by_both(x, m, maximum=0.05, average=0.05),
+    "sampled_maximum": lambda x, m: masks.accept_by_sampled_maximum(x, m, threshold=0.05),
+    "sampled_average": lambda x, m: masks.accept_by_sampled_average(x, m, threshold=0.05),
+    "sampled_both": lambda x, m: masks.accept_by_sampled_both(x, m, maximum=0.05, average=0.05),
+    "ratio_deviation": lambda x, m: masks.accept_by_ratio_deviation(1 + x, m, threshold=0.05),
+    "weighted": lambda x, m: masks.accept_by_weighted_ratio_deviation(1 + x, m, jnp.ones(3), threshold=0.05),
+}
+
+
+@pytest.mark.parametrize("name", TESTS)
+@pytest.mark.parametrize("broken", [jnp.inf, -jnp.inf, jnp.nan, 1e9, 3e38])
+def test_one_token_that_is_not_a_small_number_rejects(name, broken):
+    """A log-ratio of +inf made the mean of k3 -inf, which is below every threshold."""
+    x = jnp.array([[0.0, 0.0, 0.0], [0.0, broken, 0.0], [0.0, 0.0, broken], [broken, broken, broken]])
+    mask = jnp.array([[True] * 3, [True] * 3, [True, True, False], [False] * 3])
+    np.testing.assert_array_equal(TESTS[name](x, mask), [True, False, True, True])

@@ -80,3 +80,14 @@ def test_bad_input_is_a_sentence(without_type_hook):
         pruning.pruned_log_prob(LOGITS, jnp.array([0, 0]), log_min_p=0.5)
     with pytest.raises(TypeError, match=r"targets is float32\[2\]; its dtype must be integer"):
         pruning.pruned_log_prob(LOGITS, jnp.ones(2), log_min_p=-1.0)
+
+
+@pytest.mark.parametrize("target", [-100, -1, 4])
+def test_a_target_that_is_no_token_is_refused_and_nan_inside_jit(target):
+    logits, targets = jnp.zeros((2, 4)), jnp.array([1, target])
+    with pytest.raises(ValueError, match=f"targets holds {target}"):
+        pruning.pruned_log_prob(logits, targets, log_min_p=-1.0)
+    found = jax.jit(lambda z, a: pruning.pruned_log_prob(z, a, log_min_p=-1.0))(logits, targets)
+    np.testing.assert_array_equal(found.kept, [True, False])
+    assert np.isfinite(found.log_prob[0])
+    assert np.isnan(found.log_prob[1])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.objectives import corrections
+from jaxrl_llm.objectives import divergences
 from jaxrl_llm.objectives import ratios
 
 LOG = jnp.array([[0.2, -0.5, 0.1, 9.0], [np.log(3.0), 0.1, 0.0, 0.0], [-1.0, np.log(8.0), 0.3, 0.0]])
@@ -102,3 +103,13 @@ def test_bad_input_is_a_sentence(without_type_hook):
         ratios.token_ratio(LOG, jnp.ones((3, 4)))
     with pytest.raises(TypeError, match=r"log_ratio_t is list"):
         ratios.token_ratio([[0.1]], jnp.ones((1, 1), bool))
+
+
+def test_k3_is_not_negative_at_any_log_ratio():
+    x = jnp.array([-jnp.inf, -1e12, -1e9, -50.0, -20.0, -1.0, 0.0, 1.0, 20.0, 50.0, 1e9, jnp.inf])
+    value, slope = jax.vmap(jax.value_and_grad(divergences.k3))(x)
+    assert np.all(value >= 0)
+    assert np.all(np.diff(value[:7]) <= 0)
+    assert np.all(np.diff(value[6:]) >= 0)
+    assert np.all(slope[:4] == 0)  # beyond the clamp; a slope of 1 would have the wrong sign
+    assert np.all(slope[7:] > 0)

@@ -9,7 +9,7 @@ from jaxrl_llm.objectives.token_baseline import spent_gradient
 
 MASK = jnp.array([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]], bool)
 P = np.array([[0.5, 0.2, 0.9], [0.1, 0.6, 0.5], [0.3, 0.5, 0.5], [0.4, 0.4, 0.4]], np.float32)
-C = np.array([[0.4, 0.3, 0.85], [0.2, 0.5, 0.5], [0.3, 0.5, 0.5], [0.35, 0.35, 0.35]], np.float32)
+C = np.array([[0.4, 0.3, 0.815], [0.2, 0.5, 0.5], [0.3, 0.5, 0.5], [0.35, 0.35, 0.35]], np.float32)
 REWARDS = np.array([1.0, 0.0, 0.5, 0.7], np.float32)
 IDS = jnp.array([3, 3, 3, 8])
 
@@ -63,3 +63,27 @@ def test_is_a_constant_to_the_gradient():
 def test_equal_rewards_give_exactly_zero():
     value = optimal_token_baseline(jnp.full(4, 0.1), jnp.log(P), jnp.array(C), MASK, IDS)
     np.testing.assert_array_equal(value, np.zeros((4, 3)))
+
+
+@pytest.mark.parametrize("baseline", [optimal_token_baseline, own_token_baseline])
+@pytest.mark.parametrize("log_odds", [6.0, 9.0, 12.0, 14.0])
+def test_confident_policies_in_float32_keep_their_advantages(baseline, log_odds):
+    """1 - 2 p + C is below the rounding of C there: its sign was random and the advantages were 0."""
+    z = np.zeros((4, 3, 8))
+    z[..., 0] = log_odds + 0.3 * np.arange(4)[:, None] + 0.1 * np.arange(3)
+    log_p = z - np.log(np.exp(z).sum(-1, keepdims=True))
+    p = np.exp(log_p)
+    rewards, mask, ids = np.array([1.0, 0.0, 3.0, -1.0]), np.ones((4, 3), bool), np.zeros(4, int)
+    norm = (1 - p[..., 0]) ** 2 + (p[..., 1:] ** 2).sum(-1)
+    if baseline is optimal_token_baseline:
+        norm = norm.cumsum(1)
+    expected = rewards[:, None] - (rewards[:, None] * norm).sum(0) / norm.sum(0)
+    single = [jnp.asarray(x, jnp.float32) for x in (log_p[..., 0], (p**2).sum(-1))]
+    found = baseline(jnp.asarray(rewards, jnp.float32), *single, jnp.asarray(mask), jnp.asarray(ids))
+    assert np.abs(found).min() > 0.05
+    # Within the factor of 2 by which the weights may be off, the baseline is a weighted mean of the same rewards.
+    assert np.abs(found - expected).max() < 0.35
+    spent = spent_gradient(*single, jnp.asarray(mask))
+    truth = ((1 - p[..., 0]) ** 2 + (p[..., 1:] ** 2).sum(-1)).cumsum(1)
+    assert np.all(spent / truth > 0.85)
+    assert np.all(spent / truth < 2)

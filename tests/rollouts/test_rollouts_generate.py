@@ -286,3 +286,20 @@ def test_prompts_that_do_not_fit_are_refused_by_name(model, prompts):
         run(model, (tokens, mask[:, 1:]))
     with pytest.raises(ValueError, match=r"prompt_tokens must be integers of shape \[N, P\], got float32"):
         run(model, (tokens.astype(jnp.float32), mask))
+
+
+def test_prompts_that_are_none_are_refused_before_anything_is_compiled(model, prompts):
+    tokens, mask = prompts
+    for token in (-1, -100, VOCABULARY):
+        with pytest.raises(
+            ValueError, match=rf"prompt_tokens\[1, 5\] is {token}; it must be a token of the vocabulary"
+        ):
+            run(model, (tokens.at[1, 5].set(token), mask))
+    with pytest.raises(
+        ValueError, match=r"prompt_mask\[1\] has padding after a real token; a prompt must be left-padded"
+    ):
+        run(model, (tokens, mask[:, ::-1]))
+    with pytest.raises(ValueError, match=r"prompt_mask\[2\] is empty; a prompt must be left-padded"):
+        run(model, (tokens, mask.at[2].set(False)))
+    rollout = run(model, (jnp.where(mask, tokens, -100), mask))
+    np.testing.assert_array_equal(rollout.tokens[:, WIDTH:], run(model, prompts).tokens[:, WIDTH:])

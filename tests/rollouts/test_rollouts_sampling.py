@@ -234,3 +234,13 @@ def test_greedy_takes_no_truncation():
         SamplingSettings(temperature=0, top_p=0.9)
     with pytest.raises(ValueError, match="top_k, top_p and min_p must be None"):
         SamplingSettings(temperature=0, top_k=3)
+
+
+@pytest.mark.parametrize("settings", [*SETTINGS, SamplingSettings(temperature=0)], ids=str)
+def test_logits_that_are_no_distribution_show_in_the_log_prob(settings):
+    good = jnp.linspace(0.0, 3.0, 300)
+    rows = [good, good.at[7].set(jnp.nan), jnp.full(300, jnp.nan), jnp.full(300, -jnp.inf), good.at[7].set(jnp.inf)]
+    tokens, log_prob = draw(jnp.stack([*rows, good.at[:299].set(-jnp.inf)]), uniform_grid(6), settings)
+    np.testing.assert_array_equal(np.isnan(log_prob), [False, True, True, True, True, False])
+    assert log_prob[5] == 0  # one token alone is certain
+    assert tokens[5] == 299

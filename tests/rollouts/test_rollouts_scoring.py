@@ -110,3 +110,40 @@ def test_impossible_widths_are_refused_by_name(model):
     hidden = jnp.zeros((6, NEW, 32))
     with pytest.raises(ValueError, match="tokens must have 6 rows and at least 6 columns"):
         score_hidden(hidden, model.head()[0], rollout.tokens[:, :3], vocabulary_axis=0)
+
+
+def test_tokens_that_are_none_and_prompts_that_are_not_left_padded_are_refused(model):
+    rollout = rollout_of(model, SamplingSettings())
+    tokens, mask = rollout.tokens, rollout.token_mask
+    size = model.config.vocab_size
+    plain = score(model, tokens, mask, response_width=NEW, statistics=("log_prob",)).log_prob
+    for token in (-1, -100, size, 2**30):
+        for column in (WIDTH - 1, WIDTH):
+            bad = tokens.at[1, column].set(token)
+            with pytest.raises(ValueError, match=rf"tokens\[1, {column}\] is {token}; it must be a token of the vocab"):
+                score(model, bad, mask, response_width=NEW)
+        # At padding any number may stand.
+        padded = score(model, jnp.where(mask, tokens, token), mask, response_width=NEW, statistics=("log_prob",))
+        real = mask[:, WIDTH:]
+        np.testing.assert_array_equal(padded.log_prob[real], plain[real])
+    right = jnp.roll(mask[:, :WIDTH], -1, axis=1)
+    right = jnp.concatenate([right.at[:, -1].set(False), mask[:, WIDTH:]], axis=1)
+    with pytest.raises(
+        ValueError, match=r"token_mask\[0\] has padding after a real token; a prompt must be left-padded"
+    ):
+        score(model, tokens, right, response_width=NEW)
+    gap = mask.at[1, WIDTH - 2].set(False).at[1, WIDTH - 3].set(True)
+    with pytest.raises(ValueError, match=r"token_mask\[1\] has padding after a real token"):
+        score(model, tokens, gap, response_width=NEW)
+    empty_row = mask.at[2].set(False)
+    score(model, tokens, empty_row, response_width=NEW, statistics=("log_prob",))
+
+
+def test_a_target_that_is_no_token_is_nan_inside_jit(model):
+    rollout = rollout_of(model, SamplingSettings())
+    found = jax.jit(
+        lambda x: score(model, x, rollout.token_mask, response_width=NEW, statistics=("log_prob",)).log_prob
+    )
+    bad = found(rollout.tokens.at[1, WIDTH].set(-100))
+    assert np.isnan(bad[1, 0])
+    assert np.isfinite(bad[0]).all()

@@ -13,6 +13,7 @@ from jaxrl_llm.rollouts.generate import Rollout
 from jaxrl_llm.rollouts.generate import make_generate
 from jaxrl_llm.rollouts.scoring import predicting
 from jaxrl_llm.rollouts.scoring import score
+from jaxrl_llm.rollouts.texts import check_texts
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Bool
 from jaxrl_llm.typing import Float
@@ -33,6 +34,7 @@ class JaxEngine(Stoppable):
         self, model: Transformer, settings: EngineSettings, *, decode_dtype: jnp.dtype | type | None = None
     ) -> None:
         self.settings = settings
+        self._vocabulary = model.config.vocab_size
         self._graphdef, self._state = nnx.split(model)
         self._generate = make_generate(
             self._graphdef,
@@ -63,6 +65,7 @@ class JaxEngine(Stoppable):
         self, tokens: Int[np.ndarray, "B T"], token_mask: Bool[np.ndarray, "B T"], *, response_width: int
     ) -> Float[np.ndarray, "B R"]:
         """See `Engine.score`."""
+        check_texts(tokens, token_mask, response_width=response_width, vocabulary=self._vocabulary)
         values = self._score(self._state, jnp.asarray(tokens), jnp.asarray(token_mask), response_width=response_width)
         return np.where(np.asarray(token_mask)[:, -response_width:], np.asarray(values), 0)
 
@@ -70,6 +73,7 @@ class JaxEngine(Stoppable):
         self, tokens: Int[np.ndarray, "B T"], token_mask: Bool[np.ndarray, "B T"], *, response_width: int
     ) -> Float[np.ndarray, "B R V"]:
         """See `DistributionEngine.distributions`."""
+        check_texts(tokens, token_mask, response_width=response_width, vocabulary=self._vocabulary)
         arrays = (jnp.asarray(tokens), jnp.asarray(token_mask))
         return np.asarray(self._distributions(self._state, *arrays, response_width=response_width))
 

@@ -36,8 +36,9 @@ def dense_kl(
     negative, so it is accurate however close p and q are. Reverse-mode gradients flow into `logits` only; there is no
     forward mode and no second derivative. The backward pass keeps three numbers per row and reads the logits again.
 
-    A row with NaN or +inf in it gives NaN in that row alone; a logit of -inf is a probability of 0; KL is +inf where
-    some p_k > 0 = q_k. A row whose cotangent is zero has a zero gradient whatever it holds.
+    A row with NaN or +inf in it, or without any logit above -inf, gives NaN in that row alone; a logit of -inf is a
+    probability of 0, and so is one that far below the row's largest that exp underflows. KL is +inf, and has no
+    gradient (zeros), where some p_k > 0 = q_k. A row whose cotangent is zero has a zero gradient whatever it holds.
 
     Args:
         logits: [N, V] of the policy; float16, bfloat16, float32 or float64.
@@ -68,7 +69,7 @@ def dense_kl(
             return jnp.zeros((0,), _dtype(logits, logits_ref))
         if chosen == "reference":
             dtype = _dtype(logits, logits_ref)
-            return plain.kl(logits.astype(dtype), logits_ref.astype(dtype))
+            return plain.kl_of_rows(logits.astype(dtype), logits_ref.astype(dtype))
         return _kl(chosen, *vary_together((logits, logits_ref)))
 
 
@@ -135,12 +136,10 @@ def _both(chosen: str, logits: Array, logits_ref: Array, weights: Array) -> Dens
     if chosen == "xla":
         return DenseGradient(*xla.kl_and_gradient(logits, logits_ref, weights))
     sums = ENGINES[chosen].state(logits, logits_ref, dtype)
-    gradient = ENGINES[chosen].gradient(logits, logits_ref, sums.maximum, _factor(weights, sums.total), sums.centre)
+    gradient = ENGINES[chosen].gradient(
+        logits, logits_ref, sums.maximum, streaming.factor(weights, sums.total, sums.centre), sums.centre
+    )
     return DenseGradient(streaming.divergence(sums), gradient)
-
-
-def _factor(weights: Array, total: Array) -> Array:
-    return jnp.where(weights != 0, weights / total, jnp.zeros_like(weights))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -155,7 +154,9 @@ def _forward_rule(chosen: str, logits: Array, logits_ref: Array):
 
 def _backward_rule(chosen: str, residuals, cotangent: Array):
     logits, logits_ref, maximum, total, centre = residuals
-    return ENGINES[chosen].gradient(logits, logits_ref, maximum, _factor(cotangent, total), centre), None
+    return ENGINES[chosen].gradient(
+        logits, logits_ref, maximum, streaming.factor(cotangent, total, centre), centre
+    ), None
 
 
 _kl.defvjp(_forward_rule, _backward_rule)

@@ -125,10 +125,18 @@ def absorb(
 
 
 def divergence(state: State) -> Rows:
-    """KL(p || q) [nats] once all columns were seen; +inf where some p_k > 0 = q_k."""
+    """KL(p || q) [nats] once all columns were seen; +inf where some p_k > 0 = q_k, NaN where p or q has no mass."""
     value = _level(state)[1] + jnp.log1p(state.spread / state.total)
     infinite = jnp.full_like(value, jnp.inf)
-    return jnp.where(state.centre == infinite, infinite, jnp.maximum(value, jnp.zeros_like(value)))
+    value = jnp.where(state.centre == infinite, infinite, jnp.maximum(value, jnp.zeros_like(value)))
+    empty = (state.total == jnp.zeros_like(value)) | (state.maximum_ref == jnp.full_like(value, NOTHING))
+    return jnp.where(empty, jnp.full_like(value, jnp.nan), value)
+
+
+def factor(cotangent: Rows, total: Rows, centre: Rows) -> Rows:
+    """cotangent / S of `gradient`; 0 where the cotangent is, and where KL is infinite and has no gradient."""
+    zero = jnp.zeros_like(cotangent)
+    return jnp.where((cotangent != zero) & (centre != jnp.full_like(centre, jnp.inf)), cotangent / total, zero)
 
 
 def gradient(weights: Block, z: Block, z_ref: Block, factor: Rows, centre: Rows) -> Block:

@@ -82,7 +82,7 @@ def kl_and_gradient(
     def chunk(z: Array, z_ref: Array, weights: Array) -> tuple[Array, Array]:
         wide, wide_ref, column = z.astype(dtype), z_ref.astype(dtype), weights[:, None]
         sums, exponentials = _state(wide, wide_ref)
-        factor = jnp.where(column != 0, column / sums.total, jnp.zeros_like(column))
+        factor = streaming.factor(column, sums.total, sums.centre)
         value = streaming.gradient(exponentials, wide, wide_ref, factor, sums.centre)
         return streaming.divergence(sums)[:, 0], value.astype(z.dtype)
 

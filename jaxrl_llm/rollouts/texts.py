@@ -1,0 +1,68 @@
+"""Checks of texts before they reach a compiled function, which cannot see their values."""
+
+import jax
+import numpy as np
+
+from jaxrl_llm.typing import Array
+from jaxrl_llm.typing import Bool
+from jaxrl_llm.typing import Int
+
+
+def _known(*arrays: Array) -> bool:
+    # Values of a tracer are not known, nor those of an array of which other hosts hold a part.
+    def here(x: Array) -> bool:
+        return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
+
+    return all(here(x) for x in arrays)
+
+
+def check_tokens(name: str, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], *, vocabulary: int) -> None:
+    """Every real token must be one of the vocabulary; what stands at padding does not matter.
+
+    Raises:
+        ValueError: naming the first that is not, where the values are known (not inside jit).
+    """
+    if not _known(tokens, mask):
+        return
+    ids = np.asarray(tokens)
+    wrong = np.asarray(mask, bool) & ((ids < 0) | (ids >= vocabulary))
+    if wrong.any():
+        row, column = (int(i) for i in np.argwhere(wrong)[0])
+        raise ValueError(
+            f"{name}[{row}, {column}] is {ids[row, column]}; it must be a token of the vocabulary, "
+            f"0 .. {vocabulary - 1}."
+        )
+
+
+def check_left_padded(name: str, mask: Bool[Array, "B P"], *, rows: Bool[Array, " B"] | None = None) -> None:
+    """Prompts must be left-padded: real tokens without a gap up to the last column, where sampling goes on.
+
+    Args:
+        name: of the mask, for the message.
+        mask: true at the real tokens of the prompts.
+        rows: which rows hold a text; all if None.
+
+    Raises:
+        ValueError: naming the first that is not, where the values are known (not inside jit).
+    """
+    if not _known(mask) or (rows is not None and not _known(rows)):
+        return
+    real = np.asarray(mask, bool)
+    holds = np.ones(real.shape[0], bool) if rows is None else np.asarray(rows, bool)
+    wrong = holds & ~(real[:, -1] & (np.diff(real.astype(int), axis=1) >= 0).all(axis=1))
+    if not wrong.any():
+        return
+    row = int(np.argmax(wrong))
+    what = "is empty" if not real[row].any() else "has padding after a real token"
+    raise ValueError(f"{name}[{row}] {what}; a prompt must be left-padded, its last token in the last column.")
+
+
+def check_texts(tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], *, response_width: int, vocabulary: int) -> None:
+    """`check_tokens` of whole texts, `check_left_padded` of their prompts: all columns but the last `response_width`.
+
+    Arguments whose shapes do not fit each other are left to those who read them.
+    """
+    if tokens.ndim != 2 or mask.shape != tokens.shape or not 1 <= response_width < tokens.shape[1]:
+        return
+    check_tokens("tokens", tokens, mask, vocabulary=vocabulary)
+    check_left_padded("token_mask", mask[:, : tokens.shape[1] - response_width], rows=mask.any(axis=1))
