@@ -12,6 +12,7 @@ from jaxrl_llm.models import trainable as choices
 from jaxrl_llm.models.trainable import Trainable
 from jaxrl_llm.objectives import Recipe
 from jaxrl_llm.objectives import get_recipe
+from jaxrl_llm.redaction import redact_setting
 from jaxrl_llm.rollouts.perturb import Perturbation
 from jaxrl_llm.rollouts.perturb import perturbation
 from jaxrl_llm.training import TrainSettings
@@ -101,13 +102,18 @@ class RunSettings:
 
 
 def flat_settings(settings: Any) -> dict[str, Any]:
-    """The settings by the names they have on the command line: those of the nested dataclasses are left out."""
+    """The settings by the names they have on the command line: those of the nested dataclasses are left out.
+
+    They are written down and compared, so a key or a password among them stands as `***`.
+    """
     flat: dict[str, Any] = {}
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         # Lists, as JSON gives them back: what is saved must equal what was set.
         value = list(value) if isinstance(value, tuple) else value
-        flat |= flat_settings(value) if dataclasses.is_dataclass(value) else {field.name: value}
+        flat |= (
+            flat_settings(value) if dataclasses.is_dataclass(value) else {field.name: redact_setting(field.name, value)}
+        )
     return flat
 
 
