@@ -20,6 +20,7 @@ from experiments.output import guarded_output
 from experiments.registry import NAMES
 from experiments.registry import get_experiment
 from experiments.run_folder import UserError
+from jaxrl_llm.redaction import redact
 
 USAGE = f"""Experiments: each trains a model by reinforcement learning and writes a folder with a report.
 
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\nInterrupted.", file=sys.stderr)
         return 130
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
         return 2
 
 

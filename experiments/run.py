@@ -41,6 +41,7 @@ from experiments.settings import changed_settings
 from experiments.settings import difference
 from experiments.settings import flat_settings
 from experiments.study import Study
+from experiments.study import damaged_parts
 from experiments.study import ending
 from experiments.study import forget_results
 from experiments.study import get_parts
@@ -84,7 +85,8 @@ def run_experiment(experiment: Experiment | Study, arguments: RunArguments, comm
     config = run_config(experiment, arguments)
     run = _choose_folder(arguments, config)
     again = go_on_command(run.label, arguments)
-    if run.summary.exists() and not changed_settings(read_config(run)["settings"], config["settings"]):
+    whole = not (isinstance(experiment, Study) and damaged_parts(run))
+    if whole and run.summary.exists() and not changed_settings(read_config(run)["settings"], config["settings"]):
         print(f"Run {run.label} is complete; its report was written again: {write_report(run)}")
         return 0
     print(f"run {run.label} -> {run.shown}", flush=True)

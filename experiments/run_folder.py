@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from jaxrl_llm.redaction import redact_command
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
@@ -295,7 +296,7 @@ def describe_environment(command: list[str]) -> dict[str, Any]:
     """What the numbers of a run depend on besides its settings.
 
     Args:
-        command: the words that started the run.
+        command: the words that started the run; keys and passwords among them are not written down.
     """
     import jax
 
@@ -304,7 +305,7 @@ def describe_environment(command: list[str]) -> dict[str, Any]:
     changed = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(command),
+        "command": redact_command(command),
         "git_commit": _git("rev-parse", "HEAD"),
         "git_changed_files": None if changed is None else len(changed.splitlines()),
         "python": sys.version.split()[0],

@@ -30,6 +30,7 @@ from jaxrl_llm.models.trainable import Trainable
 from jaxrl_llm.objectives import Recipe
 from jaxrl_llm.objectives import get_recipe
 from jaxrl_llm.objectives.recipes import CHOICES
+from jaxrl_llm.redaction import redact_setting
 from jaxrl_llm.rollouts.perturb import Perturbation
 from jaxrl_llm.rollouts.perturb import perturbation
 from jaxrl_llm.training import TrainSettings
@@ -254,8 +255,10 @@ STRENGTHS: Ranges = {
 
 
 def flat_settings(settings: Any) -> dict[str, Any]:
-    """The settings by the names they have on the command line."""
-    return flat_values(settings)
+    """The settings by the names they have on the command line. They are written down and compared, so a key or a password
+    among them stands as `***`.
+    """
+    return {name: redact_setting(name, value) for name, value in flat_values(settings).items()}
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

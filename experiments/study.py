@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from experiments.arguments import RunArguments
+from experiments.kept_arrays import KeptArrayError
+from experiments.kept_arrays import read_arrays
 from experiments.progress import progress
 from experiments.ranges import Ranges
 from experiments.registry import Expectation
@@ -114,20 +116,40 @@ def _path(run: RunFolder, name: str) -> Path:
     return run.path / "parts" / f"{name}.npz"
 
 
+def _read_part(path: Path) -> Arrays:
+    """The arrays of a part, see `kept_arrays`.
+
+    Raises:
+        KeptArrayError: they cannot be read, or do not say how long they took.
+    """
+    arrays = read_arrays(path)
+    seconds = arrays.get(SECONDS)
+    if seconds is None or seconds.shape != () or seconds.dtype.kind != "f" or not np.isfinite(seconds):
+        raise KeptArrayError(f"Cannot read {path}: it has no number {SECONDS!r}, which every part has.")
+    return arrays
+
+
 def read_results(run: RunFolder) -> Results:
     """The parts that are done.
 
     Raises:
         UserError: one of them cannot be read.
     """
-    results = {}
+    try:
+        return {path.stem: _read_part(path) for path in sorted((run.path / "parts").glob("*.npz"))}
+    except KeptArrayError as error:
+        raise UserError(f"{error} Run the experiment again with --resume {run.label}: it is computed again.") from error
+
+
+def damaged_parts(run: RunFolder) -> dict[str, str]:
+    """The parts that are there and cannot be read, each with a sentence that says why."""
+    damaged = {}
     for path in sorted((run.path / "parts").glob("*.npz")):
         try:
-            with np.load(path) as file:
-                results[path.stem] = {name: file[name] for name in file.files}
-        except (OSError, ValueError) as error:
-            raise UserError(f"Cannot read {path}: {error}.") from error
-    return results
+            _read_part(path)
+        except KeptArrayError as error:
+            damaged[path.stem] = str(error)
+    return damaged
 
 
 def forget_results(run: RunFolder) -> None:
@@ -148,8 +170,19 @@ def get_parts(study: Study, settings: Any) -> Parts:
         raise UserError(str(error)) from error
 
 
+def _set_aside(run: RunFolder, damaged: Mapping[str, str]) -> None:
+    """Give damaged parts another name, so that they count as missing, and say so."""
+    for name, sentence in damaged.items():
+        path = _path(run, name)
+        try:
+            path.replace(path.with_suffix(".damaged"))
+        except OSError as error:
+            raise UserError(f"{sentence} It cannot be set aside: {error.strerror}.") from error
+        print(f"{sentence} It is set aside and computed again.", flush=True)
+
+
 def run_parts(run: RunFolder, parts: Parts) -> str | None:
-    """Compute the parts that are missing, and keep each.
+    """Compute the parts that are missing or damaged, and keep each.
 
     Returns:
         None when all are there now; else what asked to stop.
@@ -157,11 +190,12 @@ def run_parts(run: RunFolder, parts: Parts) -> str | None:
     Raises:
         UserError: the folder cannot be written, or an agent's posterior is none any more.
     """
+    (run.path / "parts").mkdir(exist_ok=True)
+    _set_aside(run, damaged_parts(run))
     missing = {name: part for name, part in parts.items() if not _path(run, name).exists()}
     done = len(parts) - len(missing)
     try:
         with StopAtOnce(), progress() as reporter:
-            (run.path / "parts").mkdir(exist_ok=True)
             reporter.begin(first_step=done, steps=len(parts))
             for number, (name, part) in enumerate(missing.items(), start=done + 1):
                 reporter.phase(name)

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from experiments.kept_arrays import KeptArrayError
+from experiments.kept_arrays import read_array
 from experiments.progress import PLAIN_SECONDS
 from jaxrl_llm.exploration import Features
 from jaxrl_llm.models import Transformer
@@ -40,6 +42,9 @@ BATCH = 32
 
 LENGTH = 48
 """Tokens of a text that a language model reads; few tweets are longer."""
+
+LARGEST_ROW = 1 << 16
+"""Bytes of one text's features, at most; no model here has a tenth of it."""
 
 VERSION = 1
 """Of what is kept in the cache; a new one makes old files be made again."""
@@ -133,7 +138,8 @@ def require_source(name: str) -> None:
 def text_features(name: str, texts: Sequence[str]) -> np.ndarray:
     """Features of the texts, from the cache if they were computed before.
 
-    The file is named by the SHA-256 of the texts, of the weights and of what is computed, so it is never another's.
+    The file is named by the SHA-256 of the texts, of the weights and of what is computed, so it is never another's; one
+    that is damaged is said to be so, and made again.
 
     Args:
         name: one of `SOURCES`.
@@ -149,10 +155,27 @@ def text_features(name: str, texts: Sequence[str]) -> np.ndarray:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     path = cache_folder() / "features" / f"{name}-{digest.hexdigest()[:24]}.npy"
     if path.is_file():
-        return np.load(path)
+        try:
+            return _kept_rows(path, len(texts))
+        except KeptArrayError as error:
+            print(f"{error} The features are computed again.", flush=True)
     rows = source.compute(texts)
     with whole_file(path, size=rows.nbytes) as draft, draft.open("wb") as file:
         np.save(file, rows)
+    return rows
+
+
+def _kept_rows(path: Path, count: int) -> np.ndarray:
+    """Features that were kept.
+
+    Raises:
+        KeptArrayError: the file cannot be read, or does not hold one row of finite numbers for each text.
+    """
+    rows = read_array(path, limit=LARGEST_ROW * max(count, 1))
+    if rows.ndim != 2 or len(rows) != count or rows.dtype != np.float32 or not np.isfinite(rows).all():
+        raise KeptArrayError(
+            f"Cannot read {path}: it holds {rows.dtype} of shape {rows.shape}, expected {count} rows of finite float32."
+        )
     return rows
 
 

@@ -11,7 +11,6 @@ from jaxrl_llm.environments.crowd_texts import CrowdTexts
 from jaxrl_llm.environments.crowd_texts import labelled_texts
 from jaxrl_llm.environments.deep_sea import DeepSea
 from jaxrl_llm.environments.deep_sea import deep_sea
-from jaxrl_llm.environments.generated import Entry
 from jaxrl_llm.environments.generated import GeneratedTask
 from jaxrl_llm.environments.generated import GenerationError
 from jaxrl_llm.environments.generated import matching_places
@@ -57,6 +56,8 @@ from jaxrl_llm.environments.tasks import replaced_keys
 from jaxrl_llm.environments.tasks import task_names
 from jaxrl_llm.environments.time_limits import TimeLimitError
 from jaxrl_llm.environments.time_limits import time_limit
+from jaxrl_llm.environments.verifiers import Entry
+from jaxrl_llm.environments.verifiers import UnsafeVerifierError
 
 __all__ = [
     "LEVELS",
@@ -81,6 +82,7 @@ __all__ = [
     "Task",
     "TimeLimitError",
     "UnknownTaskError",
+    "UnsafeVerifierError",
     "addition",
     "before_stop",
     "box_bandit",

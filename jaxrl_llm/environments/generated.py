@@ -14,11 +14,15 @@ from jaxrl_llm.environments.tasks import Score
 from jaxrl_llm.environments.tasks import before_stop
 from jaxrl_llm.environments.tasks import final_answer
 from jaxrl_llm.environments.tasks import is_number
+from jaxrl_llm.environments.time_limits import AlarmError
 from jaxrl_llm.environments.time_limits import TimeLimitError
 from jaxrl_llm.environments.time_limits import time_limit
-
-Entry = Mapping[str, Any]
-"""What a generator of reasoning-gym returns: question, answer, metadata."""
+from jaxrl_llm.environments.verifiers import REFUSED
+from jaxrl_llm.environments.verifiers import Entry
+from jaxrl_llm.environments.verifiers import Verifier
+from jaxrl_llm.environments.verifiers import require_scorable
+from jaxrl_llm.environments.verifiers import too_long
+from jaxrl_llm.environments.verifiers import verifier_of
 
 MAX_DRAWS = 10_000
 """Keys tried for one problem before the settings are called impossible."""
@@ -71,7 +75,8 @@ class GeneratedTask:
 
     Attributes:
         name: what it is registered as.
-        dataset: name of the dataset in reasoning-gym.
+        dataset: name of the dataset in reasoning-gym; one whose verifier evaluates answers is refused, see
+            `jaxrl_llm.environments.verifiers`.
         config: the dataset's settings, without size and seed.
         prompt: entry -> the text to continue.
         identity: entry -> canonical form; see `Problem`.
@@ -83,6 +88,10 @@ class GeneratedTask:
         stop: the text that ends an answer.
         held_out_count: at most this many problems are in held_out(); all others of that third stay untouched.
         seconds: limit for one call of a generator or a verifier [s].
+
+    Raises:
+        UnsafeVerifierError: the dataset is refused; one that is not known here is when it is first used.
+        ValueError: place_credit or wordy_reward out of range.
     """
 
     name: str
@@ -102,6 +111,8 @@ class GeneratedTask:
             raise ValueError(f"place_credit is {self.place_credit}; it must be in [0, 1).")
         if not 0.0 <= self.wordy_reward <= 1.0:
             raise ValueError(f"wordy_reward is {self.wordy_reward}; it must be in [0, 1].")
+        if self.dataset in REFUSED:
+            require_scorable(self.dataset)
 
     def train(self, seed: int, step: int, count: int) -> list[Problem]:
         """`count` problems whose identity is not held out.
@@ -121,9 +132,12 @@ class GeneratedTask:
         """Verifier of the dataset on the final answer (lenient) and on the whole text (strict).
 
         The reward is 1 if strict, wordy_reward if lenient only, else place_credit * matching_places(final, right).
-        An answer on which the verifier fails or does not end in time is wrong.
+        An answer on which the verifier fails or does not end in time is wrong, and so is one that is too long to be
+        looked at (`verifiers.LONGEST_ANSWER`).
         """
         text = before_stop(text, self.stop).strip()
+        if too_long(text, problem.answer):
+            return Score(reward=0.0, lenient=False, strict=False)
         final = final_answer(text, like=problem.answer)
         lenient = self._verified(problem, final)
         if text == final or is_number(problem.answer):
@@ -190,7 +204,7 @@ class GeneratedTask:
             dataset = self._create(seed=key, size=1)
             try:
                 entry = dataset[0]
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise GenerationError(f"{what} failed: {error}") from error
         if not self.keep(entry):
             return None
@@ -199,6 +213,8 @@ class GeneratedTask:
 
     def _create(self, **arguments: Any) -> Any:
         datasets = _reasoning_gym()
+        if self.dataset in datasets.factory.DATASETS:
+            require_scorable(self.dataset)
         try:
             return datasets.create_dataset(self.dataset, **self.config, **arguments)
         except (ValueError, TypeError, AssertionError) as error:
@@ -207,16 +223,19 @@ class GeneratedTask:
             ) from error
 
     @functools.cached_property
-    def _verifier(self) -> Callable[..., float]:
-        return self._create(seed=0, size=1).score_answer
+    def _verifier(self) -> Verifier:
+        return verifier_of(self.dataset, self._create(seed=0, size=1).score_answer)
 
     def _verified(self, problem: Problem, answer: str) -> bool:
         verifier = self._verifier
         try:
             with time_limit(self.seconds, what=f"verifier of {self.dataset!r}"):
                 return bool(verifier(answer, problem.metadata["entry"]) >= 1.0)
-        except Exception:
-            # The text comes from a model, the verifier from a package: whatever goes wrong, the answer was not right.
+        except (KeyboardInterrupt, AlarmError):  # the user's, or a time limit's around this one
+            raise
+        except BaseException:
+            # The text comes from a model, the verifier from a package: whatever goes wrong, SystemExit included, the
+            # answer was not right.
             return False
 
 

@@ -18,7 +18,7 @@ class TimeLimitError(TimeoutError):
     """A call ran into its time limit."""
 
 
-class _AlarmError(BaseException):
+class AlarmError(BaseException):
     """Raised inside the call by the alarm; no `except Exception` of the call can swallow it."""
 
 
@@ -63,7 +63,7 @@ def time_limit(seconds: float, *, what: str = "the call") -> Iterator[None]:
             outer_handler(number, frame)
         if now >= started + seconds:
             rang = True
-            raise _AlarmError
+            raise AlarmError
         set_alarm()
 
     def put_back() -> None:
@@ -79,7 +79,7 @@ def time_limit(seconds: float, *, what: str = "the call") -> Iterator[None]:
         set_alarm()
         yield
         armed = False
-    except _AlarmError:
+    except AlarmError:
         armed = False
     finally:
         put_back()

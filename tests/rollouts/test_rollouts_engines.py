@@ -1,5 +1,7 @@
 """The engines against each other: the built-in one, llama.cpp in this process, and llama.cpp over OpenAI's protocol."""
 
+import json
+import socket
 import sys
 from pathlib import Path
 
@@ -28,6 +30,8 @@ from jaxrl_llm.rollouts.engines import OpenAIEngine
 from jaxrl_llm.rollouts.engines import openai_server
 from jaxrl_llm.rollouts.engines.openai_server import UNTRUNCATED
 from jaxrl_llm.rollouts.engines.rows import request_seeds
+from jaxrl_llm.rollouts.engines.transport import Limits
+from jaxrl_llm.rollouts.engines.transport import Server
 from jaxrl_llm.rollouts.engines.vocabulary import require_same_pieces
 from jaxrl_llm.rollouts.engines.vocabulary import require_same_tokens
 
@@ -255,13 +259,35 @@ def test_top_k_of_minus_one_is_the_whole_vocabulary(llama: LlamaCppEngine, ours:
     assert len(kept(40)) == 40  # the server's default
 
 
+def test_the_server_in_this_process_wants_a_key_and_listens_on_loopback_only(served: LlamaCppEngine) -> None:
+    assert served.address.startswith("http://127.0.0.1:")
+    assert len(served.api_key) >= 32
+    body = json.dumps({"prompt": [1, 2], "n_predict": 1}).encode()
+    for key, status in ((None, 401), ("wrong", 401), (served.api_key, 200)):
+        for path in ("/completion", "/v1/completions", "/tokenize"):
+            answer = Server(served.address, api_key=key, direct=True).post(path, body, Limits(60, 10**7)).answer()
+            assert (answer.status == 401) == (status == 401), (path, key, answer.status)
+    # Nobody answers on the machine's other addresses.
+    port = int(served.address.rpartition(":")[2])
+    for *_, (host, *_) in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET, socket.SOCK_STREAM):
+        if not host.startswith("127."):
+            with pytest.raises(OSError, match=r"."):
+                socket.create_connection((host, port), timeout=1).close()
+
+
 def test_what_openais_protocol_asks_for_samples_the_whole_softmax(served, ours: JaxEngine, monkeypatch) -> None:
     """300 first tokens with llama.cpp's top-k sampler switched on, so that top_k says what is sampled from."""
     fields = {**UNTRUNCATED, "samplers": ["top_k", "temperature"]}
     monkeypatch.setattr(openai_server, "UNTRUNCATED", fields)
     settings = EngineSettings(max_new_tokens=1, group_size=300, eos_ids=(TOKENIZER.eos_id,), pad_id=TOKENIZER.pad_id)
     with OpenAIEngine(
-        f"{served.address}/v1", "m", settings, vocab_size=259, tokenizer=None, scoring="forced"
+        f"{served.address}/v1",
+        "m",
+        settings,
+        vocab_size=259,
+        tokenizer=None,
+        scoring="forced",
+        api_key=served.api_key,
     ) as engine:
         rollout = engine.generate(PROMPTS[0][:1], PROMPTS[1][:1], KEY)
     text = (np.asarray(rollout.tokens)[:1], np.asarray(rollout.token_mask)[:1])
@@ -280,7 +306,13 @@ def test_what_openais_protocol_asks_for_samples_the_whole_softmax(served, ours: 
 def test_a_server_behind_openais_protocol(served: LlamaCppEngine, ours: JaxEngine) -> None:
     url = f"{served.address}/v1"
     engine = OpenAIEngine(
-        url, "model", served.settings, vocab_size=TOKENIZER.vocab_size, tokenizer=TOKENIZER, scoring="forced"
+        url,
+        "model",
+        served.settings,
+        vocab_size=TOKENIZER.vocab_size,
+        tokenizer=TOKENIZER,
+        scoring="forced",
+        api_key=served.api_key,
     )
     with engine:
         rollout = engine.generate(*PROMPTS, KEY)
@@ -295,7 +327,7 @@ def test_a_server_behind_openais_protocol(served: LlamaCppEngine, ours: JaxEngin
         with pytest.raises(ValueError, match="cannot be changed from here; give the engine a `reload`"):
             engine.push_weights(model_of(0))
     with pytest.raises(EngineError, match="did not echo the log-probs"):
-        OpenAIEngine(url, "m", served.settings, vocab_size=259, tokenizer=None).score(
+        OpenAIEngine(url, "m", served.settings, vocab_size=259, tokenizer=None, api_key=served.api_key).score(
             rollout.tokens[:1], rollout.token_mask[:1], response_width=12
         )
 
@@ -397,13 +429,9 @@ def test_impossible_requests(model: Transformer, llama: LlamaCppEngine, tmp_path
 
 
 def test_a_missing_package_is_named_with_its_extra(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, make in (
-        ("xllamacpp", lambda: LlamaCppEngine(model, SETTINGS)),
-        ("openai", lambda: OpenAIEngine("http://localhost/v1", "m", SETTINGS, vocab_size=9, tokenizer=None)),
-    ):
-        monkeypatch.setitem(sys.modules, name, None)
-        with pytest.raises(ModuleNotFoundError, match=r"pip install 'jaxrl_llm\[engines\]'"):
-            make()
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'jaxrl_llm\[engines\]'"):
+        LlamaCppEngine(model, SETTINGS)
 
 
 def test_the_built_in_engine_is_the_sampler(model: Transformer, ours: JaxEngine) -> None:

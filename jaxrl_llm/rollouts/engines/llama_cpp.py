@@ -5,20 +5,18 @@ low-precision sync can be had on purpose. The server's native /completion is use
 its routes leave out the log-prob of a token that ends inside a character, which is then asked for by itself.
 """
 
-import contextlib
 import gc
-import http.client
+import http
 import json
-import math
+import secrets
 import tempfile
-import urllib.parse
 from collections.abc import Callable
-from collections.abc import Iterator
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from typing import Literal
+from typing import NoReturn
 from typing import TypeVar
 from typing import get_args
 
@@ -32,7 +30,11 @@ from jaxrl_llm.models.tokenizers import Tokenizer
 from jaxrl_llm.models.tokenizers import check_vocabulary
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.models.weights import model_tensors
+from jaxrl_llm.rollouts.engines import answers
 from jaxrl_llm.rollouts.engines import rows
+from jaxrl_llm.rollouts.engines.answers import Completion
+from jaxrl_llm.rollouts.engines.answers import CutOffError
+from jaxrl_llm.rollouts.engines.answers import MalformedError
 from jaxrl_llm.rollouts.engines.kept import Job
 from jaxrl_llm.rollouts.engines.kept import KeptRollouts
 from jaxrl_llm.rollouts.engines.kept import jobs_of
@@ -40,6 +42,12 @@ from jaxrl_llm.rollouts.engines.protocol import EngineError
 from jaxrl_llm.rollouts.engines.protocol import EngineSettings
 from jaxrl_llm.rollouts.engines.protocol import Stoppable
 from jaxrl_llm.rollouts.engines.rows import Response
+from jaxrl_llm.rollouts.engines.transport import APIConnectionError
+from jaxrl_llm.rollouts.engines.transport import Limits
+from jaxrl_llm.rollouts.engines.transport import OversizedAnswerError
+from jaxrl_llm.rollouts.engines.transport import Sent
+from jaxrl_llm.rollouts.engines.transport import Server
+from jaxrl_llm.rollouts.engines.transport import refusal
 from jaxrl_llm.rollouts.engines.vocabulary import require_tokenizer_of_gguf
 from jaxrl_llm.rollouts.generate import Rollout
 from jaxrl_llm.typing import Bool
@@ -47,6 +55,8 @@ from jaxrl_llm.typing import Float
 from jaxrl_llm.typing import Int
 from jaxrl_llm.typing import PRNGKey
 
+LOOPBACK = "127.0.0.1"
+"""Where the server listens, and nowhere else."""
 FORCED = 1e6
 """A logit bias that leaves no choice. The log-probs that the server reports are those before it."""
 
@@ -67,8 +77,12 @@ class LlamaCppEngine(Stoppable):
             depends on the clock, and so does the rounding of 8-bit products.
         context: tokens of prompt and response that a slot has room for.
         n_threads: of the computation. More than one spins at barriers and collapses where other work runs.
-        timeout: of one request [seconds].
+        timeout: of one request, from the connection to the answer's last byte [seconds].
         tokenizer: of the trainer, to be compared with the file's; pushed weights have no texts to compare.
+
+    Attributes:
+        api_key: random, of this engine; the server answers requests with it only, since other users of the machine
+            can reach a loopback port too.
 
     Raises:
         ModuleNotFoundError: xllamacpp is not installed; the sentence names the extra.
@@ -99,6 +113,7 @@ class LlamaCppEngine(Stoppable):
         self.sync_dtype: GGUFType = sync_dtype
         self.slots, self.context, self.n_threads, self.timeout = slots, context, n_threads, timeout
         self._server: Any = None
+        self.api_key = secrets.token_urlsafe(32)
         self._kept = KeptRollouts()
         self._folder = tempfile.TemporaryDirectory(prefix="jaxrl_llm_engine_")
         self._pushes = 0
@@ -120,7 +135,7 @@ class LlamaCppEngine(Stoppable):
 
     @property
     def address(self) -> str:
-        """Of the server, http://127.0.0.1:port; its OpenAI routes are under /v1."""
+        """Of the server, http://127.0.0.1:port; its OpenAI routes are under /v1, and want `api_key`."""
         return self._running().listening_address
 
     def generate(
@@ -208,6 +223,8 @@ class LlamaCppEngine(Stoppable):
         gc.collect()
         parameters = self._llama.CommonParams()
         parameters.model.path = str(path)
+        parameters.hostnames, parameters.port, parameters.api_keys = [LOOPBACK], 0, [self.api_key]
+        parameters.endpoint_slots = parameters.endpoint_metrics = parameters.endpoint_props = False
         parameters.n_parallel, parameters.n_ctx = self.slots, self.slots * self.context
         parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = self.n_threads
         parameters.verbosity, parameters.warmup, parameters.fit_params, parameters.cache_ram_mib = -1, False, False, 0
@@ -234,33 +251,37 @@ class LlamaCppEngine(Stoppable):
             return list(pool.map(job, items))
 
     def _complete(self, body: dict[str, Any]) -> dict[str, Any]:
-        return _parsed(self._answer(self._ask(body)))
+        return _read(lambda: answers.parsed(self._answer(self._ask(body))))
 
-    def _ask(self, body: dict[str, Any]) -> http.client.HTTPConnection:
+    def _completion(self, body: dict[str, Any]) -> Completion:
+        answer = self._answer(self._ask(body))
+        return _read(lambda: answers.completion_of(answer, vocab_size=self.vocab_size))
+
+    def _ask(self, body: dict[str, Any]) -> Sent:
         """Send a request to /completion; the defaults of the server's sampler, which truncate, are all switched off."""
         body = {"samplers": ["temperature"], "temperature": 1.0, "n_probs": 1, "return_tokens": True, **body}
-        address = urllib.parse.urlsplit(self._running().listening_address).netloc
-        connection = http.client.HTTPConnection(address, timeout=self.timeout)
-        with self._named_errors():
-            headers = {"Content-Type": "application/json"}
-            connection.request("POST", "/completion", json.dumps({"cache_prompt": True, **body}), headers)
-        return connection
-
-    def _answer(self, asked: http.client.HTTPConnection) -> bytes:
-        """The answer to a request that was sent."""
-        with contextlib.closing(asked), self._named_errors():
-            response = asked.getresponse()
-            answer = response.read()
-        if response.status != http.HTTPStatus.OK:
-            raise EngineError(f"llama.cpp refused a request: {answer.decode(errors='replace')[:300]}")
-        return answer
-
-    @contextlib.contextmanager
-    def _named_errors(self) -> Iterator[None]:
+        count = len(body["prompt"]) + body["n_predict"]
+        limits = Limits(self.timeout, answers.size_limit(count, listed=body["n_predict"] * body["n_probs"]))
+        server = Server(self._running().listening_address, api_key=self.api_key, direct=True)
         try:
-            yield
-        except (OSError, http.client.HTTPException) as error:
-            raise EngineError(f"llama.cpp did not answer within {self.timeout:g} s or broke off ({error}).") from error
+            return server.post("/completion", json.dumps({"cache_prompt": True, **body}).encode(), limits)
+        except APIConnectionError as error:
+            self._broke_off(error)
+
+    def _answer(self, asked: Sent) -> bytes:
+        """The answer to a request that was sent."""
+        try:
+            answer = asked.answer()
+        except APIConnectionError as error:
+            self._broke_off(error)
+        except OversizedAnswerError as error:
+            raise EngineError(f"llama.cpp gave no usable answer: {error}.") from None
+        if answer.status != http.HTTPStatus.OK:
+            raise EngineError(f"llama.cpp refused a request: {refusal(answer, [self.api_key])}")
+        return answer.body
+
+    def _broke_off(self, error: Exception) -> NoReturn:
+        raise EngineError(f"llama.cpp did not answer within {self.timeout:g} s or broke off ({error}).") from None
 
     def _sample(self, job: Job) -> Response:
         prompt, sampling, width = list(job.prompt), self.settings.sampling, self.settings.max_new_tokens
@@ -275,64 +296,63 @@ class LlamaCppEngine(Stoppable):
             named["min_p"] = sampling.min_p
             given = {name: value for name, value in named.items() if value is not None}
             body |= {"samplers": list(given), "post_sampling_probs": True, **given}
-        answer = self._complete(body)
-        tokens = answer["tokens"]
-        self._require_end(tokens, answer)
+        answer = self._completion(body)
+        complete = answer.ids == answer.tokens
+        if not (complete or whole or sampling.greedy):
+            raise EngineError(
+                f"llama.cpp gave log-probs of {len(answer.ids)} of {len(answer.tokens)} tokens: it leaves out those "
+                "that end inside a character. Push weights instead of serving a file, or sample at temperature 1."
+            )
+        scored = complete and not sampling.greedy
+        values = _read(lambda: answers.log_probs_of(answer.values, probabilities=not whole)) if scored else []
+        tokens, log_probs = self._ended(answer, values)
         if sampling.greedy:
             return Response(tokens, [0.0] * len(tokens))
-        entries = answer.get("completion_probabilities", [])
-        if [entry["id"] for entry in entries] != tokens:
-            if not whole:
-                raise EngineError(
-                    f"llama.cpp gave log-probs of {len(entries)} of {len(tokens)} tokens: it leaves out those that "
-                    "end inside a character. Push weights instead of serving a file, or sample at temperature 1."
-                )
-            return Response(tokens, self._score(prompt, tokens))
-        return Response(tokens, [entry["logprob"] if whole else math.log(entry["prob"]) for entry in entries])
+        return Response(tokens, log_probs if complete else self._score(prompt, tokens))
 
-    def _require_end(self, tokens: list[int], answer: dict[str, Any]) -> None:
-        stopped = answer.get("stop_type")
-        whole = len(tokens) == self.settings.max_new_tokens or (tokens and tokens[-1] in self.settings.eos_ids)
-        if not whole:
+    def _ended(self, answer: Completion, log_probs: list[float]) -> answers.Sampled:
+        """The response up to and with its first end token."""
+        ends, width = self.settings.eos_ids, self.settings.max_new_tokens
+        try:
+            return answers.ended(answer.tokens, log_probs, ends=ends, width=width, reason=answer.reason)
+        except CutOffError as error:
             raise EngineError(
-                f"llama.cpp's response is cut off after {len(tokens)} of {self.settings.max_new_tokens} tokens by "
-                f"{stopped!r}, and its last token {tokens[-1:]} is not among eos_ids {tuple(self.settings.eos_ids)}; a "
-                "file's own end tokens must all be among them."
-            )
+                f"llama.cpp's response is cut off after {len(error.tokens)} of {width} tokens by {answer.reason!r}, "
+                f"and its last token {error.tokens[-1:]} is not among eos_ids {tuple(ends)}; a file's own end tokens "
+                "must all be among them."
+            ) from None
+        except MalformedError as error:
+            raise EngineError(f"llama.cpp gave no usable answer: {error}.") from None
 
     def _score(self, prompt: list[int], response: list[int]) -> list[float]:
         scores = []
         for place, token in enumerate(response):
             before = [*prompt, *response[:place]]
-            answer = self._complete({"prompt": before, "n_predict": 1, "logit_bias": [[token, FORCED]]})
-            entries = answer.get("completion_probabilities", [])
-            if answer["tokens"] != [token]:
-                raise EngineError(f"llama.cpp answered with the tokens {answer['tokens']} where {token} was forced.")
+            answer = self._completion({"prompt": before, "n_predict": 1, "logit_bias": [[token, FORCED]]})
+            if answer.tokens != [token]:
+                raise EngineError(f"llama.cpp answered with the tokens {answer.tokens[:9]} where {token} was forced.")
+            found = _read(lambda values=answer.values: answers.log_probs_of(values, probabilities=False))
             # Left out for a token that ends inside a character: read from the whole distribution.
-            scores.append(entries[0]["logprob"] if entries else float(self._distribution(before)[token]))
+            scores.append(found[0] if found else float(self._distribution(before)[token]))
         return scores
 
     def _distribution(self, before: list[int]) -> Float[np.ndarray, " V"]:
         return self._read_distribution(self._answer(self._ask_distribution(before)))
 
-    def _ask_distribution(self, before: list[int]) -> http.client.HTTPConnection:
+    def _ask_distribution(self, before: list[int]) -> Sent:
         forced = [[int(self.settings.eos_ids[0]), FORCED]]
         return self._ask({"prompt": before, "n_predict": 1, "logit_bias": forced, "n_probs": self.vocab_size})
 
     def _read_distribution(self, answer: bytes) -> Float[np.ndarray, " V"]:
-        entries = _parsed(answer)["completion_probabilities"][0]["top_logprobs"]
-        if len(entries) != self.vocab_size:
-            raise EngineError(f"llama.cpp gave {len(entries)} log-probs; the vocabulary has {self.vocab_size}.")
-        result = np.empty(self.vocab_size, np.float32)
-        result[[entry["id"] for entry in entries]] = [entry["logprob"] for entry in entries]
-        return result
+        return _read(lambda: answers.distribution_of(answer, vocab_size=self.vocab_size))
 
 
-def _parsed(answer: bytes) -> dict[str, Any]:
+def _read(read: Callable[[], Made]) -> Made:
+    """What is read from an answer; what is wrong with it in the engine's words."""
     try:
-        return json.loads(answer)
-    except ValueError as error:
-        raise EngineError(f"llama.cpp's answer is no JSON ({error}).") from error
+        return read()
+    except MalformedError as error:
+        raise EngineError(f"llama.cpp gave no usable answer: {error}.") from None
 
 
 def _xllamacpp() -> Any:

@@ -4,17 +4,17 @@ Asked for and needed: prompts as token ids, a log-prob for every sampled token, 
 which OpenAI's protocol itself does not have. They are read from `token_ids` (vLLM, and SGLang in versions that know the
 field `return_token_ids`), from tokens written "token_id:7" (vLLM), or from beside each log-prob (llama.cpp). A server
 that sends log-probs without ids is an EngineError at its first answer. A text is never tokenised again: the ids would
-differ from the sampled ones. The tests run llama.cpp's server only.
+differ from the sampled ones. The tests run llama.cpp's server only. The server is not trusted: `transport` bounds what
+it can take, `answers` what it can say, and redirects are not followed.
 """
 
+import datetime
+import email.utils
 import http
 import json
 import math
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
-from collections.abc import Mapping
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -25,7 +25,12 @@ import numpy as np
 
 from jaxrl_llm.models.tokenizers import Tokenizer
 from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.redaction import quoted
+from jaxrl_llm.redaction import redact
+from jaxrl_llm.rollouts.engines import answers
 from jaxrl_llm.rollouts.engines import rows
+from jaxrl_llm.rollouts.engines.answers import MalformedError
+from jaxrl_llm.rollouts.engines.answers import sampled_tokens
 from jaxrl_llm.rollouts.engines.kept import Job
 from jaxrl_llm.rollouts.engines.kept import KeptRollouts
 from jaxrl_llm.rollouts.engines.kept import jobs_of
@@ -33,6 +38,12 @@ from jaxrl_llm.rollouts.engines.protocol import EngineError
 from jaxrl_llm.rollouts.engines.protocol import EngineSettings
 from jaxrl_llm.rollouts.engines.protocol import Stoppable
 from jaxrl_llm.rollouts.engines.rows import Response
+from jaxrl_llm.rollouts.engines.transport import Answer
+from jaxrl_llm.rollouts.engines.transport import APIConnectionError
+from jaxrl_llm.rollouts.engines.transport import Limits
+from jaxrl_llm.rollouts.engines.transport import OversizedAnswerError
+from jaxrl_llm.rollouts.engines.transport import Server
+from jaxrl_llm.rollouts.engines.transport import refusal
 from jaxrl_llm.rollouts.engines.vocabulary import PROBE
 from jaxrl_llm.rollouts.engines.vocabulary import require_same_pieces
 from jaxrl_llm.rollouts.generate import Rollout
@@ -43,6 +54,10 @@ from jaxrl_llm.typing import PRNGKey
 
 LONGEST_WAIT = 8.0
 """Between two attempts [seconds]."""
+LONGEST_RETRY_AFTER = 60.0
+"""What a server asks for between two attempts is granted up to this [seconds]."""
+BUSY = (http.HTTPStatus.REQUEST_TIMEOUT, http.HTTPStatus.TOO_EARLY, http.HTTPStatus.TOO_MANY_REQUESTS)
+"""Statuses below 500 that another attempt may mend."""
 
 UNTRUNCATED = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "samplers": ["temperature"]}
 """What switches the servers' default truncations off: each server reads the names it knows. SGLang refuses a top_k of
@@ -54,15 +69,24 @@ WITH_IDS = {"return_token_ids": True, "return_tokens_as_token_ids": True, "retur
 Item, Made = TypeVar("Item"), TypeVar("Made")
 
 
-class _MalformedError(Exception):
-    """An answer that another attempt may mend."""
+class BusyError(Exception):
+    """A server refused a request for now.
+
+    Attributes:
+        wait: what it asks to wait [seconds].
+    """
+
+    def __init__(self, sentence: str, wait: float) -> None:
+        self.wait = wait
+        super().__init__(sentence)
 
 
 class OpenAIEngine(Stoppable):
     """A server of completions, asked for one rollout per request.
 
     Args:
-        base_url: with /v1 at its end.
+        base_url: with /v1 at its end; http or https. A user and a password in it become basic authentication, and are
+            in no sentence.
         model: the name under which the server knows the model.
         settings: of the responses; temperature 1 without truncation, because servers report log-probs before both.
         vocab_size: tokens of the model.
@@ -70,15 +94,15 @@ class OpenAIEngine(Stoppable):
         scoring: how `score` asks: "echo" (vLLM, SGLang) has the log-probs of a whole prompt sent back; "forced"
             (llama.cpp, which has no echo) forces one token per request by a logit bias.
         reload: makes the server take new weights; None where that is not done from here.
-        api_key: some servers want one; it goes with every request.
-        timeout: of one attempt [seconds].
+        api_key: some servers want one; it goes with every request, and nowhere else.
+        timeout: of one attempt, from the connection to the answer's last byte [seconds].
         attempts: at most so many per request.
-        backoff: wait before the second attempt [seconds]; it doubles, up to 8.
+        backoff: wait before the second attempt [seconds]; it doubles, up to 8. A server's Retry-After is waited for
+            where it is longer, up to a minute.
         parallel: requests at a time.
 
     Raises:
-        ModuleNotFoundError: openai is not installed; the sentence names the extra.
-        ValueError: settings that cannot be, or another tokenizer.
+        ValueError: settings or an address that cannot be, or another tokenizer.
         EngineError: the server cannot be asked for its tokenizer.
     """
 
@@ -98,7 +122,6 @@ class OpenAIEngine(Stoppable):
         backoff: float = 0.5,
         parallel: int = 8,
     ) -> None:
-        openai = _openai()
         for name, value in (("attempts", attempts), ("parallel", parallel)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -111,16 +134,12 @@ class OpenAIEngine(Stoppable):
                 "that those of the sampler are known at temperature 1 without top_k, top_p and min_p only."
             )
         self.settings, self.model, self.vocab_size = settings, model, vocab_size
-        self._url, self._scoring, self._reload, self._timeout = base_url.rstrip("/"), scoring, reload, timeout
+        self._server = Server(base_url.rstrip("/"), api_key=api_key)
+        self._url, self._scoring, self._reload, self._timeout = self._server.name, scoring, reload, timeout
         self._attempts, self._backoff, self._parallel = attempts, backoff, parallel
         self._kept = KeptRollouts()
-        # Attempts are counted here, so that malformed answers and lost connections share one budget.
-        self._client = openai.OpenAI(base_url=self._url, api_key=api_key, timeout=timeout, max_retries=0)
-        lost = (openai.APIConnectionError, openai.APITimeoutError, openai.InternalServerError, openai.RateLimitError)
-        self._passing = (*lost, openai.APIResponseValidationError, json.JSONDecodeError, _MalformedError)
-        self._final = openai.OpenAIError
         if tokenizer is not None:
-            require_same_pieces(tokenizer, self._tokenized(PROBE, api_key), engine=self._url)
+            require_same_pieces(tokenizer, self._tokenized(PROBE), engine=self._url)
 
     def generate(
         self,
@@ -162,8 +181,7 @@ class OpenAIEngine(Stoppable):
         self._kept.clear()  # sampled with the weights before
 
     def stop(self) -> None:
-        """See `Engine.stop`; the server goes on."""
-        self._client.close()
+        """See `Engine.stop`; the server goes on, and no connection is kept between requests."""
 
     def _in_parallel(self, job: Callable[[Item], Made], items: Sequence[Item]) -> list[Made]:
         with ThreadPoolExecutor(self._parallel) as pool:
@@ -175,156 +193,135 @@ class OpenAIEngine(Stoppable):
         for attempt in range(1, self._attempts + 1):
             try:
                 return ask()
-            except self._passing as error:
+            except (BusyError, APIConnectionError, MalformedError) as error:
                 if attempt == self._attempts:
-                    raise EngineError(
-                        f"{self._url} gave no usable answer in {attempt} attempts of up to {self._timeout:g} s; the "
-                        f"last one: {type(error).__name__}: {error}"
-                    ) from error
-                time.sleep(wait)
+                    raise self._error(
+                        f"gave no usable answer in {attempt} attempts of up to {self._timeout:g} s; the last one: "
+                        f"{type(error).__name__}: {error}"
+                    ) from None  # what a server wrote is quoted once, without secrets
+                time.sleep(max(wait, error.wait if isinstance(error, BusyError) else 0.0))
                 wait = min(2 * wait, LONGEST_WAIT)
-            except self._final as error:
-                raise EngineError(f"{self._url} refused a request: {error}") from error
+            except OversizedAnswerError as error:
+                raise self._error(f"gave no usable answer: {error}") from None
         raise AssertionError("the loop returns or raises")
 
-    def _complete(self, prompt: Sequence[int], **fields: Any) -> dict[str, Any]:
-        extra = {**UNTRUNCATED, **WITH_IDS}
-        answer = self._client.completions.create(
-            model=self.model, prompt=list(prompt), temperature=1.0, top_p=1.0, extra_body=extra, **fields
-        )
-        content = answer.model_dump() if hasattr(answer, "model_dump") else {}
-        if not content.get("choices"):
-            raise _MalformedError("the answer has no choices")
-        return content
+    def _error(self, sentence: str) -> EngineError:
+        return EngineError(redact(f"{self._url} {sentence}", self._server.secrets))
+
+    def _complete(self, prompt: Sequence[int], *, max_tokens: int, logprobs: int, **fields: Any) -> dict[str, Any]:
+        body = {
+            "model": self.model,
+            "prompt": [int(token) for token in prompt],
+            "temperature": 1.0,
+            "top_p": 1.0,
+            "max_tokens": max_tokens,
+            "logprobs": logprobs,
+            # Servers that know the field end there; the others' responses are cut at the first of these.
+            "stop_token_ids": [int(token) for token in self.settings.eos_ids],
+            **UNTRUNCATED,
+            **WITH_IDS,
+            **fields,
+        }
+        size = answers.size_limit(len(prompt) + max_tokens, listed=max_tokens * logprobs)
+        path = f"{self._server.path}/completions"
+        answer = self._server.post(path, json.dumps(body).encode(), Limits(self._timeout, size)).answer()
+        if answer.status != http.HTTPStatus.OK:
+            sentence = refusal(answer, self._server.secrets)
+            if answer.status in BUSY or answer.status >= http.HTTPStatus.INTERNAL_SERVER_ERROR:
+                raise BusyError(sentence, retry_after(answer))
+            raise self._error(f"refused a request: {sentence}")
+        return answers.parsed(answer.body)
 
     def _sample(self, job: Job) -> Response:
-        answer = self._complete(job.prompt, max_tokens=self.settings.max_new_tokens, seed=job.seed, logprobs=1)
-        tokens, log_probs = sampled_tokens(answer, server=self._url)
-        for token in tokens:
-            if not 0 <= token < self.vocab_size:
-                raise _MalformedError(
-                    f"it has token {token}, which is outside the vocabulary 0 .. {self.vocab_size - 1}"
-                )
-        end = answer["choices"][0].get("finish_reason")
-        if len(tokens) != self.settings.max_new_tokens and not (tokens and tokens[-1] in self.settings.eos_ids):
-            raise _MalformedError(
-                f"the response is cut off after {len(tokens)} of {self.settings.max_new_tokens} tokens (finish_reason "
-                f"{end!r}, last token {tokens[-1:]}, eos_ids {tuple(self.settings.eos_ids)})"
-            )
-        if len(log_probs) != len(tokens):
-            if self._scoring != "forced":
-                raise EngineError(f"{self._url} gave log-probs of {len(log_probs)} of {len(tokens)} sampled tokens.")
-            log_probs = self._forced(list(job.prompt), tokens)
-        return Response(tokens, log_probs)
+        width = self.settings.max_new_tokens
+        answer = self._complete(job.prompt, max_tokens=width, seed=job.seed, logprobs=1)
+        tokens, log_probs = sampled_tokens(answer, server=self._url, vocab_size=self.vocab_size)
+        reason = answers.choice_of(answer).get("finish_reason")
+        sampled = answers.ended(tokens, log_probs, ends=self.settings.eos_ids, width=width, reason=reason)
+        if len(log_probs) == len(tokens):
+            return Response(*sampled)
+        if self._scoring != "forced":
+            raise self._error(f"gave log-probs of {len(log_probs)} of {len(tokens)} sampled tokens.")
+        return Response(sampled.tokens, self._forced(list(job.prompt), sampled.tokens))
 
     def _echoed(self, prompt: list[int], response: list[int]) -> list[float]:
-        return self._request(lambda: self._echo([*prompt, *response]))[len(prompt) :]
+        return self._request(lambda: self._echo(prompt, response))
 
-    def _echo(self, text: list[int]) -> list[float]:
-        """The log-prob of every token of a text; that of the first one means nothing, and may be None."""
-        content = self._complete(text, max_tokens=1, logprobs=1, echo=True)["choices"][0].get("logprobs") or {}
-        found = (content.get("token_logprobs") or [])[: len(text)]
-        if len(found) < len(text):
-            raise EngineError(f"{self._url} did not echo the log-probs of the prompt; score with scoring='forced'.")
-        for sent, came in zip(text, _marked_ids(content), strict=False):
-            if came not in (None, sent):
-                raise _MalformedError(f"token {came} came back where {sent} was sent")
-        _require_numbers(found, start=1)
-        return found
+    def _echo(self, prompt: list[int], response: list[int]) -> list[float]:
+        text = [*prompt, *response]
+        answer = self._complete(text, max_tokens=1, logprobs=1, echo=True)
+        # All but the first, which has no context, are checked.
+        found = answers.echoed_log_probs(answer, text, start=1)
+        if found is None:
+            raise self._error("did not echo the log-probs of the prompt; score with scoring='forced'.")
+        return found[len(prompt) - 1 :]
 
     def _forced(self, prompt: list[int], response: list[int]) -> list[float]:
         return [self._forced_token([*prompt, *response[:place]], token) for place, token in enumerate(response)]
 
     def _forced_token(self, before: list[int], token: int) -> float:
         def ask() -> tuple[list[int], list[float]]:
-            return sampled_tokens(self._forcing(before, token, log_probs=1), server=self._url)
+            answer = self._forcing(before, token, log_probs=1)
+            return sampled_tokens(answer, server=self._url, vocab_size=self.vocab_size)
 
         tokens, log_probs = self._request(ask)
-        if tokens != [token]:
-            raise EngineError(f"{self._url} answered with the tokens {tokens} where a logit bias forced {token}.")
+        if tokens != [token] or len(log_probs) > 1:
+            raise self._error(f"answered with the tokens {tokens[:9]} where a logit bias forced {token}.")
         return log_probs[0] if log_probs else self._request(lambda: self._listed(before, token))
 
     def _listed(self, before: list[int], token: int) -> float:
         """From the list of all tokens: llama.cpp leaves out a sampled token that ends inside a character."""
         answer = self._forcing(before, self.settings.eos_ids[0], log_probs=self.vocab_size)
-        entries = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-        found = [entry["logprob"] for entry in entries if entry["id"] == token]
-        if not found:
-            raise EngineError(f"{self._url} gives no log-prob of token {token}.")
-        _require_numbers(found)
-        return found[0]
+        found = answers.listed_log_prob(answer, token)
+        if found is None:
+            raise self._error(f"gives no log-prob of token {token}.")
+        return found
 
     def _forcing(self, before: list[int], token: int, *, log_probs: int) -> dict[str, Any]:
         return self._complete(before, max_tokens=1, logprobs=log_probs, logit_bias={str(token): 100})
 
-    def _tokenized(self, text: str, api_key: str) -> list[int]:
+    def _tokenized(self, text: str) -> list[int]:
         """By /tokenize, which vLLM and llama.cpp have under the same name with other fields."""
-        address = f"{self._url.removesuffix('/v1')}/tokenize"
+        path = f"{self._server.path.removesuffix('/v1')}/tokenize"
         body = {"content": text, "prompt": text, "model": self.model, "add_special_tokens": False}
-        request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
-        request.add_unredirected_header("Authorization", f"Bearer {api_key}")
+        limits = Limits(self._timeout, answers.size_limit(len(text.encode())))
+        address = f"{self._url.removesuffix('/v1')}/tokenize"
         try:
-            with urllib.request.urlopen(request, timeout=self._timeout) as answer:
-                return json.loads(answer.read())["tokens"]
-        except urllib.error.HTTPError as error:
-            guarded = error.code in (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN)
+            answer = self._server.post(path, json.dumps(body).encode(), limits).answer()
+            if answer.status == http.HTTPStatus.OK:
+                return answers.tokenized(answer.body)
+        except (APIConnectionError, OversizedAnswerError, MalformedError) as error:
+            why = quoted(str(error), self._server.secrets)
             raise EngineError(
-                f"{address} answered with the HTTP status {error.code} ({error.reason})"
-                f"{'; is it the api_key that the server wants?' if guarded else '.'} Pass tokenizer=None to go without "
-                "the comparison of tokenizers."
-            ) from error
-        except (OSError, ValueError, KeyError) as error:
-            raise EngineError(
-                f"{address} does not say how the server cuts texts into tokens ({error}); is the server up? Pass "
-                "tokenizer=None to go without the comparison."
-            ) from error
+                f"{address} does not say how the server cuts texts into tokens ({why}); is the server "
+                "up? Pass tokenizer=None to go without the comparison."
+            ) from None
+        guarded = answer.status in (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN)
+        said = refusal(answer, self._server.secrets).removeprefix(f"HTTP status {answer.status}: ")
+        raise EngineError(
+            f"{address} answered with the HTTP status {answer.status} ({said})"
+            f"{'; is it the api_key that the server wants?' if guarded else '.'} Pass tokenizer=None to go without the "
+            "comparison of tokenizers."
+        )
 
 
-def sampled_tokens(answer: Mapping[str, Any], *, server: str) -> tuple[list[int], list[float]]:
-    """Ids and log-probs of an answer, in whichever way the server writes them; fewer log-probs where some are missing.
+def retry_after(answer: Answer) -> float:
+    """What a server asks to wait before the next attempt [seconds], in 0 .. 60; 0 where it does not say.
 
-    Raises:
-        EngineError: it has neither, or log-probs without ids.
-        _MalformedError: a log-prob is null, or no finite number.
+    Its header Retry-After has a number of seconds or a date.
     """
-    choice = answer["choices"][0]
-    whole = choice.get("token_ids") or (answer.get("__verbose") or {}).get("tokens")
-    content = choice.get("logprobs") or {}
-    if not content and not whole:
-        raise EngineError(f"{server} sent no log-probs; start it so that it does, and with a limit of at least 1.")
-    entries = content.get("content")
-    if entries is not None:
-        ids = [entry.get("id") for entry in entries]
-        log_probs = [entry.get("logprob") for entry in entries]
-    else:
-        ids = _marked_ids(content)
-        log_probs = list(content.get("token_logprobs") or [])
-    ids = whole or ids
-    known = [int(token) for token in ids if token is not None]
-    if len(known) < len(ids) or (log_probs and not ids):
-        raise EngineError(f"{server} does not say which token ids it sampled; a text cannot replace them.")
-    _require_numbers(log_probs)
-    return known, log_probs
-
-
-def _marked_ids(content: Mapping[str, Any]) -> list[int | None]:
-    """Ids of tokens that are written "token_id:7"; None for others."""
-    marked = [str(token) for token in content.get("tokens") or []]
-    return [int(token.removeprefix("token_id:")) if token.startswith("token_id:") else None for token in marked]
-
-
-def _require_numbers(log_probs: Sequence[Any], start: int = 0) -> None:
-    for place, value in enumerate(log_probs[start:], start):
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise _MalformedError(f"log-prob {place} of {len(log_probs)} is {value}, no finite number")
-
-
-def _openai() -> Any:
+    text = answer.headers.get("retry-after", "").strip()
     try:
-        import openai
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "the engine for OpenAI-compatible servers needs openai; run: pip install 'jaxrl_llm[engines]'",
-            name="openai",
-        ) from error
-    return openai
+        seconds = float(text)
+    except ValueError:
+        seconds = _seconds_until(text)
+    return min(max(seconds, 0.0), LONGEST_RETRY_AFTER) if not math.isnan(seconds) else 0.0
+
+
+def _seconds_until(date: str) -> float:
+    try:
+        moment = email.utils.parsedate_to_datetime(date)
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return 0.0
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)
+    return (moment - datetime.datetime.now(datetime.UTC)).total_seconds()
