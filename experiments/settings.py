@@ -255,8 +255,9 @@ STRENGTHS: Ranges = {
 
 
 def flat_settings(settings: Any) -> dict[str, Any]:
-    """The settings by the names they have on the command line. They are written down and compared, so a key or a password
-    among them stands as `***`.
+    """The settings by the names they have on the command line.
+
+    They are written down and compared, so a key or a password among them stands as `***`.
     """
     return {name: redact_setting(name, value) for name, value in flat_values(settings).items()}
 
