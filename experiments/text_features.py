@@ -33,6 +33,7 @@ from jaxrl_llm.models.sentences import all_minilm_l6
 from jaxrl_llm.models.sentences import minilm_path
 from jaxrl_llm.models.tokenizers import Tokenizer
 from jaxrl_llm.models.trainable import lora
+from jaxrl_llm.pinned import sha256_of
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import PRNGKey
 
@@ -151,8 +152,7 @@ def text_features(name: str, texts: Sequence[str]) -> np.ndarray:
     source = SOURCES[name]
     digest = hashlib.sha256(f"{name}/{VERSION}\0{chr(0).join(texts)}".encode())
     if source.weights is not None:
-        with source.weights().open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(sha256_of(source.weights())))
     path = cache_folder() / "features" / f"{name}-{digest.hexdigest()[:24]}.npy"
     if path.is_file():
         try:

