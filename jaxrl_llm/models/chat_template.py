@@ -186,8 +186,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         if isinstance(owner, str) and name == "replace":
             return _replaced(owner, *arguments, **named)
         if isinstance(owner, str) and name == "join":
-            return self.glued(*arguments, owner)
-        return super().call(context, called, *arguments, **named)  # pyright: ignore[reportCallIssue] - its names have underscores
+            return self.glued(arguments[0] if arguments else (), owner)
+        return super().call(context, called, *arguments, **named)
 
 
 class _Program:
