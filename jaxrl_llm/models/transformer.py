@@ -130,7 +130,8 @@ class Transformer(nnx.Module):
 
     def _sight(self, visibility: Visibility) -> Visibility | Bool[Array, "B T T"]:
         """The mask itself, made once for all layers, where attention is dense."""
-        shape = (*visibility.real.shape, self.config.num_heads, self.config.head_dim)
+        rows, length = visibility.real.shape
+        shape = (rows, length, self.config.num_heads, self.config.head_dim)
         name = self.numerics.attention or choose(shape, self.numerics.compute_dtype)
         return visibility.dense() if name == "reference" else visibility
 

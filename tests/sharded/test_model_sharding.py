@@ -9,9 +9,12 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
 from jaxrl_llm.models import trainable
+from jaxrl_llm.models.attention import Visibility
+from jaxrl_llm.models.attention import attend
 from jaxrl_llm.models.config import tiny
 from jaxrl_llm.models.sharding import RULES
 from jaxrl_llm.models.sharding import constrain
@@ -208,7 +211,6 @@ def test_tensor_divides_the_inner_width():
 
 
 def test_attention_in_blocks_on_a_mesh_is_that_of_one_device():
-    """Blocks are cut along the tokens, so rows and heads stay where the mesh has them."""
     model = Transformer(tiny(num_kv_heads=4), rngs=nnx.Rngs(0), attention="xla")
     graphdef, state = nnx.split(model)
     tokens = jax.random.randint(jax.random.key(0), (4, 24), 0, 64)
@@ -222,3 +224,22 @@ def test_attention_in_blocks_on_a_mesh_is_that_of_one_device():
         got = jax.jit(jax.grad(loss))(shard(state, mesh), tokens)
     for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * max(1.0, float(jnp.abs(theirs).max())))
+
+
+@pytest.mark.parametrize("name", ["reference", "xla"])
+def test_attention_sends_nothing(name):
+    """Blocks are cut along the tokens, so rows and heads stay where the mesh has them, forward and backward."""
+    mesh = parse_mesh("data=2,tensor=4")
+
+    def array(shape, dtype, *axes):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
+
+    def loss(query, keys, values, see):
+        return jnp.sum(jnp.sin(attend(query, keys, values, see, implementation=name)))
+
+    query = array((4, 100, 8, 16), jnp.float32, "data", None, "tensor")
+    keys = array((4, 4, 100, 16), jnp.float32, "data", "tensor")
+    with jax.set_mesh(mesh):
+        step = jax.jit(jax.grad(loss, (0, 1, 2)))
+        text = step.lower(query, keys, keys, Visibility(array((4, 100), bool, "data"))).compile().as_text()
+    assert not re.search(r" (all-gather|all-reduce|collective-permute|all-to-all)(-start)?\(", text)

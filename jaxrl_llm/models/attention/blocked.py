@@ -73,7 +73,7 @@ def _queries_to_tiles(x: Float[Array, "B T H hd"], shared: int, size: int) -> Fl
     return tiles.reshape(*tiles.shape[:3], -1, width)
 
 
-def _tiles_to_queries(tiles: Float[Array, "n B KV bG hd"], shape: tuple[int, int, int, int], size: int) -> Array:
+def _tiles_to_queries(tiles: Float[Array, "n B KV bG hd"], shape: tuple[int, ...], size: int) -> Array:
     batch, length, heads, width = shape
     count, _, shared = tiles.shape[:3]
     x = tiles.reshape(count, batch, shared, size, heads // shared, width)
@@ -180,8 +180,8 @@ def backward(
         return (d_query, d_keys, d_values), None
 
     zeros = tuple(jnp.zeros(x.shape, wide) for x in (query, keys, values))
-    gradients, _ = jax.lax.scan(step, zeros, _pairs(count))
-    return gradients
+    (d_query, d_keys, d_values), _ = jax.lax.scan(step, zeros, _pairs(count))
+    return d_query, d_keys, d_values
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -205,8 +205,9 @@ def _forward(query, keys, values, visibility, precision, size):
 
 
 def _backward(precision, size, residuals, cotangent):
-    scale = residuals[0].shape[-1] ** -0.5
-    return (*pull(*residuals, cotangent, precision=precision, size=size, scale=scale), None)
+    query, keys, values, visibility, mixed, lse = residuals
+    how = {"precision": precision, "size": size, "scale": query.shape[-1] ** -0.5}
+    return (*pull(query, keys, values, visibility, mixed, lse, cotangent, **how), None)
 
 
 def pull(

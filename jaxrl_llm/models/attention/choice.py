@@ -22,7 +22,7 @@ DENSE_BYTES = 64 * 2**20
 
 
 def choose(
-    shape: tuple[int, int, int, int],
+    shape: tuple[int, ...],
     dtype: jnp.dtype | type,
     *,
     platform: str | None = None,

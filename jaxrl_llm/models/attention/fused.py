@@ -4,6 +4,8 @@ Both give zero for padding queries, whose gradient then reaches nobody.
 """
 
 from functools import partial
+from typing import Any
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +66,7 @@ def masked_attention(
     keys: Float[Array, "B KV T hd"],
     values: Float[Array, "B KV T hd"],
     visibility: Visibility,
-    implementation: str,
+    implementation: Literal["cudnn", "xla"],
 ) -> Float[Array, "B T H hd"]:
     """`jax.nn.dot_product_attention` under the visibility's mask, in whole tiles of 64 tokens."""
     length = query.shape[1]
@@ -77,7 +79,7 @@ def masked_attention(
         keys.swapaxes(1, 2),
         values.swapaxes(1, 2),
         mask=mask[:, None],
-        implementation=implementation,  # pyright: ignore[reportArgumentType]
+        implementation=implementation,
     )
     return _padding_made_zero(mixed[:, :length], visibility)
 
@@ -113,10 +115,10 @@ def splash_attention(
     scaled = _padded(_padded(query * jnp.asarray(width**-0.5, query.dtype), 1, size), 3, LANES)
     keys, values = (_padded(_padded(x, 2, size), 3, LANES) for x in (keys, values))
     if filled.prefixes is None:
-        mixed = _kernel(scaled, keys, values, own, own, (size, interpret), save=False)
+        mixed: Array = _kernel(scaled, keys, values, own, own, (size, interpret), save=False)
     else:
         apart = Visibility(filled.real, own, filled.prefixes)
-        mixed = _two_segments(scaled, keys, values, apart, (size, interpret))
+        mixed = jnp.asarray(_two_segments(scaled, keys, values, apart, (size, interpret)))
     return _padding_made_zero(mixed[:, :length, :, :width], visibility)
 
 
@@ -125,7 +127,7 @@ def splash_block(length: int) -> int:
     return next((size for size in SPLASH_BLOCKS if 8 * (-length % size) <= length), LANES)
 
 
-def _kernel(query, keys, values, of_query: Int[Array, "B T"], of_key: Int[Array, "B T"], how, save: bool):
+def _kernel(query, keys, values, of_query: Int[Array, "B T"], of_key: Int[Array, "B T"], how, save: bool) -> Any:
     """Result [B, T, H, hd], with `save` also the log-sums [B, H, T], of queries that are scaled already.
 
     `how` is the size of a block and whether to interpret.
@@ -139,7 +141,7 @@ def _kernel(query, keys, values, of_query: Int[Array, "B T"], of_key: Int[Array,
     kernel = splash.make_splash_mha_single_device(
         mask=mask, block_sizes=sizes, save_residuals=save, interpret=interpret
     )
-    found = jax.vmap(kernel)(query.swapaxes(1, 2), keys, values, splash.SegmentIds(q=of_query, kv=of_key))
+    found: Any = jax.vmap(kernel)(query.swapaxes(1, 2), keys, values, splash.SegmentIds(q=of_query, kv=of_key))
     return (found[0].swapaxes(1, 2), found[1][0]) if save else found.swapaxes(1, 2)
 
 
