@@ -61,7 +61,7 @@ def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Ta
     """A table of texts as they are: names and prompts are a user's, not markup."""
     table = Table(*head, title=title, title_justify="left")
     for row in rows:
-        table.add_row(*(escape(words.one_line(cell, 200)) for cell in row))
+        table.add_row(*(escape(words.one_line(cell, 400)) for cell in row))
     return table
 
 

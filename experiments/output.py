@@ -75,6 +75,9 @@ class Guarded(io.TextIOBase):
 @contextlib.contextmanager
 def guarded_output() -> Iterator[None]:
     """While entered, a closed standard output ends a run as SIGTERM does, and its last sentence goes to the errors."""
-    with contextlib.redirect_stdout(Guarded(sys.stdout, sys.stderr)):
-        yield
-        sys.stdout.flush()
+    guarded = Guarded(sys.stdout, sys.stderr)
+    with contextlib.redirect_stdout(guarded):
+        try:
+            yield
+        finally:
+            guarded.flush()

@@ -1,5 +1,6 @@
 """One run, one folder: `runs/<experiment>/<id>/`, what is in it, and how it is found again."""
 
+import contextlib
 import dataclasses
 import datetime
 import difflib
@@ -259,7 +260,7 @@ def find_run(text: str, runs: Path) -> RunFolder:
         if labels
         else f" There are no runs in {runs} yet."
     )
-    raise UserError(f"There is no run {text if len(text) <= 80 else text[:77] + '...'!r}.{hint}")
+    raise UserError(f"There is no run {text if len(text) <= 200 else text[:197] + '...'!r}.{hint}")
 
 
 def _git(*arguments: str) -> str | None:
@@ -321,6 +322,7 @@ def describe_environment(command: list[str]) -> dict[str, Any]:
 def unfinished_twin(runs: Path, experiment: str, settings: Mapping[str, Any]) -> RunFolder | None:
     """The newest run of the same experiment with the same settings that has no summary yet."""
     for run in reversed(all_runs(runs, experiment)):
-        if not run.summary.exists() and read_json(run.config)["settings"] == settings:
-            return run
+        with contextlib.suppress(UserError):
+            if not run.summary.exists() and read_config(run)["settings"] == settings:
+                return run
     return None

@@ -45,7 +45,7 @@ def run_all(experiment: Experiment | Study, arguments: RunArguments, command: Se
     if arguments.seeds and arguments.resume:
         raise UserError("Fields --seeds and --resume cannot be given together; the group that goes on has its seeds.")
     if arguments.dry_run:
-        return run_experiment(experiment, dataclasses.replace(arguments, id=arguments.id), command)
+        return run_experiment(experiment, arguments, command)
     if group is None:
         group = _new_group(experiment, arguments)
     return _run_group(experiment, arguments, group, command)
@@ -85,6 +85,8 @@ def _run_group(experiment: Experiment, arguments: TrainArguments, group: Group, 
             ended = run_experiment(experiment, own, command)
         except UserError as error:
             if not read_rows(run.path / "metrics.jsonl"):
+                if not any(group.run(each).config.exists() for each in group.seeds):
+                    group.path.unlink(missing_ok=True)
                 raise
             print(f"error: {error}", file=sys.stderr)
             ended = 2
