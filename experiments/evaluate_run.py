@@ -103,8 +103,8 @@ def evaluate_run(run: RunFolder, asked: EvaluateArguments) -> dict[str, Any]:
     drawn = None if sampling.greedy else _scores(saved, settings, task, sampling, asked.samples, asked.seed)
     rows = []
     for index, problem in enumerate(task.held_out()):
-        row = {"identity": problem.identity, "prompt": problem.prompt, "answer": problem.answer}
-        row[GREEDY] = greedy[index][0]
+        about = {"identity": problem.identity, "prompt": problem.prompt, "answer": problem.answer}
+        row: dict[str, Any] = about | {GREEDY: greedy[index][0]}
         if drawn is not None:
             row["sampled"] = {name: sum(score[name] for score in drawn[index]) for name in SCORINGS}
         rows.append(row)

@@ -308,9 +308,12 @@ def test_ids_in_each_of_the_forms() -> None:
 
 
 def test_settings_that_cannot_be() -> None:
-    settings = dataclasses.replace(SETTINGS, sampling=SamplingSettings(temperature=0.5))
-    with pytest.raises(ValueError, match="reports log-probs before temperature and truncation"):
-        OpenAIEngine("http://127.0.0.1/v1", "m", settings, vocab_size=10, tokenizer=None)
+    for sampling in (SamplingSettings(temperature=0.5), SamplingSettings(top_k=5)):
+        settings = dataclasses.replace(SETTINGS, sampling=sampling)
+        with pytest.raises(
+            ValueError, match=r"reports log-probs before temperature and truncation.* without top_k, top_p"
+        ):
+            OpenAIEngine("http://127.0.0.1/v1", "m", settings, vocab_size=10, tokenizer=None)
     with pytest.raises(ValueError, match="attempts must be at least 1, got 0"):
         engine_of("http://127.0.0.1/v1", attempts=0)
     with pytest.raises(ValueError, match="scoring is 'guess'; expected 'echo' or 'forced'"):

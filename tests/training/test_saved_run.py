@@ -1,5 +1,6 @@
 """A run's folder as a model again: the weights of a checkpoint bit for bit, and the sentences for what is missing."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -8,17 +9,24 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 from jaxrl_llm import load_run
 from jaxrl_llm.models import merge_lora
 from jaxrl_llm.models import trainable
+from jaxrl_llm.models.pretrained import smollm2_135m
 from jaxrl_llm.models.tokenizers import ByteTokenizer
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.models.weights import load_hf
 from jaxrl_llm.models.weights import save_hf
+from jaxrl_llm.training import Checkpoints
+from jaxrl_llm.training import Progress
 from jaxrl_llm.training import StorageError
+from jaxrl_llm.training import TrainState
+from jaxrl_llm.training import split_policy
+from jaxrl_llm.training import state_hash
 from jaxrl_llm.training import train
 from jaxrl_llm.training.saved_run import write_model
 
@@ -100,6 +108,24 @@ def test_a_tokenizer_without_a_source_is_kept_in_the_folder(tiny_run, tmp_path: 
     parts, tokenizer = tiny_run.make_parts(layers=1), ByteTokenizer(specials=("<|new|>",))
     write_model(tmp_path, parts.model, parts.trainable, tokenizer, source=None, seed=0)
     assert load_run(tmp_path, step=0).tokenizer.encode("a<|new|>") == [97, 259]
+
+
+def test_smollm2_is_taken_from_its_package_again(tmp_path: Path) -> None:
+    """Its checkpoint is written without training: adapters of the top layer, moved by a hundredth."""
+    choice = trainable.lora(2, top=1)
+    model, tokenizer = smollm2_135m()
+    model = choice.prepare(model, rngs=nnx.Rngs(0))
+    write_model(tmp_path, model, choice, tokenizer, source="smollm2_135m")
+    _, params, frozen = split_policy(model, choice)
+    params = jax.tree.map(lambda leaf: leaf + 0.01, params)
+    with contextlib.closing(Checkpoints(tmp_path / "checkpoints")) as checkpoints:
+        state = TrainState.create(params, optax.sgd(0.1), seed=0)
+        checkpoints.save(state, Progress(step=7, settings={"recipe": "trm"}, frozen_hash="", file_bytes={}))
+    run = load_run(tmp_path)
+    assert (run.step, run.settings) == (7, {"recipe": "trm"})
+    assert run.tokenizer.encode("Sum: 1 + 1 =") == tokenizer.encode("Sum: 1 + 1 =")
+    learned, rest = choice.partition(nnx.state(run.model))
+    assert (state_hash(learned), state_hash(rest)) == (state_hash(params), state_hash(frozen))
 
 
 def test_adapters_are_still_beside_the_matrices(trained) -> None:
