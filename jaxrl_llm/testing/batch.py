@@ -145,7 +145,7 @@ def make_batch(
         jnp.asarray(advantages, dtype),
         *logits,
         *[empty] * 8,
-        jnp.asarray(np.where(response_mask, steps, -1), jnp.int32),
+        step_ids=jnp.asarray(np.where(response_mask, steps, -1), jnp.int32),
     )
     return with_policies(batch, *logits)
 
