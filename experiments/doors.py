@@ -20,26 +20,24 @@ from jaxrl_llm.objectives.recipes import CHOICES
 from jaxrl_llm.rollouts import engines
 from jaxrl_llm.rollouts.perturb.perturbation import WITH_STRENGTH
 from jaxrl_llm.rollouts.perturb.perturbation import WITHOUT_STRENGTH
+from jaxrl_llm.training import OBJECTIVES
 
 Function = Callable[..., Any]
 MEMBERS = ("name", "stop", "train", "held_out", "score")
 """What a task has."""
 
-OBJECTIVES: Mapping[str, Function] = {}
-"""Objectives besides recipes by name; the one place where those of jaxrl_llm.training are put."""
-
 SIGNALS: Mapping[str, Function] = {}
 """Signals besides the rules of recipes (their field `advantage`) by name; the one place where they are put."""
 
 
-def find_objective(text: str) -> Function:
-    """The objective of that name, or the user's own: a function of a `jaxrl_llm.testing.Batch`.
+def find_objective(text: str) -> Function | str:
+    """The name of an objective of `jaxrl_llm.training`, or the user's own: a function of a `jaxrl_llm.testing.Batch`.
 
     Raises:
         UserError: there is none.
     """
     if text in OBJECTIVES:
-        return OBJECTIVES[text]
+        return text
     if text in RECIPES:
         raise UserError(f"Field --objective is {text!r}, which is a recipe; use --recipe {text}.")
     return load_function(text, "objective", OBJECTIVES)
@@ -112,7 +110,7 @@ def signal_table() -> list[tuple[str, str]]:
 def objective_table() -> list[tuple[str, str]]:
     """(name, what it is) of each objective besides the recipes."""
     own = ("my_module:my_loss", "your own: a function of a jaxrl_llm.testing.Batch to (sum, count) or a scalar")
-    return [*((name, _sentence(objective)) for name, objective in OBJECTIVES.items()), own]
+    return [*((name, objective.about) for name, objective in OBJECTIVES.items()), own]
 
 
 def task_table() -> list[tuple[str, str]]:
@@ -134,8 +132,8 @@ def mismatch_table() -> list[tuple[str, str]]:
 
 def engine_table() -> list[tuple[str, str]]:
     """(name, what it is) of each engine that can sample."""
-    kinds = (engines.JaxEngine, engines.LlamaCppEngine, engines.OpenAIEngine)
-    return [(kind.__name__, _sentence(kind)) for kind in kinds]
+    kinds = {"jax": engines.JaxEngine, "llama_cpp": engines.LlamaCppEngine, "openai": engines.OpenAIEngine}
+    return [(name, _sentence(kind)) for name, kind in kinds.items()]
 
 
 def _sentence(thing: Any) -> str:

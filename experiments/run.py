@@ -40,6 +40,9 @@ from experiments.settings import RunSettings
 from experiments.settings import changed_settings
 from experiments.settings import difference
 from experiments.settings import flat_settings
+from experiments.sources import open_collector
+from experiments.sources import open_sampler
+from experiments.sources import open_teacher
 from experiments.study import Study
 from experiments.study import damaged_parts
 from experiments.study import ending
@@ -174,9 +177,10 @@ def _train(
         print("\n".join(sentences(check)))
     evaluate = HeldOutEvaluation(run, task, answerer, arguments.settings.train.steps)
     try:
-        with progress() as reporter:
+        sources = open_sampler(arguments.settings.sources, parts, arguments.settings.train)
+        with sources as sampler, progress() as reporter:
             outcome = train(
-                parts,
+                dataclasses.replace(parts, sampler=sampler),
                 arguments.settings.train,
                 run.path,
                 evaluate=evaluate,
@@ -253,7 +257,7 @@ class Doors:
     recipe: Recipe
     trainable: Trainable
     perturbation: Perturbation
-    objective: Callable[..., Any] | None
+    objective: Callable[..., Any] | str | None
     signal: Callable[..., Any] | None
     check: dict[str, Any] | None
 
@@ -268,12 +272,17 @@ def open_doors(experiment: Experiment, settings: RunSettings) -> Doors:
     settings.check_mesh()
     settings.check_schedule()
     objective, signal = settings.get_objective(), settings.get_signal()
-    known = {field.name for field in dataclasses.fields(Parts)}
-    for name, given in (("objective", objective), ("signal", signal)):
-        if given is not None and name not in known:
-            raise UserError(f"Field --{name}: this version of jaxrl_llm trains by recipes only.")
+    settings.sources.check()
+    if (
+        settings.sources.preferences
+        and settings.objective not in ("dpo", "ipo")
+        and not is_own(settings.objective or "")
+    ):
+        raise UserError("Field --preferences: pairs are learned by --objective dpo or ipo, or one of your own.")
+    if settings.sources.demonstrations and objective is None:
+        raise UserError("Field --demonstrations: they are learned by --objective nll, distil_forward, ... or your own.")
     check = None
-    if objective is not None and settings.objective is not None and is_own(settings.objective):
+    if callable(objective) and settings.objective is not None:
         check = examine(settings.objective, objective)
     return Doors(
         task=settings.get_task(),
@@ -298,19 +307,22 @@ def _prepare(
     try:
         doors = open_doors(experiment, settings)
         model, tokenizer = experiment.build(settings)
-        model = doors.trainable.prepare(model, rngs=nnx.Rngs(settings.train.seed))
-        given = settings.get_layout(model.config) | {"objective": doors.objective, "signal": doors.signal}
+        model, mesh = settings.laid_out(model)
         parts = Parts(
-            model=model,
+            model=doors.trainable.prepare(model, rngs=nnx.Rngs(settings.train.seed)),
             trainable=doors.trainable,
             tokenizer=tokenizer,
             task=doors.task,
+            collector=open_collector(settings.sources, tokenizer, settings.train),
             recipe=doors.recipe,
+            objective=doors.objective,
+            signal=doors.signal,
+            teacher=open_teacher(settings.sources, tokenizer),
+            mesh=mesh,
             perturbation=doors.perturbation,
-            **{name: value for name, value in given.items() if value is not None},
         )
         return doors.task, parts, HeldOutAnswerer(parts, doors.task, settings.train), doors.check
-    except (ValueError, OSError, ModuleNotFoundError, UserError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, TrainingError, UserError) as error:
         _remove_if_new(run)
         raise error if isinstance(error, UserError) else UserError(str(error)) from error
 

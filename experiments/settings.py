@@ -8,11 +8,14 @@ from collections.abc import Mapping
 from typing import Any
 from typing import Literal
 
+from jax.sharding import Mesh
+
 from experiments import doors
 from experiments.fields import NAMED
 from experiments.fields import attribute_sentences
 from experiments.fields import flat_values
 from experiments.ranges import NOT_NEGATIVE
+from experiments.ranges import POSITIVE
 from experiments.ranges import RATE
 from experiments.ranges import SEED
 from experiments.ranges import SHARE
@@ -22,10 +25,13 @@ from experiments.ranges import Range
 from experiments.ranges import Ranges
 from experiments.ranges import check_number
 from experiments.run_folder import UserError
+from experiments.sources import SourceSettings
 from jaxrl_llm.environments import Task
-from jaxrl_llm.models import sharding
+from jaxrl_llm.models import Transformer
 from jaxrl_llm.models import trainable as choices
-from jaxrl_llm.models.config import TransformerConfig
+from jaxrl_llm.models.dtypes import cast_model
+from jaxrl_llm.models.dtypes import parse_dtype
+from jaxrl_llm.models.sharding import parse_mesh
 from jaxrl_llm.models.trainable import Trainable
 from jaxrl_llm.objectives import Recipe
 from jaxrl_llm.objectives import get_recipe
@@ -85,6 +91,7 @@ class RunSettings:
         mismatch_strength: scale of the noise, temperature, top_p or top_k; the usual one where None.
         dtype: in which the model computes; that of its file where None.
         mesh: devices that share the work, as data=2,fsdp=1,tensor=1; one device where None.
+        sources: where experience comes from.
         train: sizes, sampling, optimiser and update.
     """
 
@@ -101,6 +108,7 @@ class RunSettings:
     mismatch_strength: float | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
     mesh: str | None = None
+    sources: SourceSettings = dataclasses.field(default_factory=SourceSettings)
     train: TrainSettings = dataclasses.field(default_factory=TrainSettings)
 
     def get_task(self) -> Task:
@@ -126,7 +134,7 @@ class RunSettings:
         except ValueError as error:
             raise UserError(f"Field --recipe{'-settings' if changes else ''}: {error}") from error
 
-    def get_objective(self) -> Callable[..., Any] | None:
+    def get_objective(self) -> Callable[..., Any] | str | None:
         """The objective that is used instead of the recipe's loss, if one is.
 
         Raises:
@@ -188,24 +196,15 @@ class RunSettings:
         except ValueError as error:
             raise UserError(f"Field --warmup-steps: {error}") from error
 
-    def get_layout(self, config: TransformerConfig) -> dict[str, Any]:
-        """Fields of `Parts` that say where and in which numbers the model computes; None where it is as always.
-
-        Args:
-            config: of the model.
+    def laid_out(self, model: Transformer) -> tuple[Transformer, Mesh | None]:
+        """The model in the dtype that was asked for, and the devices that share the work.
 
         Raises:
-            UserError: the mesh does not fit the model or the machine, or this version has no such settings.
+            UserError: the mesh does not fit the model or the machine.
         """
-        if self.mesh is None and self.dtype is None:
-            return {}
-        if not hasattr(sharding, "parse_dtype"):
-            raise UserError("Fields --dtype and --mesh: this version of jaxrl_llm has float32 on one device only.")
         try:
-            return {
-                "mesh": None if self.mesh is None else sharding.make_mesh(self.mesh, config),  # pyright: ignore
-                "decode_dtype": None if self.dtype is None else sharding.parse_dtype(self.dtype),  # pyright: ignore
-            }
+            mesh = None if self.mesh is None else parse_mesh(self.mesh, model.config)
+            return (model if self.dtype is None else cast_model(model, parse_dtype(self.dtype))), mesh
         except ValueError as error:
             raise UserError(f"Fields --dtype and --mesh: {error}") from error
 
@@ -240,6 +239,13 @@ RUN_RANGES: Ranges = {
     "stop_after_skipped": SIZE,
     "bounds_every": Range(0, 1_000_000),
     "score_rows": Range(0, 1_000_000),
+    "critic_learning_rate": RATE,
+    "value_clip": POSITIVE,
+    "ahead": Range(0, 64),
+    "replay": Range(1, 64),
+    "episodes_every": Range(0, 1_000_000),
+    "engine_slots": Range(1, 256),
+    "engine_threads": Range(1, 1024),
 }
 """What the fields of `RunSettings` may be, by name. Those of a recipe must be finite here; the rest says the recipe."""
 

@@ -25,6 +25,8 @@ from jaxrl_llm.training.text.loop import OpenWriters as OpenWriters
 from jaxrl_llm.training.text.loop import Outcome as Outcome
 from jaxrl_llm.training.text.loop import train as train
 from jaxrl_llm.training.text.minibatches import UpdateSettings as UpdateSettings
+from jaxrl_llm.training.text.objective import OBJECTIVES as OBJECTIVES
+from jaxrl_llm.training.text.objective import Objective as Objective
 from jaxrl_llm.training.text.policy import Policy as Policy
 from jaxrl_llm.training.text.policy import split_policy as split_policy
 from jaxrl_llm.training.text.settings import Parts as Parts

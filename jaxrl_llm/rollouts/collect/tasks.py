@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import asdict
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from jaxrl_llm.rollouts.collect.protocol import PolicySnapshot
 from jaxrl_llm.rollouts.collect.samplers import Sampler
 from jaxrl_llm.rollouts.generate import Rollout
 from jaxrl_llm.trajectory import single_step
+from jaxrl_llm.typing import Bool
 from jaxrl_llm.typing import PRNGKey
 
 
@@ -83,6 +85,8 @@ class TaskCollector:
         task = self.curriculum.task(level)
         problems = task.train(self._seed, step, self._shape.groups)
         rollout = self.sampler.sample(policy, *self._encoded(problems), key, step)
+        ended = (np.isin(rollout.tokens, self._end_ids) & np.asarray(rollout.response_mask)).any(axis=1)
+        rollout, ended = self._cut_at_stop(rollout, ended, task.stop)
         scores, texts = self._score(task, problems, rollout)
         rewards = np.array([score.reward for score in scores], np.float32)
         trajectories = single_step(
@@ -91,7 +95,7 @@ class TaskCollector:
             rollout.response_mask,
             group_ids=rollout.group_ids,
             outcomes=rewards,
-            ended=(np.isin(rollout.tokens, self._end_ids) & rollout.response_mask).any(axis=1),
+            ended=ended,
             log_prob_behaviour=rollout.log_prob_behaviour,
             version=policy.version,
         )
@@ -119,6 +123,31 @@ class TaskCollector:
             return self._tokenizer.encode_batch([problem.prompt for problem in problems], length=length)
         except ValueError as error:
             raise ValueError(f"prompt_length is {length}, which does not do: {error}") from error
+
+    def _cut_at_stop(
+        self, rollout: Rollout, ended: Bool[np.ndarray, " B"], stop: str
+    ) -> tuple[Rollout, Bool[np.ndarray, " B"]]:
+        """Answers end where the stop text does, whichever tokens it is spread over; what follows was never asked for,
+        so it is neither scored nor learned.
+        """
+        if not stop or ended.all():
+            return rollout, ended
+        mask, tokens, ended = np.array(rollout.response_mask), np.asarray(rollout.tokens), ended.copy()
+        for row in np.flatnonzero(~ended):
+            columns = np.flatnonzero(mask[row])
+            ids = tokens[row, columns].tolist()
+            if stop not in self._tokenizer.decode(ids):
+                continue
+            # Growing texts contain the stop from some length on; the shortest of them is the answer.
+            low, high = 1, len(ids)
+            while low < high:
+                middle = (low + high) // 2
+                low, high = (low, middle) if stop in self._tokenizer.decode(ids[:middle]) else (middle + 1, high)
+            mask[row, columns[low:]], ended[row] = False, True
+        real = np.asarray(rollout.token_mask) & (mask | ~np.asarray(rollout.response_mask))
+        log_probs = np.where(mask, rollout.log_prob_behaviour, np.float32(0))
+        changed: dict[str, Any] = {"response_mask": mask, "token_mask": real, "log_prob_behaviour": log_probs}
+        return replace(rollout, **changed), ended
 
     def _score(self, task: Task, problems: Sequence[Problem], rollout: Rollout) -> tuple[list[Score], Sequence[str]]:
         """Decode the answers and score them."""

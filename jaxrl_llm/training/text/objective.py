@@ -61,6 +61,7 @@ class Objective(NamedTuple):
         loss: (batch, extras) -> the loss as (sum, count), with metrics as such pairs.
         log_min_p: threshold of the safe set that the policy is renormalised on; None for the whole vocabulary.
         compares_rows: whether it compares the rows of a group, so that a group must stay together.
+        about: one line for a list.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Objective(NamedTuple):
     loss: Callable[[Batch, Extras], LossTerms]
     log_min_p: float | None = None
     compares_rows: bool = False
+    about: str = ""
 
     @property
     def reads_reference(self) -> bool:
@@ -194,16 +196,26 @@ def _reverse(batch: Batch, extras: Extras) -> LossTerms:
 
 _PAIRS = frozenset({"log_prob_ref", "group_ids", "rewards"})
 
-OBJECTIVES = {
-    "nll": Objective("nll", frozenset({"log_prob"}), _nll),
-    "dpo": Objective("dpo", _PAIRS, _preference(dpo), compares_rows=True),
-    "ipo": Objective("ipo", _PAIRS, _preference(ipo), compares_rows=True),
-    "distil_forward": Objective("distil_forward", frozenset({"kl_from_ref_t", "log_prob_ref"}), _forward),
-    "distil_reverse": Objective("distil_reverse", frozenset({"kl_ref_t", "log_prob_ref"}), _reverse),
-}
-"""Objectives that are no policy gradient, by name: imitation of what the collector brought (`nll`), preferences against
-a reference (`dpo`, `ipo`), and exact KL to a teacher at what the collector brought (KL(teacher || policy), and the
-other way round)."""
+_KINDS = (
+    Objective("nll", frozenset({"log_prob"}), _nll, about="negative log-likelihood of what the collector brought"),
+    Objective("dpo", _PAIRS, _preference(dpo), compares_rows=True, about="direct preference optimisation of pairs"),
+    Objective("ipo", _PAIRS, _preference(ipo), compares_rows=True, about="identity preference optimisation of pairs"),
+    Objective(
+        "distil_forward",
+        frozenset({"kl_from_ref_t", "log_prob_ref"}),
+        _forward,
+        about="exact KL(teacher || policy) at the contexts that the collector brought",
+    ),
+    Objective(
+        "distil_reverse",
+        frozenset({"kl_ref_t", "log_prob_ref"}),
+        _reverse,
+        about="exact KL(policy || teacher) at the contexts that the collector brought",
+    ),
+)
+
+OBJECTIVES = {objective.name: objective for objective in _KINDS}
+"""Objectives that are no policy gradient, by name."""
 
 
 def get_objective(given: "str | Callable[[Batch], Any] | Objective | None", recipe: Recipe) -> Objective:

@@ -136,6 +136,6 @@ class Parts:
 
 
 def end_tokens(tokenizer: Tokenizer, stop: str) -> tuple[int, ...]:
-    """The tokens that end an answer: the tokenizer's end token, and `stop` where that is one token."""
+    """The tokens that end an answer: all end tokens of the tokenizer, and `stop` where that is one token."""
     ids = tokenizer.encode(stop, add_special_tokens=False) if stop else []
-    return (tokenizer.eos_id, *ids) if len(ids) == 1 and ids[0] != tokenizer.eos_id else (tokenizer.eos_id,)
+    return tuple(dict.fromkeys((*tokenizer.eos_ids, *(ids if len(ids) == 1 else ()))))

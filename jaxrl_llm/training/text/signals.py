@@ -119,8 +119,10 @@ def _example() -> SignalInputs:
     rewards = jnp.asarray([0.0, 1.0, 0.5, 1.0])
     last = jnp.asarray(np.arange(columns) == np.array([[0], [2], [1], [2]]))
     ids = jnp.where(mask, 0, -1)
-    log_probs = {name: token(-2, -0.1) for name in ("log_prob_old", "log_prob_behaviour", "log_prob_ref")}
-    others = {name: token(0.1, 0.9) for name in ("entropy", "collision", "kl_ref_t", "values")}
+    log_probs: dict[str, Any] = {
+        name: token(-2, -0.1) for name in ("log_prob_old", "log_prob_behaviour", "log_prob_ref")
+    }
+    others: dict[str, Any] = {name: token(0.1, 0.9) for name in ("entropy", "collision", "kl_ref_t", "values")}
     return SignalInputs(
         response_mask=mask,
         rewards=rewards,
@@ -134,7 +136,7 @@ def _example() -> SignalInputs:
     )
 
 
-def returned(result: Any, shape: tuple[int, int], name: str) -> tuple[np.ndarray, np.ndarray]:
+def returned(result: Any, shape: tuple[int, ...], name: str) -> tuple[np.ndarray, np.ndarray]:
     """Advantages and weights, each `[B, R]`, of what a signal returned.
 
     Raises:
@@ -176,7 +178,7 @@ def signal_inputs(
     """
     steps = int(np.max(trajectories.step_ids, initial=0)) + 1
     behaviour = trajectories.log_prob_behaviour
-    columns = {
+    columns: dict[str, Any] = {
         "response_mask": actions.mask,
         "rewards": np.asarray(trajectories.returns, np.float32),
         "rewards_t": actions.take(trajectories.rewards),
@@ -188,10 +190,10 @@ def signal_inputs(
         **scored,
     }
     # Steps to a power of two: few programs.
-    return SignalInputs(
-        **{name: None if column is None else jnp.asarray(column[sound]) for name, column in columns.items()},
-        steps=1 << (steps - 1).bit_length(),
-    )
+    chosen: dict[str, Any] = {
+        name: None if column is None else jnp.asarray(column[sound]) for name, column in columns.items()
+    }
+    return SignalInputs(**chosen, steps=1 << (steps - 1).bit_length())
 
 
 def sound_advantages(
