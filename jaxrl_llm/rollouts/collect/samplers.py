@@ -151,12 +151,14 @@ class PolicySampler:
         step: int,
     ) -> Rollout:
         """See `Sampler.sample`."""
-        prompts = (spread(jnp.asarray(array), self._mesh) for array in (prompt_tokens, prompt_mask))
+        tokens, mask = (spread(jnp.asarray(array), self._mesh) for array in (prompt_tokens, prompt_mask))
         weights = policy.state if self._perturb is None else self._perturb(policy.state)
         # Noise of its own for every step: the weights that a real engine rounds are others after each update.
         noise_key = jax.random.fold_in(jax.random.fold_in(key, NOISE), step)
         order = jnp.arange(len(prompt_tokens))
-        rollout = self._generate(weights, *prompts, jax.random.fold_in(key, SAMPLING), step, order, noise_key=noise_key)
+        rollout = self._generate(
+            weights, tokens, mask, jax.random.fold_in(key, SAMPLING), step, order, noise_key=noise_key
+        )
         return jax.device_get(rollout)
 
 

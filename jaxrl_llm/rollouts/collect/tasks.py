@@ -90,13 +90,13 @@ class TaskCollector:
         scores, texts = self._score(task, problems, rollout)
         rewards = np.array([score.reward for score in scores], np.float32)
         trajectories = single_step(
-            rollout.tokens,
-            rollout.token_mask,
-            rollout.response_mask,
-            group_ids=rollout.group_ids,
+            np.asarray(rollout.tokens),
+            np.asarray(rollout.token_mask),
+            np.asarray(rollout.response_mask),
+            group_ids=np.asarray(rollout.group_ids),
             outcomes=rewards,
             ended=ended,
-            log_prob_behaviour=rollout.log_prob_behaviour,
+            log_prob_behaviour=np.asarray(rollout.log_prob_behaviour),
             version=policy.version,
         )
         right = np.array([score.lenient for score in scores])

@@ -13,6 +13,7 @@ Nothing outside this module knows the form of a row: the states that predict the
 """
 
 import dataclasses
+from typing import Any
 from typing import NamedTuple
 
 import jax
@@ -118,7 +119,7 @@ class Arrangement(NamedTuple):
     """Rows, and where each sequence of the batch stands in them.
 
     Attributes:
-        rows: arrays on the host.
+        rows: what the model reads.
         sequences: [n, S] the batch's row of each sequence, -1 where there is none.
         homes: [B] row * S + sequence, of each row of the batch.
         padded_share: share of the computed tokens that are padding.
@@ -229,7 +230,8 @@ def pack(
 
     positions = np.maximum(np.cumsum(token_mask, axis=1, dtype=np.int32) - 1, 0)
     targets = tokens[:, prompt:].reshape(count, -1)
-    return Rows(rows(tokens), rows(token_mask), rows(positions), targets, None, None, None, None, layout)
+    columns = (jnp.asarray(array) for array in (rows(tokens), rows(token_mask), rows(positions), targets))
+    return Rows(*columns, None, None, None, None, layout)
 
 
 def _in_packed_rows(
@@ -273,17 +275,8 @@ def _in_packed_rows(
                 order[row, number], homes[index] = index, row * sequences + number
                 start, number, slot = start + len(ids), number + 1, slot + len(where)
             segment += 1
-    rows = Rows(
-        columns["tokens"],
-        mask,
-        columns["positions"],
-        targets,
-        columns["segments"],
-        columns["prefixes"],
-        sources,
-        places,
-        layout,
-    )
+    arrays: dict[str, Any] = {**columns, "token_mask": mask, "targets": targets, "sources": sources, "places": places}
+    rows = Rows(**{name: jnp.asarray(array) for name, array in arrays.items()}, layout=layout)
     return Arrangement(rows, order, homes, 1 - float(mask.mean()))
 
 

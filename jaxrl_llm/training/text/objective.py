@@ -127,7 +127,7 @@ def callable_objective(function: Callable[[Batch], Any], name: str | None = None
         TypeError: it returns something else.
         ValueError: it cannot be traced, or reads a field that training never makes.
     """
-    name = name or getattr(function, "__name__", type(function).__name__)
+    name = str(name or getattr(function, "__name__", type(function).__name__))
     needs = fields_read(function, name)
     for field in NEVER_MADE:
         if field in needs:

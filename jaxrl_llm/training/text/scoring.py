@@ -184,6 +184,7 @@ class Scorer:
             )
             found = (stats.log_prob, stats.kl_reverse, stats.kl, stats.total_variation)
             first, *rest = (leaf for leaf in found if leaf is not None)
+            assert log_prob_mu is not None
             return Shift(first - log_prob_mu, *rest)
 
         return self._in_chunks(shift, batch)
