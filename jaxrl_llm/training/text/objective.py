@@ -10,6 +10,7 @@ from typing import Any
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import Literal
 
 from jaxrl_llm.checks import require_choice
@@ -61,6 +62,7 @@ class Objective(NamedTuple):
         loss: (batch, extras) -> the loss as (sum, count), with metrics as such pairs.
         log_min_p: threshold of the safe set that the policy is renormalised on; None for the whole vocabulary.
         compares_rows: whether it compares the rows of a group, so that a group must stay together.
+        per_sequence: whether it reads one advantage per sequence, `[B]`, instead of one per token, `[B, R]`.
         about: one line for a list.
     """
 
@@ -69,6 +71,7 @@ class Objective(NamedTuple):
     loss: Callable[[Batch, Extras], LossTerms]
     log_min_p: float | None = None
     compares_rows: bool = False
+    per_sequence: bool = False
     about: str = ""
 
     @property
@@ -144,7 +147,25 @@ def callable_objective(function: Callable[[Batch], Any], name: str | None = None
             total = total * count
         return LossTerms((total, count), general_metrics(batch))
 
-    return Objective(name, needs, loss, compares_rows="group_ids" in needs)
+    per_sequence = "advantages" in needs and not _takes_tokens(function)
+    return Objective(name, needs, loss, compares_rows="group_ids" in needs, per_sequence=per_sequence)
+
+
+def _takes_tokens(function: Callable[[Batch], Any]) -> bool:
+    """Whether one advantage per token means the same to a loss as one per sequence. `advantages[:, None]`, say, makes
+    something else of it, often without an error.
+    """
+    batch = example_batch()
+    spread = jnp.broadcast_to(batch.advantages[:, None], batch.response_mask.shape)
+    try:
+        of_sequences = as_pair(function(batch))
+    except (TypeError, ValueError):
+        return True
+    try:
+        of_tokens = as_pair(function(batch._replace(advantages=spread)))
+    except (TypeError, ValueError):
+        return False
+    return bool(jnp.allclose(jnp.stack(of_tokens), jnp.stack(of_sequences), rtol=1e-4))
 
 
 def fields_read(function: Callable[[Batch], Any], name: str) -> frozenset[str]:
@@ -152,9 +173,18 @@ def fields_read(function: Callable[[Batch], Any], name: str) -> frozenset[str]:
 
     Raises:
         TypeError: it returns neither a floating scalar nor a pair of them.
-        ValueError: it cannot be traced.
+        ValueError: it cannot be traced, with one advantage per sequence or per token.
     """
-    batch = example_batch()
+    try:
+        return _fields_read(function, name, example_batch())
+    except ValueError as error:
+        try:
+            return _fields_read(function, name, example_batch(advantages="token"))
+        except ValueError:
+            raise error from None
+
+
+def _fields_read(function: Callable[[Batch], Any], name: str, batch: Batch) -> frozenset[str]:
     try:
         closed = jax.make_jaxpr(lambda batch: as_pair(function(batch)))(batch)
     except TypeError as error:

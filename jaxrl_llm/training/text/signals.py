@@ -202,12 +202,15 @@ def sound_advantages(
     actions: Actions,
     scored: Mapping[str, Float[np.ndarray, "B R"] | None],
     sound: Bool[np.ndarray, " B"],
+    *,
+    per_sequence: bool = False,
 ) -> tuple[Float[np.ndarray, "B R"], Float[np.ndarray, "B R"], Float[np.ndarray, "B R"] | None]:
     """Advantages, weights and value targets of the sound rows; 0 for the others, which are compared with nothing.
 
     Args:
         signal: how they are made.
         trajectories, actions, scored, sound: as for `signal_inputs`.
+        per_sequence: whether the objective reads one advantage per sequence.
 
     Raises:
         ValueError: the signal returned something else, or an advantage of a chosen token that is not finite.
@@ -217,7 +220,13 @@ def sound_advantages(
     targets = None if signal.targets is None else np.zeros(shape, np.float32)
     if sound.any():
         some = signal_inputs(trajectories, actions, scored, sound)
-        given, weighed = returned(signal.advantages(some), some.response_mask.shape, signal.name)
+        result = signal.advantages(some)
+        given, weighed = returned(result, some.response_mask.shape, signal.name)
+        if per_sequence and any(np.ndim(part) > 1 for part in (result if isinstance(result, tuple) else (result,))):
+            raise ValueError(
+                f"the signal {signal.name!r} gives one advantage per token, and the objective reads one per sequence "
+                "(as advantages[:, None] does); let it take either, or use another signal."
+            )
         mask = np.asarray(some.response_mask)
         broken = ~np.isfinite(np.where(mask, given * weighed, 0))
         if broken.any():

@@ -247,7 +247,8 @@ class Trainer:
         batch, heads = self._with_behaviour(state, batch, heads)
         batch, heads = self._with_reference(batch, heads)
         scored = self._scored(state, arrangement, scores, batch, heads)
-        signal = sound_advantages(self.signal, trajectories, actions, scored, finite.rows)
+        each = self.objective.per_sequence
+        signal = sound_advantages(self.signal, trajectories, actions, scored, finite.rows, per_sequence=each)
         advantages, weights, targets = signal
         # Every surrogate is homogeneous in its advantage, so a weight >= 0 of its loss can stand in it.
         batch = dataclasses.replace(batch, advantages=placed(advantages * weights))

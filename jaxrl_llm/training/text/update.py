@@ -176,7 +176,8 @@ def micro_batch_loss(
         "response_mask": flat(batch.response_mask),
         "group_ids": flat(batch.group_ids),
         "rewards": flat(batch.rewards),
-        "advantages": flat(batch.advantages),
+        # The first chosen token has the advantage of its sequence, where sequences have one.
+        "advantages": flat(batch.advantages[..., 0] if objective.per_sequence else batch.advantages),
         **dict.fromkeys(NEVER_MADE),
         "log_prob": flat(first.log_prob),
         "log_prob_old": flat(batch.log_prob_old),
@@ -281,7 +282,7 @@ class Update:
             terms, hidden = micro_batch_loss(
                 self._policy, self._objective, model, some, heads, fraction=1.0 / count, **self._static
             )
-            if self._critic is None or some.value_targets is None:
+            if self._critic is None or not jax.tree.leaves(critic):
                 return terms.loss[0], Sums(terms, None)
             # The critic's gradient ends at the states, so one backward pass serves both.
             value, explained = self._critic.loss(critic, jax.lax.stop_gradient(hidden), some)
