@@ -28,6 +28,8 @@ from experiments.run_folder import UserError
 from experiments.study import Study
 from experiments.study import read_results
 from experiments.style import Picture
+from jaxrl_llm.redaction import redact
+from jaxrl_llm.redaction import redact_setting
 
 TEMPLATES = Path(__file__).parent / "templates"
 SHOWN_SAMPLES = 12
@@ -97,10 +99,10 @@ def report_context(record: Record, pictures: Mapping[str, Picture]) -> dict[str,
 
 
 def _frame(record: Record) -> dict[str, Any]:
-    """What every report shows: settings and machine."""
+    """What every report shows: settings and machine, without the secrets that an older run may have written down."""
     return {
-        "settings": [(name, str(value)) for name, value in record.settings.items()],
-        "environment": [(name, str(value)) for name, value in _flat(record.environment)],
+        "settings": [(name, str(redact_setting(name, value))) for name, value in record.settings.items()],
+        "environment": [(name, redact(str(value))) for name, value in _flat(record.environment)],
     }
 
 

@@ -1,13 +1,16 @@
 """Secrets in sentences, command lines and settings: what is hidden, and what is left alone."""
 
 import base64
+import dataclasses
 import json
 import time
+import types
 import urllib.parse
 
 import pytest
 
 from experiments import cli
+from experiments.report import _frame
 from experiments.run import _write_down
 from experiments.run_folder import RunFolder
 from experiments.run_folder import UserError
@@ -132,8 +135,6 @@ def test_settings():
 
 
 def test_a_run_writes_no_secret_down(tmp_path):
-    import dataclasses
-
     @dataclasses.dataclass(frozen=True)
     class Settings:
         url: str = "http://me:hunter2@host/v1"
@@ -160,3 +161,13 @@ def test_the_command_line_says_no_secret(monkeypatch, capsys):
     monkeypatch.undo()
     assert cli.main(["run", "linear_bandit", "--tiny", "--api-key", "hunter2"]) == 2
     assert "hunter2" not in capsys.readouterr().err
+
+
+def test_reports_of_older_runs_show_no_secret():
+    starts = [{"command": "run x --key hunter2 --url http://me:hunter2@host"}]
+    environment = {"command": "run x --url http://me:hunter2@host", "continued": starts, "packages": {"jax": "0.11"}}
+    record = types.SimpleNamespace(settings={"api_key": "hunter2", "steps": 3}, environment=environment)
+    frame = _frame(record)  # pyright: ignore[reportArgumentType]
+    assert "hunter2" not in str(frame)
+    assert ("steps", "3") in frame["settings"]
+    assert ("jax", "0.11") in frame["environment"]

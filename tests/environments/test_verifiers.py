@@ -117,7 +117,7 @@ def test_nothing_that_is_scored_runs_or_hangs(name, tmp_path, monkeypatch):
             assert not events, (text[:80], events)
             assert not score.strict, text[:80]
     assert not os.listdir(tmp_path)
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 60
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 200_000  # kB
 
 

@@ -577,3 +577,79 @@ def test_distributions_of_llama_cpp() -> None:
     ):
         with pytest.raises(MalformedError):
             answers.distribution_of(body, vocab_size=2)
+
+
+STRANGE = [
+    *(None, True, False, 0, -1, 3, 10, 1.5, -0.5, 1e300, -1e300, 10**400, float("nan"), float("inf"), -float("inf")),
+    *("", "x", "token_id:", "token_id:4", "token_id:-1", "\ud800", [], {}, [None], [[]], [3], ["3"], [{}], {"a": 1}),
+]
+"""What may stand in the place of any field."""
+
+
+def variants(value: Any) -> Iterator[Any]:
+    """The value with each part of it, and itself, replaced by each of the strange ones, or left out."""
+    yield from STRANGE
+    if isinstance(value, dict):
+        for name, part in value.items():
+            yield {key: other for key, other in value.items() if key != name}
+            for other in variants(part):
+                yield {**value, name: other}
+    if isinstance(value, list):
+        for place, part in enumerate(value):
+            for other in variants(part):
+                yield [*value[:place], other, *value[place + 1 :]]
+
+
+ENTRY = {"id": 3, "token": "a", "logprob": -1.0, "top_logprobs": [{"id": 3, "logprob": -1.0}, {"id": 4, "logprob": -2}]}
+SHAPES = {
+    "vllm": choice([3, 4, 5], token_ids=[3, 4, 5]),
+    "marked": choice([3, 4, 5]),
+    "llama.cpp": choice([], logprobs={"content": [ENTRY] * 3}) | {"__verbose": {"tokens": [3, 3, 3]}},
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_no_field_whatever_it_holds_raises_pythons_own_error(name: str) -> None:
+    read, sentences = 0, set()
+    for body in variants(SHAPES[name]):
+        text = json.dumps(body).encode()
+        for use in (
+            lambda answer: answers.ended(
+                *answers.sampled_tokens(answer, server="s", vocab_size=10),
+                ends=(9,),
+                width=3,
+                reason=answers.choice_of(answer).get("finish_reason"),
+            ),
+            lambda answer: answers.echoed_log_probs(answer, [3, 4, 5], start=1),
+            lambda answer: answers.listed_log_prob(answer, 3),
+        ):
+            try:
+                found = use(answers.parsed(text))
+            except (MalformedError, EngineError) as error:
+                sentences.add(str(error))
+                continue
+            read += 1
+            if isinstance(found, answers.Sampled):
+                assert 0 < len(found.tokens) <= 3
+                assert all(type(token) is int and 0 <= token < 10 for token in found.tokens)
+                assert all(type(value) is float and -1e5 <= value <= 0 for value in found.log_probs)
+    assert read
+    assert all(sentence.isprintable() and len(sentence) < 500 for sentence in sentences)
+
+
+@pytest.mark.parametrize("body", [{"tokens": [3, 4], "completion_probabilities": [ENTRY], "stop_type": "limit"}])
+def test_no_field_of_llama_cpp_raises_pythons_own_error(body: dict[str, Any]) -> None:
+    sentences = set()
+    for other in variants(body):
+        text = json.dumps(other).encode()
+        for use in (
+            lambda text: answers.log_probs_of(answers.completion_of(text, vocab_size=10).values, probabilities=False),
+            lambda text: answers.log_probs_of(answers.completion_of(text, vocab_size=10).values, probabilities=True),
+            lambda text: answers.distribution_of(text, vocab_size=2),
+            answers.tokenized,
+        ):
+            try:
+                use(text)
+            except MalformedError as error:
+                sentences.add(str(error))
+    assert all(sentence.isprintable() and len(sentence) < 500 for sentence in sentences)
