@@ -154,6 +154,25 @@ def test_minus_one_is_no_padding_token(folder: Path) -> None:
     assert Tokenizer.from_folder(folder).pad_id == 258
 
 
+@pytest.mark.parametrize(
+    ("flags", "before", "after"),
+    [
+        ({}, [257], []),
+        ({"add_bos_token": False}, [], []),
+        ({"add_bos_token": True, "add_eos_token": True}, [257], [258]),
+        ({"add_eos_token": True}, [257], [258]),
+    ],
+)
+def test_settings_of_llamas_tokenizers_outrank_the_file(flags: dict, before: list, after: list, folder: Path) -> None:
+    backend = backend_of(folder)
+    backend.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 257)])
+    saved(folder, backend)
+    change(folder / "tokenizer_config.json", tokenizer_class="LlamaTokenizerFast", **flags)
+    assert Tokenizer.from_folder(folder).encode("ab") == [*before, 97, 98, *after]
+    change(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    assert Tokenizer.from_folder(folder).encode("ab") == [257, 97, 98]
+
+
 def test_ids_of_the_file_that_the_library_changes(folder: Path) -> None:
     """It counts the vocabulary and numbers the other tokens from there, whatever the file says."""
     content = json.loads((folder / "tokenizer.json").read_text())
