@@ -27,7 +27,7 @@ from jaxrl_llm.models.files import one_line
 
 LETTER_LIMIT = 2**20
 """Most letters of a text or elements of a list that a template makes."""
-STEP_LIMIT = 100_000
+STEP_LIMIT = 50_000
 """Most rounds of loops and calls of a render."""
 SOURCE_LIMIT = 2**18
 """Longest source of a template [letters]; the longest in use have 20,000."""
@@ -219,7 +219,10 @@ class _Program:
                 raise ValueError(f"the chat template refuses these messages: {one_line(error)}") from error
             except Exception as error:
                 raise ModelFileError(f"the chat template fails ({type(error).__name__}: {one_line(error)}).") from error
-        return "".join(pieces)
+        text = "".join(pieces)
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ModelFileError("the chat template writes half of a surrogate pair, which is no letter.")
+        return text
 
 
 @lru_cache(maxsize=16)

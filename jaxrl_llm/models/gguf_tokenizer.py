@@ -13,7 +13,6 @@ import tokenizers
 from tokenizers import decoders
 from tokenizers import models
 from tokenizers import pre_tokenizers
-from tokenizers import processors
 
 from jaxrl_llm.models.files import ModelFileError
 from jaxrl_llm.models.files import read_from
@@ -29,6 +28,7 @@ from jaxrl_llm.models.gguf_vocabulary import texts_begin_with
 from jaxrl_llm.models.gguf_vocabulary import texts_end_with
 from jaxrl_llm.models.gguf_vocabulary import token_kinds
 from jaxrl_llm.models.gguf_vocabulary import token_texts
+from jaxrl_llm.models.tokenizer_folder import around
 
 _LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -97,17 +97,8 @@ def backend_from_metadata(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
             ]
         )
         first, last = texts_begin_with(metadata, len(tokens)), texts_end_with(metadata, len(tokens))
-        around = [token for token in (first, last) if token is not None]
-        if around:
-            # Names of their own, since a token may have a text that means something in a template.
-            names = {token: f"<{token}>" for token in around}
-            single = [
-                *([names[first]] if first is not None else []),
-                "$A",
-                *([names[last]] if last is not None else []),
-            ]
-            special = [(name, token) for token, name in names.items()]
-            backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+        if first is not None or last is not None:
+            backend.post_processor = around(first, last)
     return backend
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from typing import NamedTuple
 
 import tokenizers
+from tokenizers import processors
 
 from jaxrl_llm.models.files import MissingModelFileError
 from jaxrl_llm.models.files import ModelFileError
@@ -77,6 +78,8 @@ def read_folder(folder: Path) -> TokenizerFolder:
         for name in numbers:
             found += [token for token in _numbers(numbers[name], kind, folder / name, least=-1) if token >= 0]
         others[kind] = next((token for token in found if token is not None), None)
+    with read_from(source):
+        _put_around(backend, settings, others["bos"], eos_ids[0], source)
     _check_around(backend, folder / "tokenizer.json")
     return TokenizerFolder(backend, eos_ids, others["pad"], others["bos"], _chat_template(folder, settings))
 
@@ -152,6 +155,34 @@ def _growth(step: Mapping[str, Any]) -> float:
         texts = blob[4 + int.from_bytes(blob[:4], "little") :].split(b"\0")
         return max(1.0, *(float(len(text.decode("utf-8", "replace"))) for text in texts))
     return float(GROWTH.get(str(kind), 1))
+
+
+def _put_around(
+    backend: tokenizers.Tokenizer, settings: Mapping[str, Any], bos_id: int | None, eos_id: int, source: Path
+) -> None:
+    """Put the start and end token around texts where the settings of a Llama tokenizer say so, which outrank its file.
+
+    transformers does that for the classes of Llama's tokenizers only; without these settings the file counts here.
+    """
+    flags = {name: settings[name] for name in ("add_bos_token", "add_eos_token") if settings.get(name) is not None}
+    if settings.get("tokenizer_class") not in ("LlamaTokenizer", "LlamaTokenizerFast") or not flags:
+        return
+    if not all(isinstance(flag, bool) for flag in flags.values()):
+        raise ModelFileError(f"{source} says {flags!r:.120}; expected true or false.")
+    first = bos_id if flags.get("add_bos_token", True) else None
+    last = eos_id if flags.get("add_eos_token", False) else None
+    if flags.get("add_bos_token") and bos_id is None:
+        raise ModelFileError(f"{source} lets texts begin with a start token, and no file of the folder names one.")
+    backend.post_processor = around(first, last)
+
+
+def around(first: int | None, last: int | None) -> processors.TemplateProcessing:
+    """What puts a token in front of every text, and one behind it; None for nothing there."""
+    # Names of their own, since a token may have a text that means something in a template.
+    names = {token: f"<{token}>" for token in (first, last) if token is not None}
+    single = [names[first]] if first is not None else []
+    single += ["$A", *([names[last]] if last is not None else [])]
+    return processors.TemplateProcessing(single=single, special_tokens=[(name, token) for token, name in names.items()])
 
 
 def _check_around(backend: tokenizers.Tokenizer, path: Path) -> None:

@@ -191,10 +191,12 @@ class Tokenizer:
 
         Raises:
             ModelFileError: the tokenizer makes far more ids than the text has bytes, or fails on the text.
+            UnicodeEncodeError: the text holds half of a surrogate pair.
         """
+        size = len(text.encode())  # a text that is no UTF-8 is refused here
         with without_panics("the tokenizer"):
             ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
-        if len(ids) > SPECIAL_LIMIT + GROWTH_LIMIT * len(text.encode()):
+        if len(ids) > SPECIAL_LIMIT + GROWTH_LIMIT * size:
             raise ModelFileError(f"the tokenizer makes {len(ids)} ids of {len(text)} letters; it is no tokenizer.")
         return ids
 

@@ -137,7 +137,7 @@ DOUBLING = "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = 
         "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(1) }}",
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
         "{% set s = 'abcdefghijklmnopqrstuvwxyz' %}" + "{% for x in s %}" * 9 + "{% endfor %}" * 9,
-        "{% for a in range(90000) %}{{ 'abcdefghijklmnopqrstuvwxyz' }}{% endfor %}",
+        "{% for a in range(49000) %}{{ 'abcdefghijklmnopqrstuvwxyz' }}{% endfor %}",
         "{{ '%999999999d' % 1 }}",
         "{{ 'a'.ljust(999999999) }}",
         "{{ '{:>999999999}'.format(1) }}",
@@ -155,10 +155,12 @@ DOUBLING = "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = 
         "{{ messages[7].content.x }}",
         "x" * 300_000,
         "{{ 1 / 0 }}",
+        "\ud800",
+        "{{ '\\ud800' }}",
     ],
 )
 def test_templates_that_leave_their_bounds(template: str) -> None:
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(ModelFileError, match="the chat template"):
         render_chat(template, USER)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
