@@ -75,7 +75,10 @@ def _log_mean_exp(p: Float[Array, "*shape"], x: Float[Array, ""]) -> Float[Array
     rest, one = 1 - p, jnp.ones((), p.dtype)
     near = jnp.log1p(rest * jnp.expm1(jnp.minimum(x, one)))
     far = jnp.maximum(x, one)
-    return jnp.where(x > 1, far + jnp.log(rest + p * jnp.exp(-far)), near)
+    inside = rest + p * jnp.exp(-far)
+    some = inside > 0  # not where p = 1 and exp(-x) underflows: the logarithm of exp(-x) is -x
+    far = jnp.where(some, far + jnp.log(jnp.where(some, inside, one)), jnp.zeros((), p.dtype))
+    return jnp.where(x > 1, far, near)
 
 
 @checked
