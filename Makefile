@@ -16,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest -q
 # A file stays in one process, so that what its tests share is made once; the longest, the notebooks, goes out first.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help venv run test test-float32 test-slow test-float64 test-sharded fuzz aot aot-cudnn lint checks notebooks bench clean
+.PHONY: help venv run test test-float32 test-slow test-float64 test-sharded fuzz aot aot-cudnn lint checks mutants notebooks bench clean
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
@@ -85,6 +85,11 @@ lint: $(STAMP)
 ## checks     every theorem, by exact enumeration
 checks: $(STAMP)
 	$(BIN)/python -m theory_checks
+
+## mutants    break objectives and bounds in one place at a time, and list what no test notices (a sample of 40, 20 minutes)
+MUTANTS ?= --count 40 --seconds 1200
+mutants: $(STAMP)
+	JAX_PLATFORMS=cpu $(BIN)/python -m tests.mutants $(MUTANTS)
 
 ## notebooks  execute every notebook at tiny size
 notebooks: $(STAMP)

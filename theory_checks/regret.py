@@ -2,7 +2,8 @@
 
 Two steps, so that R_1 = 1 and R_2 = 0: an action leads to the rewarded state with probability <x_a, theta>, and theta
 has N atoms. There are (2 A)^K histories of K episodes, each with its exact posterior. All sides are taken
-at every K; the first instance comes near its bounds: one outcome tells which of two actions is rewarded.
+at every K; the first instances come near their bounds: one outcome tells, all but surely in all but the first, which of
+two actions is rewarded.
 """
 
 from typing import Any
@@ -19,6 +20,7 @@ from theory_checks.check import World
 
 PAPER = "arXiv 2403.11175"
 ACTIONS, DIMENSION, ATOMS, EPISODES = 2, 2, 4, 5
+PLANTED = 8
 EPS = (0.01, 0.1, 0.3, 1.0, 10.0)
 
 
@@ -27,7 +29,11 @@ def _draw(generator: np.random.Generator, count: int) -> list[Any]:
     atoms = generator.dirichlet(np.full(DIMENSION, 0.3), (count, ATOMS))
     prior = generator.dirichlet(np.ones(ATOMS), count)
     features = np.where(generator.random(features.shape) < 1 / 3, features.round(), features)
-    features[0], atoms[0], prior[0] = np.eye(2), np.eye(2)[[0, 1, 0, 1]], 1 / ATOMS
+    near = min(PLANTED, count)
+    off = np.geomspace(1e-6, 1e-3, near)[:, None, None] * (np.arange(near) > 0)[:, None, None]
+    features[:near] = np.eye(2) * (1 - 2 * off) + off
+    atoms[:near] = np.eye(2)[[0, 1, 0, 1]]
+    prior[:near] = 1 / ATOMS + 0.1 * off[:, 0] * np.array([1, -1, 1, -1])
     return [tuple(jnp.asarray(x) for x in (features, atoms, prior))]
 
 

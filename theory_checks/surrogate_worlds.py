@@ -30,32 +30,34 @@ NO_CLAMP = jnp.inf
 
 
 def two_token_worlds(count: int) -> tuple[Any, Any, jax.Array]:
-    """`count` worlds of two tokens and two steps: those that attain Error = 2 eps^2, and two that jump.
+    """`count` worlds of two tokens and two steps: those that attain Error = 2 eps^2, and six that jump.
 
     mu is uniform; pi moves by eps at the root, and after token 0 towards the rewarded token, after token 1 away from
-    it. In the last world but one mu always starts with token 0 and pi with token 1, and they disagree about the second
-    token as well: |Error| is then 2, which is exactly sum_t Dbar_t. In the last one mu almost never starts with token
-    1, pi does once in a hundred times and disagrees thereafter: |Error| is then D_KL, but for a percent.
+    it. In three of the jumps mu always starts with token 0 and pi with token 1, and they disagree about the second
+    token as well: |Error| is then 2, which is sum_t Dbar_t. In the last three mu almost never starts with token 1, pi
+    does once in so many times and disagrees thereafter: |Error| is then D_KL, but for a percent.
     """
-    eps = np.geomspace(1e-3, 0.45, count - 2)
+    eps = np.geomspace(1e-3, 0.45, count - 6)
     half = np.full_like(eps, 0.5)
     up, down = np.stack([half + eps, half - eps], -1), np.stack([half - eps, half + eps], -1)
     never = 1e-8  # its log is within the clamp of the sampled estimators
     yes, no = [never, 1 - never], [1 - never, never]
-    jump_mu, jump_pi = [[no, [1 - 1e-6, 1e-6]], [[yes, no], [no, no]]], [[yes, [0.99, 0.01]], [[no, yes], [no, yes]]]
+    jumps = [([[x, 1 - x], [no, yes]], [[1 - x, x], [yes, no]]) for x in (1e-6, 1e-7, never)]
+    jumps += [([[1 - x, x], [no, yes]], [[1 - 1e-6, 1e-6], [no, no]]) for x in (0.02, 0.005, 0.01)]
     pi = [np.stack([up], 1), np.stack([up, down], 1)]
     mu = [np.full_like(x, 0.5) for x in pi]
-    pi = [np.concatenate([pi[0], np.array(jump_pi[0])[:, None]]), np.concatenate([pi[1], np.array(jump_pi[1])])]
-    mu = [np.concatenate([mu[0], np.array(jump_mu[0])[:, None]]), np.concatenate([mu[1], np.array(jump_mu[1])])]
+    for policy, jump in ((pi, [p for p, _ in jumps]), (mu, [m for _, m in jumps])):
+        policy[0] = np.concatenate([policy[0], [[root] for root, _ in jump]])
+        policy[1] = np.concatenate([policy[1], [later for _, later in jump]])
     rewards = np.tile([1.0, 0.0, 1.0, 0.0], (count, 1))
-    rewards[-1] = [0.0, 0.0, 1.0, 0.0]
+    rewards[-3:] = [0.0, 0.0, 1.0, 0.0]
     return [jnp.log(jnp.asarray(p)) for p in pi], [jnp.log(jnp.asarray(m)) for m in mu], jnp.asarray(rewards)
 
 
 def draw(generator: np.random.Generator, count: int) -> list[Any]:
     """Random trees of every shape, with noise from 0.02 to 3 and three kinds of rewards, and the two-token worlds."""
     worlds = max(count // len(SHAPES), 6)
-    batches: list[Any] = [two_token_worlds(12)]
+    batches: list[Any] = [two_token_worlds(16)]
     for vocabulary, horizon in SHAPES:
         batches.append(
             trees.draw(

@@ -65,10 +65,20 @@ def log_prob_change_range(
         (smallest, largest) value of log p' - log p [nats].
     """
     require_numbers(0, math.inf, max_noise=max_noise)
-    # p + (1 - p) x = 1 + (1 - p)(x - 1), exact near p = 1 where the printed bound fails most.
-    rest = 1 - p
     twice = 2 * jnp.asarray(max_noise, p.dtype)
-    return -jnp.log1p(rest * jnp.expm1(twice)), -jnp.log1p(rest * jnp.expm1(-twice))
+    return -_log_mean_exp(p, twice), -_log_mean_exp(p, -twice)
+
+
+def _log_mean_exp(p: Float[Array, "*shape"], x: Float[Array, ""]) -> Float[Array, "*shape"]:
+    # log(p + (1 - p) exp x) = log(1 + (1 - p)(exp x - 1)), exact near p = 1 where the printed bound fails most. For a
+    # large x, whose exponential overflows, exp x is taken out.
+    rest, one = 1 - p, jnp.ones((), p.dtype)
+    near = jnp.log1p(rest * jnp.expm1(jnp.minimum(x, one)))
+    far = jnp.maximum(x, one)
+    inside = rest + p * jnp.exp(-far)
+    some = inside > 0  # not where p = 1 and exp(-x) underflows: the logarithm of exp(-x) is -x
+    far = jnp.where(some, far + jnp.log(jnp.where(some, inside, one)), jnp.zeros((), p.dtype))
+    return jnp.where(x > 1, far, near)
 
 
 @checked
@@ -92,7 +102,7 @@ def two_sided_log_prob_change(
 
 @checked
 def uniform_log_prob_change(p: Float[Array, "*shape"], *, max_noise: ScalarLike) -> Float[Array, "*shape"]:
-    """|D| <= min( 2 e, log(1 + (1 - p)(exp(2 e) - 1)) ) from p alone: the larger end of the exact range.
+    """|D| <= log(1 + (1 - p)(exp(2 e) - 1)) from p alone, at most 2 e: the larger end of the exact range.
 
     Args:
         p: probability of the token under the training policy.
@@ -102,8 +112,7 @@ def uniform_log_prob_change(p: Float[Array, "*shape"], *, max_noise: ScalarLike)
         a bound on |log p' - log p| [nats].
     """
     require_numbers(0, math.inf, max_noise=max_noise)
-    twice = 2 * jnp.asarray(max_noise, p.dtype)
-    return jnp.minimum(twice, jnp.log1p((1 - p) * jnp.expm1(twice)))
+    return _log_mean_exp(p, 2 * jnp.asarray(max_noise, p.dtype))
 
 
 @checked

@@ -20,7 +20,6 @@ Rules that every task here keeps, and that `jaxrl_llm.environments.check_task` c
 """
 
 import difflib
-import re
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
@@ -31,7 +30,9 @@ from typing import Any
 from typing import Protocol
 from typing import runtime_checkable
 
-_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+from jaxrl_llm.environments.numbers import is_number as is_number
+from jaxrl_llm.environments.numbers import last_number as last_number
+from jaxrl_llm.environments.numbers import same_number
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,16 @@ class Score:
 
     @classmethod
     def exact(cls, text: str, answer: str) -> "Score":
-        """The score against one known answer by equality of texts: reward 1 if lenient, else 0."""
-        lenient = final_answer(text, like=answer) == answer
-        return cls(reward=float(lenient), lenient=lenient, strict=text.strip() == answer)
+        """The score against one known answer: reward 1 if lenient, else 0.
+
+        Numbers are compared by value ("72.0" is 72, "1e2" is 100, "2 1/2" is 2.5) and read as far as they go ("1e5" has
+        no 5 in it); `environments.numbers` says what a number is. Other answers are compared as texts. For mathematics
+        beyond numbers write a `score` with a library made for it, such as math-verify; it is none of our dependencies.
+        """
+        answer = answer.strip()
+        final, whole = final_answer(text, like=answer), text.strip()
+        lenient = final == answer or same_number(final, answer)
+        return cls(reward=float(lenient), lenient=lenient, strict=whole == answer or same_number(whole, answer))
 
 
 @runtime_checkable
@@ -100,29 +108,6 @@ class Task(Protocol):
     def score(self, problem: Problem, text: str) -> Score:
         """The score of the continuation `text` of `problem.prompt`."""
         ...
-
-
-def last_number(text: str) -> str | None:
-    """The last number in `text`, commas between digits removed, or None.
-
-    A minus sign counts where it cannot be a subtraction: "= -3" ends in "-3", "7-3" and "7 - 3" in "3".
-    """
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
-    found = None
-    for match in _NUMBER.finditer(text):
-        found = match
-    if found is None:
-        return None
-    number = found.group()
-    before = text[: found.start()].rstrip()
-    if number.startswith("-") and before and (before[-1].isdigit() or before[-1] == ")"):
-        return number[1:]
-    return number
-
-
-def is_number(text: str) -> bool:
-    """Whether `text` is one number and nothing else but white space around it."""
-    return _NUMBER.fullmatch(text.strip()) is not None
 
 
 def final_answer(text: str, *, like: str) -> str:

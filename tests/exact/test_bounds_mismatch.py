@@ -134,3 +134,14 @@ def test_the_factor_of_the_violation_starts_at_one():
     np.testing.assert_allclose(value[3:], np.expm1(2 * e[3:]) / (2 * e[3:]), rtol=1e-14)
     assert slope[0] == 1
     assert np.isfinite(slope).all()
+
+
+@pytest.mark.parametrize("p", [0.0, 1e-9, 0.3, 1 - 1e-12, 1.0])
+def test_noise_whose_exponential_overflows_has_the_bound_of_its_limit(p):
+    for e in (0.2, 0.49999, 0.5, 0.50001, 3.0, 500.0, 1e5):
+        low, high = mismatch.log_prob_change_range(jnp.array(p), max_noise=e)
+        exact = np.logaddexp(np.log(p) if p else -np.inf, (np.log1p(-p) if p < 1 else -np.inf) + 2 * e)
+        np.testing.assert_allclose(-low, exact, rtol=1e-12, atol=1e-15)
+        np.testing.assert_array_equal(mismatch.uniform_log_prob_change(jnp.array(p), max_noise=e), -low)
+        assert 0 <= high <= 2 * e * (1 + 1e-15)
+        assert -low <= 2 * e * (1 + 1e-15)

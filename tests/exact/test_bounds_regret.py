@@ -170,3 +170,41 @@ def test_without_episodes_features_or_uncertainty_there_is_no_potential():
         regret.psrl_bayes_regret(prior, episodes=0),
     ):
         np.testing.assert_array_equal(value, np.zeros_like(value))
+
+
+def test_the_sharp_potential_is_held_to_both_of_its_caps():
+    for scale, cap in ((1e8, 3 / 4), (1e-8, 2.0 * 3 * 2e-8)):
+        found = regret.psrl_potential_sharp(scale * jnp.eye(2)[None], episodes=3, feature_ratio=2.0**0.5)
+        np.testing.assert_allclose(found, [cap], rtol=1e-12)
+        eps = np.geomspace(1e-3, 1e3, 121) / 6.0  # without the cap it would be more
+        assert np.min(2 * np.log1p(scale / eps) / 4 + eps * 6.0) > 1.001 * cap
+
+
+def test_potentials_are_their_formulas():
+    rng = np.random.default_rng(4)
+    root = rng.normal(size=(3, 4, 4))
+    gamma = root @ root.transpose(0, 2, 1)
+    episodes, ratio, eps, horizon, d = 7.0, 1.3, 0.2, 3, 4
+    log_det = [np.log(np.linalg.det(np.eye(4) + episodes * ratio**2 * g)) for g in gamma]
+    potential = np.array(log_det) / 2 + 1
+    given = {"episodes": episodes, "feature_ratio": ratio}
+    np.testing.assert_allclose(regret.psrl_potential(jnp.asarray(gamma), **given), potential, rtol=1e-10)
+    at = [np.log(np.linalg.det(np.eye(4) + g / eps)) / 2 + eps * ratio**2 * episodes for g in gamma]
+    np.testing.assert_allclose(regret.psrl_potential_at(jnp.asarray(gamma), eps=eps, **given), at, rtol=1e-10)
+    ranges = np.array([horizon - 1, horizon - 2, 0])
+    expected = np.sum(ranges * np.sqrt(d * episodes * potential))
+    np.testing.assert_allclose(regret.psrl_bayes_regret(jnp.asarray(gamma), **given), expected, rtol=1e-10)
+    fine = np.geomspace(1e-4, 1e4, 20_001) / (ratio**2 * episodes)
+    best = [
+        np.min(np.log1p(np.linalg.eigvalsh(g)[:, None] / fine).sum(0) / 4 + fine * ratio**2 * episodes) for g in gamma
+    ]
+    best = np.minimum(best, episodes / 4)
+    sharp = regret.psrl_potential_sharp(jnp.asarray(gamma / 50), **given)
+    best_small = [
+        np.min(np.log1p(np.linalg.eigvalsh(g / 50)[:, None] / fine).sum(0) / 4 + fine * ratio**2 * episodes)
+        for g in gamma
+    ]
+    np.testing.assert_allclose(sharp, np.minimum(best_small, episodes / 4), rtol=2e-3)
+    np.testing.assert_allclose(regret.psrl_potential_sharp(jnp.asarray(gamma), **given), best, rtol=2e-3)
+    regret_sharp = regret.psrl_bayes_regret_sharp(jnp.asarray(gamma / 50), rank=3, **given)
+    np.testing.assert_allclose(regret_sharp, np.sum(ranges * np.sqrt(3 * episodes * np.asarray(sharp))), rtol=1e-10)

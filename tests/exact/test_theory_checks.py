@@ -45,6 +45,25 @@ def test_holds_and_its_wrong_twin_is_caught(name):
     assert run_check(check, numbers).passed
 
 
+WEAKEST = (
+    "surrogate_error.average_only_sharp",
+    "surrogate_error.sequence_kl_sharp",
+    "regret.potential",
+    "regret.potential_at",
+    "regret.potential_sharp",
+    "regret.psrl",
+    "regret.psrl_sharp",
+)
+"""Statements that random instances come nowhere near: their wrong twins were caught by one planted instance."""
+
+
+@pytest.mark.parametrize("name", WEAKEST)
+def test_a_wrong_twin_is_not_caught_by_one_instance_alone(name):
+    (check,) = select(name)
+    caught = check.wrong_margin(measured(check.world.name)) < 0
+    assert np.sum(caught.reshape(len(caught), -1).any(axis=1)) >= 3
+
+
 def test_there_are_at_least_forty_with_names_of_their_own():
     assert len(set(NAMES)) == len(NAMES) >= 40
     for family, checks in FAMILIES.items():

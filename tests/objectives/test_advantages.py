@@ -59,6 +59,15 @@ def test_equal_rewards_give_exactly_zero(function):
     # 0.1 has no exact float32, and the mean of seven of them can miss it by one rounding.
     value = function(jnp.full(7, 0.1), jnp.array(IDS))
     np.testing.assert_array_equal(value, np.zeros(7))
+    # Groups of every size up to 24 and of three rewards, in one batch.
+    sizes = np.repeat(np.arange(1, 25), 3)
+    rewards = np.repeat(np.tile(np.float32([0.1, 0.7, 1 / 3]), 24), sizes)
+    ids = np.repeat(np.arange(len(sizes)), sizes)
+    means = jnp.array(
+        [np.float32(jnp.sum(jnp.asarray(rewards[ids == i]))) / np.float32(n) for i, n in enumerate(sizes)]
+    )
+    assert np.sum(np.asarray(means)[ids] != rewards) > 20  # so it matters that equality is tested
+    np.testing.assert_array_equal(function(jnp.asarray(rewards), jnp.asarray(ids)), np.zeros(len(ids)))
 
 
 @pytest.mark.parametrize("function", BY_GROUP)

@@ -1,0 +1,99 @@
+"""Numbers in texts: read as far as they go, compared by value, and never found inside something larger."""
+
+import time
+from fractions import Fraction
+
+import pytest
+
+from jaxrl_llm.environments import Score
+from jaxrl_llm.environments import last_number
+from jaxrl_llm.environments.numbers import is_number
+from jaxrl_llm.environments.numbers import number_value
+from jaxrl_llm.environments.numbers import same_number
+
+VALUES = {
+    "72": 72, "72.0": 72, "+72": 72, "-72": -72, "\u221272": -72, "\uff0d72": -72, "\u201372": -72, "007": 7,
+    "1,234": 1234, "1,234,567.5": Fraction(2469135, 2), "1'234": 1234, "1\u2019234": 1234, "1_000": 1000,
+    "1\u202f234": 1234, "1\u00a0234": 1234, "12\u2009345": 12345, "1{,}000": 1000, "1\\,000": 1000,
+    "1e2": 100, "1E2": 100, "1e+2": 100, "1.5e-1": Fraction(3, 20), "1e\u22122": Fraction(1, 100),
+    "1.5x10^3": 1500, "1.5 \u00d7 10^3": 1500, "1.5\u00d710\u00b3": 1500, "2*10^-1": Fraction(1, 5),
+    "3/4": Fraction(3, 4), "3 / 4": Fraction(3, 4), "-3/4": Fraction(-3, 4), "6/3": 2, "3\u20444": Fraction(3, 4),
+    "2 1/2": Fraction(5, 2), "-2 1/2": Fraction(-5, 2), "1,200 1/2": Fraction(2401, 2),
+    "\u00bd": Fraction(1, 2), "2\u00bd": Fraction(5, 2),
+    "\\frac{3}{4}": Fraction(3, 4), "2\\frac{3}{4}": Fraction(11, 4),
+    "0.5": Fraction(1, 2), ".5": Fraction(1, 2), "-.5": Fraction(-1, 2),
+    "\u0663": 3, "\uff13\uff14": 34, "\u0661\u066b\u0665": Fraction(3, 2), "\u09e7\u09e8": 12,
+}  # fmt: skip
+NONE = (
+    "", "-", "none", "12 13", "1,23", "1,2345", "12,34,567", "1.2.3", "12:30", "3/4/5", "3/0", "1e5e5", "10^2", "10**2",
+    "10\u00b2", "0x1F", "1e999999999", "9" * 5000, "3 5/4", "2.5 1/2", "1.5/2", "5%", "5 km", "1,234'567", "IV",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", VALUES, ids=ascii)
+def test_a_number_has_one_value_however_it_is_written(text):
+    assert number_value(text) == VALUES[text]
+    assert is_number(f"  {text}\n")
+    answer = str(VALUES[text])
+    assert Score.exact(f"So the answer is {text}.", answer) == Score(1.0, True, False)
+    assert Score.exact(f" {text} ", answer) == Score(1.0, True, True)
+    assert Score.exact(answer, text).reward == 1
+    assert not Score.exact(f"So the answer is {text}.", str(VALUES[text] + 1)).lenient
+
+
+@pytest.mark.parametrize("text", NONE, ids=lambda x: ascii(x[:20]))
+def test_what_is_no_number_is_none(text):
+    assert number_value(text) is None
+    assert not is_number(text)
+    assert not same_number(text, text)
+    assert Score.exact(text, text).strict  # equal texts are equal
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("1e5", "5"), ("1e5", "1"), ("3/4", "4"), ("3/4", "3"), ("2 1/2", "2"), ("2 1/2", "1/2"), ("2 1/2", "0.5"),
+        ("2\u00bd", "1/2"), ("\u22123", "3"), ("x = \u22123", "3"), ("1,234", "234"), ("1'234", "234"), ("12.50", "50"),
+        ("1.2.3", "3"), ("1.2.3", "2.3"), ("12:30", "30"), ("3/4/5", "5"), ("10^2", "2"), ("10\u00b2", "2"),
+        ("10\u00b2", "102"), ("0x1F", "1"), ("1,23", "23"), ("1e-5", "5"), ("1e\u22125", "5"), ("1.5 \u00d7 10^3", "3"),
+        ("\\frac{3}{4}", "4"), ("3 / 4", "4"), ("1_000", "0"), ("1\u202f000", "0"), ("-2 1/2", "-1.5"),
+        ("\u0661\u0662", "2"), ("1{,}005", "5"),
+    ],
+    ids=ascii,
+)  # fmt: skip
+def test_no_number_is_found_inside_a_larger_one(text, part):
+    for whole in (text, f"The answer is {text}", f"It is {text}."):
+        assert Score.exact(whole, part) == Score(0.0, False, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("7\u22123", "3"), ("7 \u2212 3", "3"), ("5 - -3", "-3"), ("= +3", "3"), ("50%", "50"), ("50% - 3", "3"),
+        ("12cm", "12"), ("$1,250.75.", "1250.75"), ("\\boxed{72}", "72"), ("12 / 4 = 3", "3"), ("2*3=6", "6"),
+        ("on 1/2 of 3 days", "3"), ("see 1.2.3", None), ("3, 4,5", None), ("[1] -3", "3"), ("- 3 apples", "3"),
+        ("pages 3\u20135", "5"), ("1. 42", "42"), ("42.", "42"), ("42...", "42"), ("42e", "42"), ("2 eggs", "2"),
+        ("3 1/2 cups", "3 1/2"), ("10 x 10", "10"),
+    ],
+    ids=ascii,
+)  # fmt: skip
+def test_the_last_number_of_a_text(text, number):
+    assert last_number(text) == number
+
+
+def test_an_answer_takes_microseconds_however_long_its_digits_are():
+    texts = [
+        "Let me see: 12 + 30 = 42, so the answer is 42.",
+        "9" * 20_000,
+        "1," * 10_000,
+        "1/" * 10_000,
+        "1 " * 10_000,
+    ]
+    start = time.perf_counter()
+    for _ in range(200):
+        Score.exact(texts[0], "42")
+    assert (time.perf_counter() - start) / 200 < 1e-3  # about 10 microseconds where nothing else runs
+    start = time.perf_counter()
+    for text in texts[1:]:
+        Score.exact(text, "42")
+    assert time.perf_counter() - start < 2  # linear in the text
