@@ -13,7 +13,9 @@ p_ij = e^(s_ij - lse_i) again, and adds up, with g the cotangent of the result a
     dv_j += p_ij^T g_i,   ds_ij = p_ij (g_i v_j^T - delta_i) / sqrt(hd),   dq_i += ds_ij k_j,   dk_j += ds_ij^T q_i.
 
 Scores, sums and accumulated gradients are float32 or wider; weights are rounded to the dtype of the values before they
-meet them, as in the dense implementation. A query that sees nothing gives zero and passes no gradient on.
+meet them, as in the dense implementation; so are ds and the result that delta is made of, which leaves gradients of
+bfloat16 arrays two to three times as far from the exact ones as the dense implementation's. A query that sees nothing
+gives zero and passes no gradient on.
 """
 
 from functools import partial
