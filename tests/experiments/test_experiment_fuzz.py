@@ -86,7 +86,7 @@ def command_lines(draw: st.DrawFn) -> list[str]:
     deadline=None,
     derandomize="FUZZ_EXAMPLES" not in os.environ,
     database=None,
-    suppress_health_check=list(HealthCheck),
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 @given(words=command_lines())
 def test_every_command_line_ends_soon_with_a_sentence(tmp_path_factory, capfd, words) -> None:
