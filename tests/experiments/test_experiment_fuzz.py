@@ -86,7 +86,7 @@ def command_lines(draw: st.DrawFn) -> list[str]:
     deadline=None,
     derandomize="FUZZ_EXAMPLES" not in os.environ,
     database=None,
-    suppress_health_check=list(HealthCheck),
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 @given(words=command_lines())
 def test_every_command_line_ends_soon_with_a_sentence(tmp_path_factory, capfd, words) -> None:
@@ -138,3 +138,14 @@ def test_a_range_leaves_out_its_open_ends_and_nan() -> None:
         check_ranges(Numbers(), {"some": closed})
     with pytest.raises(RangeError, match="Field --other is inf"):
         check_ranges(Numbers(some=()), {})
+
+
+@pytest.mark.parametrize("word", [word for word in WORDS if word not in ("none", "None")])
+@pytest.mark.parametrize("command", [["report"], ["compare", "first"], ["list"], ["run"], ["run", "psrl", "--resume"]])
+def test_a_word_that_names_nothing_is_refused_by_every_command(tmp_path, capsys, command, word) -> None:
+    try:
+        status = main([*command, word, "--runs-folder", str(tmp_path)])
+    except SystemExit as stopped:
+        status = stopped.code
+    assert status == 2
+    assert "Traceback" not in capsys.readouterr().err

@@ -17,6 +17,7 @@ from experiments.settings import RunSettings
 from experiments.settings import changed_settings
 from experiments.settings import flat_settings
 from jaxrl_llm.objectives import Recipe
+from jaxrl_llm.objectives.recipes import CHOICES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,8 @@ def test_every_field_of_a_recipe_is_a_field_of_a_run(capsys) -> None:
     for name in names:
         assert f" --recipe-settings.{name.replace('_', '-')} " in text
     assert "the ratio is clipped above at 1 + clip_high; the recipe's own where None." in text
-    assert "(one of none, maximum, average, both, sampled_maximum, sampled_average, sampled_both)" in text
+    for choices in CHOICES.values():
+        assert f"(one of {', '.join(choices)})" in text
 
 
 def test_changes_reach_the_recipe_and_the_saved_settings() -> None:
