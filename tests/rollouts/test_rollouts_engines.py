@@ -379,6 +379,14 @@ def test_complete_rollouts_of_a_failed_batch_are_kept(model: Transformer, monkey
         engine.generate(*PROMPTS, KEY)
 
 
+def test_an_engine_that_was_never_asked_can_be_stopped(model: Transformer) -> None:
+    """Weights pushed before any request drop a server too."""
+    with LlamaCppEngine(model, SETTINGS, slots=1, context=32) as engine:
+        engine.push_weights(model)
+    with pytest.raises(EngineError, match="was stopped"):
+        engine.generate(*PROMPTS, KEY)
+
+
 def test_another_vocabulary_is_refused_with_its_first_token(model, tmp_path: Path) -> None:
     other = ByteTokenizer(specials=("<|new|>",))
     save_gguf(model, tmp_path / "model.gguf", tokenizer=TOKENIZER)
