@@ -235,13 +235,8 @@ class LlamaCppEngine(Stoppable):
             self._server = self._llama.Server(parameters)
         except RuntimeError as error:
             raise EngineError(f"llama.cpp does not load {path} ({error}).") from error
-        # A server that is dropped before its loop runs never comes back from its destructor. The loop answers /slots,
-        # other than /health.
-        address = urllib.parse.urlsplit(self._server.listening_address).netloc
-        asked = http.client.HTTPConnection(address, timeout=self.timeout)
-        with contextlib.closing(asked), self._named_errors():
-            asked.request("GET", "/slots")
-            asked.getresponse().read()
+        # A server that is dropped before its loop runs never comes back from its destructor; the loop answers this.
+        self._ask({"prompt": [0], "n_predict": 1})
 
     def _running(self) -> Any:
         if self._server is None:
