@@ -1,5 +1,7 @@
 """A limit on the seconds that a call may take, for generators and verifiers that can loop forever."""
 
+import contextlib
+import gc
 import math
 import signal
 import threading
@@ -20,6 +22,19 @@ class TimeLimitError(TimeoutError):
 
 class AlarmError(BaseException):
     """Raised inside the call by the alarm; no `except Exception` of the call can swallow it."""
+
+
+def _keeps_the_alarm(frame: FrameType | None) -> bool:
+    """Whether an exception raised in this frame would do harm or be lost.
+
+    In this module and in contextlib it would leave the timer running for good; a destructor and a callback of the
+    garbage collector swallow it.
+    """
+    if frame is None:
+        return False
+    code = frame.f_code
+    collecting = any(getattr(callback, "__code__", None) is code for callback in gc.callbacks)
+    return code.co_filename in (__file__, contextlib.__file__) or code.co_name == "__del__" or collecting
 
 
 @contextmanager
@@ -55,8 +70,8 @@ def time_limit(seconds: float, *, what: str = "the call") -> Iterator[None]:
 
     def on_alarm(number: int, frame: FrameType | None) -> None:
         nonlocal outer_due, rang
-        if not armed:
-            return
+        if not armed or _keeps_the_alarm(frame):
+            return  # where it is still due it rings again after REPEAT_SECONDS
         now = time.monotonic()
         if outer_due <= now and callable(outer_handler):
             outer_due = now + outer_interval if outer_interval > 0 else math.inf

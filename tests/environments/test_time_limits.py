@@ -109,3 +109,24 @@ def test_impossible_limits_and_other_threads_are_refused():
     thread.start()
     thread.join()
     assert "main thread" in errors[0]
+
+
+def test_an_alarm_at_the_very_end_leaves_no_timer_and_no_error():
+    """Bodies that end when the alarm rings, thousands of times: it may ring in the middle of being switched off."""
+    limit, before = 2e-3, signal.getsignal(signal.SIGALRM)
+    end = time.monotonic() + 2.0
+    rounds = rang = 0
+    while time.monotonic() < end:
+        rounds += 1
+        started = time.monotonic()
+        try:
+            with time_limit(limit):
+                while time.monotonic() - started < limit * (0.97 + 0.0001 * (rounds % 400)):
+                    pass
+                raise KeyError
+        except TimeLimitError:
+            rang += 1
+        except KeyError:
+            pass
+        assert signal.getsignal(signal.SIGALRM) is before
+    assert 0 < rang < rounds
