@@ -19,6 +19,7 @@ the thresholds of top-k and top-p are found by bisection over the bits of the fl
 """
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -58,7 +59,8 @@ class SamplingSettings:
     min_p: float | None = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+        # Compared first: a whole number may be too large for `isfinite`.
+        if not (0 <= self.temperature < math.inf and self.temperature <= sys.float_info.max):
             raise ValueError(f"temperature must be finite and not negative (0 is greedy), got {self.temperature}")
         if self.top_k is not None and (
             isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 1

@@ -38,7 +38,7 @@ def progress(step: int) -> Progress:
         settings={"steps": 3},
         frozen_hash="f",
         file_bytes={"metrics.jsonl": 10 * step},
-        task={"replaced": [[1, 2]]},
+        cursor={"replaced": [[1, 2]]},
     )
 
 

@@ -1,9 +1,14 @@
-"""Atomic checkpoints over Orbax: the arrays of a `TrainState` and, in the same commit, what the host must remember."""
+"""Atomic, sealed checkpoints over Orbax: the arrays of a `TrainState` and, in the same commit, what the host must
+remember.
+"""
 
 import dataclasses
 import json
+import os
 import shutil
+from collections.abc import Callable
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +16,13 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from jaxrl_llm.durable import sync
+from jaxrl_llm.durable import sync_tree
 from jaxrl_llm.training.run.errors import ChangedSettingsError
 from jaxrl_llm.training.run.errors import StorageError
 from jaxrl_llm.training.run.errors import TrainingError
+from jaxrl_llm.training.run.seals import what_is_broken
+from jaxrl_llm.training.run.seals import write_seal
 from jaxrl_llm.training.run.state import TrainState
 from jaxrl_llm.training.run.state import named_leaves
 
@@ -28,6 +37,7 @@ class Progress:
         frozen_hash: fingerprint of the parameters that are not saved because they never change.
         file_bytes: length of each file that is cut back when the run resumes, by name. [bytes]
         cursor: what the collector has to know to go on: the state of a curriculum, for example.
+        file_sha256: SHA-256 of what these files held up to that length, by name.
     """
 
     step: int
@@ -35,6 +45,7 @@ class Progress:
     frozen_hash: str
     file_bytes: dict[str, int]
     cursor: dict[str, Any] = dataclasses.field(default_factory=dict)
+    file_sha256: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def _fields(value: Any) -> Mapping[str, Any] | None:
@@ -86,15 +97,52 @@ def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
+UNFINISHED, DROPPED, ASIDE = ".unfinished-", ".dropped-", ".set-aside"
+"""Of names of folders: being written, being removed (both swept away later), and damaged (kept for a person)."""
+
+Fits = Callable[[Progress], str | None]
+"""Why a checkpoint does not fit what lies around it, as the end of a sentence; None where it does."""
+Say = Callable[[str], None]
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """The steps whose checkpoints are in the folder, sound or not, the newest first."""
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except OSError:
+        return []
+    return sorted((int(name) for name in names if _is_step(name)), reverse=True)
+
+
+def _is_step(name: str) -> bool:
+    """Whether a checkpoint may have this name: a number as we write it, and short enough to be one."""
+    return name.isascii() and name.isdigit() and len(name) < 19 and str(int(name)) == name
+
+
+def read_progress(folder: Path, step: int) -> Progress:
+    """What a sealed checkpoint keeps beside the arrays.
+
+    Raises:
+        StorageError: it is that of another step, or none.
+    """
+    try:
+        progress = Progress(**json.loads((folder / "progress" / "metadata").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise StorageError(f"what it keeps beside the arrays cannot be read ({error})") from error
+    if progress.step != step:
+        raise StorageError(f"it is that of step {progress.step}")
+    return progress
+
+
 class Checkpoints:
     """The checkpoints of one run, the newest `keep` of them.
 
-    A checkpoint is written under a temporary name and renamed when complete: a process killed at any moment leaves the
-    previous ones as they were, and an incomplete one is removed when the folder is opened again.
+    A checkpoint is written under a temporary name, sealed, handed to the disk and renamed when complete: a process
+    killed, or a power cut, at any moment leaves the previous ones as they were.
     """
 
     def __init__(self, folder: Path, *, keep: int = 2) -> None:
-        """Open or make the folder.
+        """Open or make the folder, and sweep away what killed processes left.
 
         Raises:
             ValueError: `keep` is below 1.
@@ -102,27 +150,29 @@ class Checkpoints:
         """
         if keep < 1:
             raise ValueError(f"keep is {keep}; at least 1 checkpoint must be kept.")
-        self.folder = Path(folder).absolute()
+        self.folder, self._keep = Path(folder).absolute(), keep
+        self._known: set[int] = set()
         probe = self.folder / ".writable"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             probe.write_bytes(b"0")
             probe.unlink()
+            left = [path for path in self.folder.iterdir() if path.name.startswith((UNFINISHED, DROPPED))]
+            left += list(self.folder.glob("*.orbax-checkpoint-tmp*"))
         except OSError as error:
             raise StorageError(f"Cannot write checkpoints to {self.folder}: {error.strerror}.") from error
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            enable_async_checkpointing=False,
-            cleanup_tmp_directories=True,
-            create=False,
-        )
+        for path in left:
+            shutil.rmtree(path, ignore_errors=True)
         handlers = {"state": ocp.StandardCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        self._checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
 
     def latest(self) -> Path | None:
-        """Folder of the newest complete checkpoint."""
-        step = self._manager.latest_step()
-        return None if step is None else self.folder / str(step)
+        """Folder of the newest checkpoint."""
+        steps = checkpoint_steps(self.folder)
+        return self._path(steps[0]) if steps else None
+
+    def _path(self, step: int) -> Path:
+        return self.folder / str(step)
 
     def require_space(self, state: TrainState) -> None:
         """Raise before anything is computed if the disk cannot take one more checkpoint of this size.
@@ -146,8 +196,8 @@ class Checkpoints:
         Raises:
             StorageError: the disk is full or the folder is gone; earlier checkpoints are as they were.
         """
-        folder = self.folder / str(progress.step)
-        if progress.step in self._manager.all_steps():
+        folder = self._path(progress.step)
+        if progress.step in self._known:
             return folder
         arrays = {
             name: jax.random.key_data(leaf) if _is_key(leaf) else leaf for name, leaf in named_leaves(state).items()
@@ -156,46 +206,120 @@ class Checkpoints:
             state=ocp.args.StandardSave(arrays),
             progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
         )
+        draft = self.folder / f"{UNFINISHED}{progress.step}"
         try:
-            self._manager.save(progress.step, args=items)
-            self._manager.wait_until_finished()
+            self._checkpointer.save(draft, args=items)
+            write_seal(draft)
+            sync_tree(draft)
+            if os.path.lexists(folder):
+                self._set_aside(progress.step)
+            draft.rename(folder)
+            sync(self.folder)
         except Exception as error:
             # Orbax and TensorStore report a full disk under several exception types.
-            previous = self._manager.latest_step()
-            last = (
-                "none is complete"
-                if previous in (None, progress.step)
-                else f"the last good one is {self.folder / str(previous)}"
-            )
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise StorageError(f"Cannot write checkpoint {folder} ({reason}); {last}.") from error
+            for left in self.folder.glob(f"{UNFINISHED}*"):
+                shutil.rmtree(left, ignore_errors=True)
+            last = self.latest()
+            last = "none is complete" if last in (None, folder) else f"the last good one is {last}"
+            raise StorageError(f"Cannot write checkpoint {folder} ({_first_line(error)}); {last}.") from error
+        self._known.add(progress.step)
+        self._drop_old()
         return folder
 
-    def restore(self, template: TrainState) -> tuple[TrainState, Progress] | None:
-        """The newest checkpoint laid out like `template` (tree, dtypes, shapes, devices), or None if there is none.
+    def _drop_old(self) -> None:
+        """Remove all but the newest; one that cannot be removed stays."""
+        for step in checkpoint_steps(self.folder)[self._keep :]:
+            going = self.folder / f"{DROPPED}{step}"
+            with suppress(OSError):
+                self._path(step).rename(going)
+                shutil.rmtree(going)
+
+    def _set_aside(self, step: int) -> Path:
+        """Give a checkpoint a name that no checkpoint has, and return it."""
+        place, number = self.folder / f"{step}{ASIDE}", 1
+        while os.path.lexists(place):
+            number += 1
+            place = self.folder / f"{step}{ASIDE}-{number}"
+        self._path(step).rename(place)
+        return place
+
+    def restore(
+        self, template: TrainState, *, fits: Fits = lambda _: None, say: Say = lambda _: None
+    ) -> tuple[TrainState, Progress] | None:
+        """The newest sound checkpoint laid out like `template` (tree, dtypes, shapes, devices), or None if there is
+        none at all. Newer ones that are not sound are set aside once an older one is found that is.
+
+        Args:
+            template: the state before the first step.
+            fits: whether a checkpoint fits the files that lie around it.
+            say: told, a sentence each, what is not sound and what became of it.
 
         Raises:
+            StorageError: there are checkpoints and none is sound; nothing was moved.
             TrainingError: the checkpoint holds other arrays than the template.
         """
-        step = self._manager.latest_step()
-        if step is None:
-            return None
+        unsound: dict[int, str] = {}
+        for step in checkpoint_steps(self.folder):
+            try:
+                found = self._restore(step, template, fits)
+            except StorageError as error:
+                unsound[step] = str(error)
+                continue
+            for other, reason in unsound.items():
+                sentence = f"Checkpoint {self._path(other)} is not used: {reason}."
+                try:
+                    say(f"{sentence} It is set aside as {self._set_aside(other).name}.")
+                except OSError as error:
+                    raise StorageError(f"{sentence} It cannot be set aside: {error.strerror}.") from error
+            self._known = {step}
+            return found
+        if unsound:
+            reasons = " ".join(f"{self._path(step)}: {reason}." for step, reason in unsound.items())
+            raise StorageError(
+                f"None of the checkpoints can be gone on with. {reasons} Put back what is missing, start a run in "
+                "another folder, or delete this one to begin again."
+            )
+        return None
+
+    def _restore(self, step: int, template: TrainState, fits: Fits) -> tuple[TrainState, Progress]:
+        """One checkpoint, verified.
+
+        Raises:
+            StorageError: it is not sound; the end of a sentence says why.
+            TrainingError: it is sound and holds other arrays.
+        """
+        folder = self._path(step)
+        reason = what_is_broken(folder)
+        if reason:
+            raise StorageError(reason)
+        progress = read_progress(folder, step)
+        reason = fits(progress)
+        if reason:
+            raise StorageError(reason)
         leaves = named_leaves(template)
-        self._require_same_arrays(step, leaves)
+        self._require_same_arrays(folder, leaves)
         abstract = {name: _abstract(leaf) for name, leaf in leaves.items()}
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=items)
+        try:
+            restored = self._checkpointer.restore(
+                folder, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            )["state"]
+        except Exception as error:
+            # Orbax and TensorStore report what they cannot read under several exception types.
+            raise StorageError(f"its arrays cannot be read ({_first_line(error)})") from error
         arrays = [
-            jax.random.wrap_key_data(restored["state"][name], impl=jax.random.key_impl(leaf))
+            jax.random.wrap_key_data(restored[name], impl=jax.random.key_impl(leaf))
             if _is_key(leaf)
-            else restored["state"][name]
+            else restored[name]
             for name, leaf in leaves.items()
         ]
-        return jax.tree.unflatten(jax.tree.structure(template), arrays), Progress(**restored["progress"])
+        return jax.tree.unflatten(jax.tree.structure(template), arrays), progress
 
-    def _require_same_arrays(self, step: int, leaves: Mapping[str, Any]) -> None:
-        saved = self._manager.item_metadata(step)["state"]
-        saved = {name: (tuple(item.shape), str(item.dtype)) for name, item in dict(saved).items()}
+    def _require_same_arrays(self, folder: Path, leaves: Mapping[str, Any]) -> None:
+        try:
+            saved = dict(self._checkpointer.metadata(folder).item_metadata["state"])
+        except Exception as error:
+            raise StorageError(f"what arrays it has cannot be read ({_first_line(error)})") from error
+        saved = {name: (tuple(item.shape), str(item.dtype)) for name, item in saved.items()}
         wanted = {name: _abstract(leaf) for name, leaf in leaves.items()}
         wanted = {name: (tuple(item.shape), str(item.dtype)) for name, item in wanted.items()}
         if saved == wanted:
@@ -203,13 +327,17 @@ class Checkpoints:
         lines = settings_difference({k: str(v) for k, v in saved.items()}, {k: str(v) for k, v in wanted.items()})
         shown = lines[:5] + ([f"and {len(lines) - 5} more"] if len(lines) > 5 else [])
         raise TrainingError(
-            f"Checkpoint {self.folder / str(step)} holds other arrays than this model and optimiser:\n  "
-            + "\n  ".join(shown)
+            f"Checkpoint {folder} holds other arrays than this model and optimiser:\n  " + "\n  ".join(shown)
         )
 
     def close(self) -> None:
         """Let go of the folder."""
-        self._manager.close()
+        self._checkpointer.close()
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

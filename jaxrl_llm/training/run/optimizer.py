@@ -6,6 +6,8 @@ from typing import Literal
 import jax
 import optax
 
+from jaxrl_llm.training.run.numbers import require_finite
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings:
@@ -38,6 +40,7 @@ class OptimizerSettings:
         """Refuse impossible numbers."""
         if self.schedule not in ("constant", "linear", "cosine"):
             raise ValueError(f"schedule is {self.schedule!r}; it must be 'constant', 'linear' or 'cosine'.")
+        require_finite(self)
         for name in ("learning_rate", "warmup_steps", "final_fraction", "epsilon", "weight_decay", "max_grad_norm"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more.")

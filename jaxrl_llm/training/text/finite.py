@@ -1,12 +1,14 @@
 """Rollouts with numbers that are none: found, counted and left out, so that no mean ever contains them."""
 
 import dataclasses
+from typing import Any
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl_llm.training.run.state import TrainState
 from jaxrl_llm.training.text.update import UpdateBatch
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Bool
@@ -81,3 +83,20 @@ def without_broken_rows(batch: UpdateBatch, sound: Bool[np.ndarray, " n"]) -> Up
     rows = np.where(sound, np.arange(len(sound)), np.argmax(sound))
     replaced = jax.tree.map(lambda leaf: leaf[rows], batch)
     return dataclasses.replace(replaced, response_mask=batch.response_mask, group_ids=batch.group_ids)
+
+
+@jax.jit
+def _all_finite(tree: Any) -> Array:
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+
+
+def finite_arrays(state: TrainState) -> bool:
+    """Whether every trained parameter and every state of an optimiser is finite."""
+    return bool(_all_finite((state.params, state.opt_state, state.critic, state.critic_opt_state)))
+
+
+def finite_at(mask: Bool[Array, "*shape"], *columns: Float[Array, "*shape"] | None) -> bool:
+    """Whether numbers are finite where the mask says that they count; columns that are None are not looked at."""
+    found = [jnp.all(jnp.isfinite(column) | ~mask) for column in columns if column is not None]
+    return bool(jnp.all(jnp.stack(found)))

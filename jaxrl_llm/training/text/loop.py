@@ -3,6 +3,7 @@
 `_Run.step` is the page to read first: what it calls is the way of the data (docs/training.md).
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from collections.abc import Mapping
@@ -27,16 +28,23 @@ from jaxrl_llm.training.run.errors import NonFiniteError
 from jaxrl_llm.training.run.errors import StorageError
 from jaxrl_llm.training.run.errors import TrainingError
 from jaxrl_llm.training.run.interrupts import StopRequests
+from jaxrl_llm.training.run.lock import only_process
 from jaxrl_llm.training.run.metrics import JsonLines
 from jaxrl_llm.training.run.metrics import MetricWriter
+from jaxrl_llm.training.run.metrics import Trackers
 from jaxrl_llm.training.run.optimizer import learning_rate_schedule
 from jaxrl_llm.training.run.reporting import PhaseClock
 from jaxrl_llm.training.run.reporting import Quiet
 from jaxrl_llm.training.run.reporting import Reporter
+from jaxrl_llm.training.run.standing import find_standing
+from jaxrl_llm.training.run.standing import write_newest
 from jaxrl_llm.training.run.state import TrainState
 from jaxrl_llm.training.run.state import state_hash
 from jaxrl_llm.training.text.collection import make_collector
 from jaxrl_llm.training.text.diagnostics import mismatch_metrics
+from jaxrl_llm.training.text.finite import finite_arrays
+from jaxrl_llm.training.text.finite import finite_at
+from jaxrl_llm.training.text.layout import Rows
 from jaxrl_llm.training.text.scoring import Shift
 from jaxrl_llm.training.text.settings import Parts
 from jaxrl_llm.training.text.settings import TrainSettings
@@ -119,12 +127,17 @@ def train(
     run = _Run(parts, settings, Path(folder), evaluate, reporter or Quiet(), how_to_resume)
     objective = {"objective": run.trainer.objective.name, "signal": run.trainer.signal.name}
     saved = flatten_settings({"train": settings, "recipe": parts.recipe, **objective, **(description or {})})
-    with run.trainer.devices(), StopRequests() as stop:
+    with only_process(run.folder), run.trainer.devices(), StopRequests() as stop:
         try:
             run.open(saved, open_writers, resume=resume, allow_changed_settings=allow_changed_settings)
-            return run.go(stop)
-        finally:
-            run.close()
+            outcome = run.go(stop)
+        except BaseException:
+            # What fails while things are closed must not take the place of what stopped the run.
+            with contextlib.suppress(Exception):
+                run.close()
+            raise
+        run.close()
+        return outcome
 
 
 class _Run:
@@ -148,10 +161,11 @@ class _Run:
         self.decode = partial(parts.tokenizer.decode, skip_special_tokens=False)
         self.rate = learning_rate_schedule(settings.optimizer, settings.optimizer_steps)
         self.files: dict[str, JsonLines] = {}
-        self.writers: Sequence[MetricWriter] = ()
+        self.writers = Trackers((), reporter.say)
         self.checkpoints: Checkpoints | None = None
         self.progress = Progress(step=0, settings={}, frozen_hash="", file_bytes=dict.fromkeys(FILES, 0))
         self.clock = PhaseClock(reporter)
+        self.sound: Callable[[], bool] = lambda: True
 
     # Start, save, stop
 
@@ -170,7 +184,14 @@ class _Run:
         self.state = self.trainer.initial_state()
         self.checkpoints.require_space(self.state)
         frozen_hash = state_hash(self.trainer.identity())
-        restored = self.checkpoints.restore(self.state)
+        restored = find_standing(
+            self.folder,
+            self.checkpoints,
+            self.state,
+            names=FILES,
+            checkpoint_every=self.settings.checkpoint_every,
+            say=self.reporter.say,
+        )
         if restored is not None:
             self.state, self.progress = restored
             if not allow_changed_settings:
@@ -187,12 +208,12 @@ class _Run:
         self.files = {
             name: JsonLines(self.folder / name, keep_bytes=self.progress.file_bytes.get(name, 0)) for name in FILES
         }
-        self.writers = open_writers(self.progress.step) if open_writers else ()
+        self.writers = Trackers(open_writers(self.progress.step) if open_writers else (), self.reporter.say)
 
     def close(self) -> None:
         """Let go of every file and thread."""
         self.collection.close()
-        for writer in (*self.files.values(), *self.writers, self.checkpoints):
+        for writer in (self.writers, *self.files.values(), self.checkpoints):
             if writer is not None:
                 writer.close()
 
@@ -205,16 +226,20 @@ class _Run:
         assert self.checkpoints is not None
         if not self.progress.step:
             return None
-        if not _finite(self.state):
+        broken = "" if finite_arrays(self.state) else "parameters"
+        broken = broken or ("" if self.sound() else "log-probs that the policy gives")
+        if broken:
             raise NonFiniteError(
-                f"The parameters after step {self.progress.step} are not finite; {self.last_good_checkpoint()}. A "
+                f"The {broken} after step {self.progress.step} are not finite; {self.last_good_checkpoint()}. A "
                 "smaller learning rate may help."
             )
-        for writer in (*self.files.values(), *self.writers):
+        for writer in (*self.files.values(), self.writers):
             writer.flush()
         positions = {name: file.position for name, file in self.files.items()}
-        self.progress = dataclasses.replace(self.progress, file_bytes=positions)
+        hashes = {name: file.sha256 for name, file in self.files.items()}
+        self.progress = dataclasses.replace(self.progress, file_bytes=positions, file_sha256=hashes)
         path = self.checkpoints.save(self.state, self.progress)
+        write_newest(self.folder, self.progress.step)
         self.collection.forget(self.progress.step)
         return path
 
@@ -264,6 +289,7 @@ class _Run:
         with self.clock.phase("update"):
             streak = int(self.state.skipped_in_a_row)
             self.state, updates = self.trainer.improve(self.state, prepared)
+        self.sound = partial(self.scores_finite, prepared.batch.rows, prepared.counted)
         metrics = self.measure(index, experience, prepared, updates, policy.version) | {"actor/lr": rate}
         self.progress = dataclasses.replace(self.progress, step=index + 1, cursor=dict(experience.cursor))
         self.write_samples(experience)
@@ -327,12 +353,21 @@ class _Run:
         if every and index % every == 0:
             with self.clock.phase("bounds"):
                 shift = jax.tree.map(rows, self.trainer.compare(self.state, prepared))
+                # Whole policies are compared: what one of them prunes has a finite log-prob here.
+                self.sound = partial(finite_at, mask, shift.kl, shift.kl_reverse, shift.total_variation)
                 reward_range = (self.settings.reward_low, self.settings.reward_high)
                 arrays = (mask, rows(batch.rewards), rows(batch.group_ids))
                 known = self.trainer.law.known
                 device |= jax.device_get(shift_metrics(shift, *arrays, reward_range=reward_range, sampled_by_mu=known))
                 self.write_episodes(index, experience, prepared, shift)
         return metrics | dict(experience.metrics) | {name: float(np.asarray(value)) for name, value in device.items()}
+
+    def scores_finite(self, rows: Rows, counted: Array) -> bool:
+        """Whether the policy now gives finite log-probs to the tokens that were learned; a pruned one has -inf."""
+        scores = self.trainer.scorer.score(self.state.params, self.trainer.frozen, rows)
+        pruned = self.trainer.objective.log_min_p is not None
+        log_prob = jnp.where(jnp.isneginf(scores.log_prob), 0, scores.log_prob) if pruned else scores.log_prob
+        return finite_at(counted, log_prob, scores.entropy)
 
     def warn_of_dropped(self, index: int, prepared: Prepared) -> None:
         """Say which rollouts were dropped because they are not finite.
@@ -369,8 +404,7 @@ class _Run:
         metrics = {name: value for name, value in metrics.items() if not name.startswith("perf/")}
         self.files["metrics.jsonl"].write(step, metrics)
         self.files["timings.jsonl"].write(step, seconds)
-        for writer in self.writers:
-            writer.write(step, {**metrics, **{f"timing_s/{name}": value for name, value in seconds.items()}})
+        self.writers.write(step, {**metrics, **{f"timing_s/{name}": value for name, value in seconds.items()}})
         self.reporter.finish_step(step, metrics, seconds)
 
     def write_samples(self, experience: Experience) -> None:
@@ -401,14 +435,3 @@ class _Run:
                     f"{self.progress.step}; {self.last_good_checkpoint()}. A smaller learning rate or max_grad_norm "
                     "may help."
                 )
-
-
-@jax.jit
-def _all_finite(tree: Any) -> Array:
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
-
-
-def _finite(state: TrainState) -> bool:
-    """Whether every trained parameter and every state of an optimiser is finite."""
-    return bool(_all_finite((state.params, state.opt_state, state.critic, state.critic_opt_state)))

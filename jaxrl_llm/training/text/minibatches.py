@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from jaxrl_llm.training.run.numbers import require_finite
 from jaxrl_llm.typing import Bool
 from jaxrl_llm.typing import Int
 from jaxrl_llm.typing import PRNGKey
@@ -42,6 +43,7 @@ class UpdateSettings:
 
     def __post_init__(self) -> None:
         """Refuse impossible numbers."""
+        require_finite(self)
         for name, least in {
             "minibatches": 1,
             "epochs": 1,

@@ -17,6 +17,7 @@ from jaxrl_llm.rollouts.collect import Collector
 from jaxrl_llm.rollouts.collect import Sampler
 from jaxrl_llm.rollouts.perturb import Perturbation
 from jaxrl_llm.testing import Batch
+from jaxrl_llm.training.run.numbers import require_finite
 from jaxrl_llm.training.run.optimizer import OptimizerSettings
 from jaxrl_llm.training.text.critic import CriticSettings
 from jaxrl_llm.training.text.minibatches import UpdateSettings
@@ -72,6 +73,7 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         """Refuse impossible numbers."""
+        require_finite(self)
         least = {"steps": 1, "prompts": 1, "group_size": 1, "prompt_length": 1, "response_length": 1}
         least |= {"seed": 0, "checkpoint_every": 1, "keep_checkpoints": 1, "evaluate_every": 0, "samples": 0}
         least |= {"ahead": 0, "replay": 1, "episodes_every": 0}
