@@ -107,7 +107,7 @@ def parse_run(experiment: "Experiment | Study", words: Sequence[str]) -> RunArgu
     reject_unknown_fields(words, field_names(start), f"Experiment {experiment.name}")
     arguments = _parse(experiment, words, start)
     if arguments.resume is None:
-        return arguments
+        return _with_recipe(experiment, words, arguments, start)
     # A run goes on with its own settings; what is said on the command line besides is a change.
     group = find_group(arguments.resume, arguments.runs_folder)
     saved = group.config if group else read_config(find_run(arguments.resume, arguments.runs_folder))
@@ -122,6 +122,16 @@ def parse_run(experiment: "Experiment | Study", words: Sequence[str]) -> RunArgu
         raise UserError(f"The settings of run {arguments.resume} cannot be used: {error}") from error
     arguments = _parse(experiment, words, start_arguments(experiment, settings))
     return dataclasses.replace(arguments, tiny=saved["tiny"])
+
+
+def _with_recipe(
+    experiment: "Experiment | Study", words: Sequence[str], arguments: RunArguments, start: RunArguments
+) -> RunArguments:
+    """The arguments with the settings that go with their recipe, where the experiment has such."""
+    if not isinstance(experiment, Experiment) or arguments.settings.recipe not in experiment.by_recipe:
+        return arguments
+    settings = with_values(start.settings, experiment.by_recipe[arguments.settings.recipe])
+    return _parse(experiment, words, dataclasses.replace(start, settings=settings))
 
 
 def _with_newest_run(experiment: "Experiment | Study", words: Sequence[str]) -> list[str]:

@@ -61,6 +61,8 @@ class Experiment:
         tiny: a twin that runs in seconds, to see that everything works; it claims nothing.
         expectation: when the claim counts as met.
         build: settings -> the model before training and its tokenizer.
+        by_recipe: settings that go with a recipe, by its name: flat names, as on the command line; what is said there
+            counts more.
         ranges: what the fields of the settings may be.
         check: refuses settings that do not fit each other, before `build`; raises a UserError.
     """
@@ -72,6 +74,7 @@ class Experiment:
     tiny: RunSettings
     expectation: Expectation
     build: Callable[[RunSettings], tuple[Transformer, Tokenizer]]
+    by_recipe: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     ranges: Ranges = dataclasses.field(default_factory=lambda: RUN_RANGES)
     check: Callable[[RunSettings], None] = lambda settings: None
 
