@@ -57,7 +57,7 @@ def test_unknown_task_recipe_and_sizes_are_refused_and_leave_no_folder(capsys, t
         capsys, "run", "smollm2_arithmetic", "--runs-folder", str(tmp_path), "--model", "/no/such/folder"
     )
     assert not list(tmp_path.glob("*/*"))
-    assert "needs a value function" in said(capsys, *run, "--recipe", "ppo")
+    assert "takes advantages as given" in said(capsys, *run, "--recipe-settings.advantage", "given")
 
 
 def test_impossible_numbers_and_types_name_the_field(capsys) -> None:
