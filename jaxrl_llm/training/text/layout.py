@@ -149,7 +149,8 @@ def choose_slots(config: TransformerConfig, prompt_length: int, response_length:
     """
 
     def cost(slots: int) -> float:
-        return multiply_adds(config, group_size // slots, Grid(prompt_length, slots, response_length).width)
+        grid = Grid(prompt_length, slots, response_length)
+        return multiply_adds(config, group_size // slots, grid.width, grid.chosen)
 
     return min((slots for slots in range(1, group_size + 1) if group_size % slots == 0), key=cost)
 
@@ -161,6 +162,7 @@ def arrange(
     *,
     grid: Grid | None,
     first: Bool[np.ndarray, " B"],
+    packs: bool = True,
     share_prompts: bool = True,
     whole_groups: bool = False,
     least_rows: int = 1,
@@ -172,23 +174,41 @@ def arrange(
         trajectories: arrays on the host.
         actions: its chosen tokens, in R columns.
         config: of the model, whose products are counted.
-        grid: the grid that every batch of the collector fits, or None where its rows have another form.
+        grid: the grid that every batch of the collector fits, or None where its rows have another form. A batch that
+            does not fit it is packed.
         first: rows of the batch that are packed before the others: those that will be learned from.
+        packs: whether a batch that fits the grid may be packed.
         share_prompts: whether answers of a group share their prompt.
         whole_groups: whether a group must stand in one packed row, since the loss compares its members.
-        least_rows: packed rows that there must be, where there are as many groups.
-        multiple: the number of packed rows is a multiple of this one: that of the devices they are spread over.
+        least_rows: packed rows that there must be, as far as there are blocks to put there.
+        multiple: the number of packed rows is a multiple of this one, so that they are dealt out evenly.
     """
-    texts = texts_of(trajectories, share_prompts=share_prompts)
-    dear = np.inf
+    grid = grid if grid is not None and _fits(trajectories, actions, grid) else None
+    if grid is not None and not packs:
+        return _in_grid(trajectories, grid)
+    texts, dear = texts_of(trajectories, share_prompts=share_prompts), np.inf
     if grid is not None:
-        dear = WORTH_PACKING * multiply_adds(config, len(actions.mask) // grid.slots, grid.width)
+        dear = WORTH_PACKING * multiply_adds(config, len(texts) // grid.slots, grid.width, grid.chosen)
         if least_multiply_adds(texts, config) > dear:
             return _in_grid(trajectories, grid)
-    plan = plan_rows(texts, config, first=first, whole_groups=whole_groups, least_rows=least_rows)
-    if grid is not None and multiply_adds(config, plan.count, plan.width) > dear:
+    options = {"whole_groups": whole_groups, "least_rows": least_rows, "multiple": multiple}
+    plan = plan_rows(texts, config, first=first, **options)
+    if grid is not None and multiply_adds(config, plan.count, plan.width, plan.chosen) > dear:
         return _in_grid(trajectories, grid)
-    return _in_packed_rows(trajectories, actions, texts, plan, multiple)
+    return _in_packed_rows(trajectories, actions, texts, plan)
+
+
+def _fits(trajectories: Trajectories, actions: Actions, grid: Grid) -> bool:
+    """Whether rows are left-padded prompts, the same for `slots` neighbours, each with one stretch of chosen tokens."""
+    prompt, slots = grid.prompt_length, grid.slots
+    tokens, real, ids = (np.asarray(x) for x in (trajectories.tokens, trajectories.token_mask, trajectories.group_ids))
+    if tokens.shape[1] != prompt + grid.response_length or len(tokens) % slots:
+        return False
+    places = np.where(actions.mask, actions.columns - prompt - np.arange(grid.response_length), 0)
+    shown = np.where(real, tokens, -1)[:, :prompt].reshape(-1, slots, prompt)
+    ids = ids.reshape(-1, slots)
+    alike = (shown == shown[:, :1]).all() and (ids == ids[:, :1]).all()
+    return bool(alike and not places.any() and (real[:, prompt - 1] | ~actions.mask.any(axis=1)).all())
 
 
 def _in_grid(trajectories: Trajectories, layout: Grid) -> Arrangement:
@@ -234,15 +254,10 @@ def pack(
     return Rows(*columns, None, None, None, None, layout)
 
 
-def _in_packed_rows(
-    trajectories: Trajectories, actions: Actions, texts: list[Text], plan: Plan, multiple: int
-) -> Arrangement:
-    batch, most = actions.mask.shape
-    held = [[index for block in blocks for index in block] for blocks in plan.rows]
-    sequences = round_up(max(map(len, held)))
-    chosen = round_up(max(int(actions.mask[indices].sum()) for indices in held))
+def _in_packed_rows(trajectories: Trajectories, actions: Actions, texts: list[Text], plan: Plan) -> Arrangement:
+    (batch, most), count, chosen = actions.mask.shape, plan.count, plan.chosen
+    sequences = round_up(max(sum(map(len, blocks)) for blocks in plan.rows), bits=1)
     layout = Packed(plan.width, sequences, most, chosen)
-    count = round_up(plan.count, multiple)
     columns = {
         name: np.zeros((count, plan.width), np.int32) for name in ("tokens", "positions", "segments", "prefixes")
     }

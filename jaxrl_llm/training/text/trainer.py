@@ -279,16 +279,19 @@ class Trainer:
         rewards = np.asarray(trajectories.returns).reshape(self.shape.groups, -1)
         signal = (rewards.max(axis=1) > rewards.min(axis=1)) | (not self._skips)
         mesh = self.parts.mesh
+        devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
         return arrange(
             trajectories,
             actions,
             config,
             grid=self._grid,
             first=np.repeat(signal, self.shape.group_size),
+            packs=update.pack_answers,
             share_prompts=update.share_prompts,
             whole_groups=self.objective.compares_rows,
-            least_rows=2 * update.minibatches,
-            multiple=1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"],
+            # So that every optimiser step has rows of its own, and as many on every device.
+            least_rows=update.minibatches,
+            multiple=update.minibatches * devices,
         )
 
     @property
