@@ -194,6 +194,8 @@ _ALL = (
         advantage="divergence_augmented",
         surrogate="importance_weighted",
         aggregation="token-mean",
+        # Old data is reused: the ratio is to the policy that sampled it, which on a fresh batch is the old one.
+        denominator="behaviour",
         discount=0.99,
     ),
 )

@@ -221,7 +221,7 @@ def divergence_augmented(d, now, frozen):
                 trace *= cut[u]
                 divergence[i, t] += gamma**m * trace * phi[u]
     scale = np.sqrt(np.mean([x**2 for x in own.values()]))
-    terms = [-(x / scale - divergence[key]) * np.exp(now[key] - d["old"][key]) for key, x in own.items()]
+    terms = [-(x / scale - divergence[key]) * np.exp(now[key] - d["behaviour"][key]) for key, x in own.items()]
     return np.mean(terms)
 
 
