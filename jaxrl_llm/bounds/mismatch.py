@@ -71,14 +71,17 @@ def log_prob_change_range(
 
 def _log_mean_exp(p: Float[Array, "*shape"], x: Float[Array, ""]) -> Float[Array, "*shape"]:
     # log(p + (1 - p) exp x) = log(1 + (1 - p)(exp x - 1)), exact near p = 1 where the printed bound fails most. For a
-    # large x, whose exponential overflows, exp x is taken out.
+    # large x, whose exponential overflows, exp x is taken out; for a small p below a negative x nothing cancels.
     rest, one = 1 - p, jnp.ones((), p.dtype)
     near = jnp.log1p(rest * jnp.expm1(jnp.minimum(x, one)))
     far = jnp.maximum(x, one)
     inside = rest + p * jnp.exp(-far)
     some = inside > 0  # not where p = 1 and exp(-x) underflows: the logarithm of exp(-x) is -x
     far = jnp.where(some, far + jnp.log(jnp.where(some, inside, one)), jnp.zeros((), p.dtype))
-    return jnp.where(x > 1, far, near)
+    plain = p + rest * jnp.exp(jnp.minimum(x, -one))
+    some = plain > 0  # not where p = 0 and exp x underflows: the logarithm is x
+    low = jnp.where(some, jnp.log(jnp.where(some, plain, one)), x)
+    return jnp.where(x > 1, far, jnp.where((x < -1) & (p < 0.5), low, near))
 
 
 @checked

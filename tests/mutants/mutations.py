@@ -70,7 +70,7 @@ def _changes(node: ast.AST) -> Iterator[ast.expr]:
             yield from node.args
         if name == "negative":
             yield node.args[0]
-    elif isinstance(node, ast.Constant) and type(node.value) in (int, float):
+    elif isinstance(node, ast.Constant) and isinstance(node.value, (int, float)) and not isinstance(node.value, bool):
         yield ast.Constant(node.value + 1)
         if node.value not in (0, 1):
             yield ast.Constant(node.value / 2)
