@@ -128,7 +128,9 @@ def _show(words: list[str]) -> int:
 
     reject_unknown_fields(words, ["step", "row", "runs-folder"], "show")
     arguments = tyro.cli(ShowArguments, args=words, prog=f"{PROGRAM} show")
-    show(run_folder.find_run(arguments.run, arguments.runs_folder), arguments.step, arguments.row)
+    run = run_folder.find_run(arguments.run, arguments.runs_folder)
+    with run_folder.named_damage(run):
+        show(run, arguments.step, arguments.row)
     return 0
 
 
@@ -156,7 +158,8 @@ def _compare(words: list[str]) -> int:
     runs = find_runs(arguments.runs, arguments.runs_folder)
     if len(runs) < 2:
         raise UserError(f"compare was given {len(runs)} run{'s' * (len(runs) != 1)}; it must be at least two.")
-    print(f"page: {compare_runs(*runs, output=arguments.output)}")
+    with run_folder.named_damage(*runs):
+        print(f"page: {compare_runs(*runs, output=arguments.output)}")
     return 0
 
 

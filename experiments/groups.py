@@ -74,7 +74,9 @@ def write_group(runs: Path, group_id: str, config: Mapping[str, Any]) -> Group:
 
 def _read(path: Path) -> Group:
     config = read_json(path)
-    if not isinstance(config, dict) or not set(KEYS) <= set(config) or not isinstance(config["settings"], dict):
+    kinds = {"experiment": str, "tiny": bool, "settings": dict, "seeds": list}
+    whole = isinstance(config, dict) and all(isinstance(config.get(name), kind) for name, kind in kinds.items())
+    if not whole or not all(type(seed) is int for seed in config["seeds"]):
         raise UserError(f"{path} is damaged: it must hold {', '.join(KEYS)} of a group of runs.")
     return Group(path, config)
 

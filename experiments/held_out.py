@@ -1,5 +1,6 @@
 """A policy's answers to the held-out problems, greedy or sampled, in batches of one shape."""
 
+from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from experiments import metric_names as names
+from experiments.evaluation import merge_answers
+from experiments.evaluation import score_answers
+from experiments.run_folder import RunFolder
 from experiments.run_folder import UserError
+from experiments.run_folder import read_json
+from experiments.run_folder import write_json
 from jaxrl_llm.environments import Task
 from jaxrl_llm.environments import before_stop
 from jaxrl_llm.models import Transformer
@@ -119,3 +126,25 @@ class HeldOutAnswerer:
     def __call__(self, model_state: nnx.State) -> list[str]:
         """One text per held-out problem, in the task's order."""
         return [text for (text,) in self._sampler(model_state)]
+
+
+class HeldOutEvaluation:
+    """Measures the policy on the held-out problems, and keeps its first and last answers in samples.json."""
+
+    def __init__(self, run: RunFolder, task: Task, answerer: HeldOutAnswerer, steps: int) -> None:
+        """Nothing is answered yet."""
+        self._run, self._task, self._answerer, self._steps = run, task, answerer, steps
+
+    def __call__(self, step: int, model_state: nnx.State) -> Mapping[str, float]:
+        """Answer all problems; returns both accuracies."""
+        rows = score_answers(self._task, self._answerer(model_state))
+        if step == 0:
+            write_json(self._run.samples, {"answers": merge_answers(rows, None)})
+        elif step == self._steps:
+            before = [{**row, **row["before"]} for row in read_json(self._run.samples)["answers"]]
+            write_json(self._run.samples, {"answers": merge_answers(before, rows)})
+        count = len(rows)
+        return {
+            names.HELD_OUT: sum(row["lenient"] for row in rows) / count,
+            names.HELD_OUT_STRICT: sum(row["strict"] for row in rows) / count,
+        }

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from experiments import doors
 from experiments import run_folder
+from experiments import run_shapes
 from experiments import words
 from experiments.named import unknown_name
 from experiments.registry import NAMES
@@ -81,7 +82,11 @@ def print_runs(runs: Path, console: Console) -> None:
         return
     rows = []
     for run in found:
-        summary = run_folder.read_json(run.summary) if run.summary.exists() else {}
+        try:
+            summary = run_shapes.read(run.summary, "summary") if run.summary.exists() else {}
+        except run_folder.UserError:
+            rows.append((run.label, "", "", f"{run.summary.name} is damaged"))
+            continue
         met = {True: "met", False: "missed", None: "none"}[summary["claim_met"]] if summary else "not complete"
         names = ("accuracy_before", "accuracy_after")
         shares = [words.percent(summary[name]) if name in summary else "" for name in names]

@@ -8,6 +8,7 @@ import numpy as np
 
 from experiments import metric_names as names
 from experiments import run_folder
+from experiments import run_shapes
 from experiments.run_folder import RunFolder
 
 Row = dict[str, Any]
@@ -81,11 +82,11 @@ def read(run: RunFolder) -> Record:
 
     def optional(name: str) -> dict[str, Any]:
         path = run.path / f"{name}.json"
-        return run_folder.read_json(path) if path.exists() else {}
+        return run_shapes.read(path, name) if path.exists() else {}
 
     return Record(
         run=run,
-        config=run_folder.read_json(run.config),
+        config=run_shapes.read(run.config, "config"),
         environment=optional("environment"),
         metrics=run_folder.read_rows(run.path / "metrics.jsonl"),
         timings=run_folder.read_rows(run.path / "timings.jsonl"),

@@ -25,6 +25,7 @@ from experiments.records import Record
 from experiments.registry import get_experiment
 from experiments.run_folder import RunFolder
 from experiments.run_folder import UserError
+from experiments.run_folder import named_damage
 from experiments.study import Study
 from experiments.study import read_results
 from experiments.style import Picture
@@ -41,13 +42,14 @@ def write_report(run: RunFolder) -> str:
     Raises:
         UserError: the folder is not a run, or cannot be written.
     """
-    record = records.read(run)
-    if record.config.get("kind") == "study":
-        template, context, pictures = "study.html.j2", *study_context(record)
-    else:
-        drawn = draw_all(record)
-        template, context, pictures = "report.html.j2", report_context(record, drawn), list(drawn.values())
-    page = render(template, context)
+    with named_damage(run):
+        record = records.read(run)
+        if record.config.get("kind") == "study":
+            template, context, pictures = "study.html.j2", *study_context(record)
+        else:
+            drawn = draw_all(record)
+            template, context, pictures = "report.html.j2", report_context(record, drawn), list(drawn.values())
+        page = render(template, context)
     try:
         for picture in pictures:
             style.save(picture, run.figures)
@@ -113,7 +115,8 @@ def study_context(record: Record) -> tuple[dict[str, Any], list[Picture]]:
         UserError: the run is not complete, or its experiment is not there any more.
     """
     study = get_experiment(record.run.experiment)
-    assert isinstance(study, Study)
+    if not isinstance(study, Study):
+        raise UserError(f"{record.run.config} says that it is of a study; {study.name} trains.")
     if not record.summary:
         raise UserError(f"Run {record.run.label} is not complete; a study has its report once all parts are done.")
     settings = with_values(study.tiny if record.config["tiny"] else study.settings, record.settings)

@@ -1,6 +1,5 @@
 """`run`: from settings to a folder with a report."""
 
-import contextlib
 import dataclasses
 import shlex
 from collections.abc import Callable
@@ -11,13 +10,11 @@ from typing import Any
 import jax
 from flax import nnx
 
-from experiments import metric_names as names
 from experiments.arguments import PROGRAM
 from experiments.arguments import RUNS
 from experiments.arguments import RunArguments
-from experiments.evaluation import merge_answers
-from experiments.evaluation import score_answers
 from experiments.held_out import HeldOutAnswerer
+from experiments.held_out import HeldOutEvaluation
 from experiments.named import is_own
 from experiments.objective_check import FILE
 from experiments.objective_check import examine
@@ -32,10 +29,12 @@ from experiments.run_folder import describe_environment
 from experiments.run_folder import find_run
 from experiments.run_folder import open_folder
 from experiments.run_folder import read_config
-from experiments.run_folder import read_json
 from experiments.run_folder import read_rows
 from experiments.run_folder import unfinished_twin
 from experiments.run_folder import write_json
+from experiments.run_shapes import is_complete
+from experiments.run_shapes import kept_environment
+from experiments.run_shapes import samples_problem
 from experiments.settings import RunSettings
 from experiments.settings import changed_settings
 from experiments.settings import difference
@@ -54,16 +53,20 @@ from experiments.study import write_study_summary
 from experiments.summary import write_summary
 from jaxrl_llm.environments import Task
 from jaxrl_llm.models.trainable import Trainable
+from jaxrl_llm.models.trainable import combine
 from jaxrl_llm.objectives import Recipe
 from jaxrl_llm.rollouts.perturb import Perturbation
 from jaxrl_llm.training import MetricWriter
 from jaxrl_llm.training import Parts
+from jaxrl_llm.training import StorageError
 from jaxrl_llm.training import TensorBoard
 from jaxrl_llm.training import TrainingError
 from jaxrl_llm.training import WeightsAndBiases
 from jaxrl_llm.training import split_policy
 from jaxrl_llm.training import state_hash
 from jaxrl_llm.training import train
+from jaxrl_llm.training.run.lock import only_process
+from jaxrl_llm.training.run.lock import remove_if_alone
 from jaxrl_llm.training.saved_run import write_model
 
 INTERRUPTED = 130
@@ -88,15 +91,11 @@ def run_experiment(experiment: Experiment | Study, arguments: RunArguments, comm
     config = run_config(experiment, arguments)
     run = _choose_folder(arguments, config)
     again = go_on_command(run.label, arguments)
-    whole = not (isinstance(experiment, Study) and damaged_parts(run))
-    if whole and run.summary.exists() and not changed_settings(read_config(run)["settings"], config["settings"]):
-        print(f"Run {run.label} is complete; its report was written again: {write_report(run)}")
-        return 0
-    print(f"run {run.label} -> {run.shown}", flush=True)
     try:
-        if isinstance(experiment, Study):
-            return _compute(experiment, arguments, run, config | {"kind": "study"}, command, again)
-        return _train(experiment, arguments, run, config, command, again)
+        with only_process(run.path):
+            return _run_alone(experiment, arguments, run, config, command, again)
+    except StorageError as error:
+        raise UserError(str(error)) from error
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             raise UserError(
@@ -104,6 +103,25 @@ def run_experiment(experiment: Experiment | Study, arguments: RunArguments, comm
                 f"{again}"
             ) from error
         raise
+
+
+def _run_alone(
+    experiment: Experiment | Study,
+    arguments: RunArguments,
+    run: RunFolder,
+    config: dict[str, Any],
+    command: Sequence[str],
+    again: str,
+) -> int:
+    """What is left to do in a folder in which no other process works."""
+    whole = is_complete(run) and not (isinstance(experiment, Study) and damaged_parts(run))
+    if whole and not changed_settings(read_config(run)["settings"], config["settings"]):
+        print(f"Run {run.label} is complete; its report was written again: {write_report(run)}")
+        return 0
+    print(f"run {run.label} -> {run.shown}", flush=True)
+    if isinstance(experiment, Study):
+        return _compute(experiment, arguments, run, config | {"kind": "study"}, command, again)
+    return _train(experiment, arguments, run, config, command, again)
 
 
 def run_config(experiment: Experiment | Study, arguments: RunArguments) -> dict[str, Any]:
@@ -176,6 +194,11 @@ def _train(
         write_json(run.path / FILE, check)
         print("\n".join(sentences(check)))
     evaluate = HeldOutEvaluation(run, task, answerer, arguments.settings.train.steps)
+    problem = samples_problem(run)
+    if problem and run.samples.exists():
+        print(f"{problem} The answers before training are given again.", flush=True)
+        _, learned, frozen = split_policy(parts.model, parts.trainable)
+        evaluate(0, combine(learned, frozen))
     try:
         sources = open_sampler(arguments.settings.sources, parts, arguments.settings.train)
         with sources as sampler, progress() as reporter:
@@ -328,9 +351,7 @@ def _prepare(
 
 
 def _remove_if_new(run: RunFolder) -> None:
-    with contextlib.suppress(OSError):
-        # Succeeds for an empty folder only.
-        run.path.rmdir()
+    remove_if_alone(run.path)
 
 
 def _trained(parts: Parts) -> str:
@@ -347,7 +368,7 @@ def _write_down(run: RunFolder, config: Mapping[str, Any], command: Sequence[str
     """config.json and environment.json; a run that goes on keeps what it began with and lists each later start."""
     environment = describe_environment(list(command))
     if run.config.exists():
-        first = read_json(run.environment) if run.environment.exists() else {}
+        first = kept_environment(run)
         starts = [
             *first.get("continued", ()),
             {name: environment[name] for name in ("started", "command", "git_commit", "device")},
@@ -371,34 +392,12 @@ def _describe_model(run: RunFolder, parts: Parts, settings: RunSettings) -> None
 
 def _writers(run: RunFolder, arguments: RunArguments, config: Mapping[str, Any]) -> Callable[[int], list[MetricWriter]]:
     def open_writers(done: int) -> list[MetricWriter]:
-        writers: list[MetricWriter] = [TensorBoard(run.path / "tensorboard", first_step=done)]
+        writers: list[MetricWriter] = [TensorBoard(run.path / "tensorboard", first_step=done + 1 if done else 0)]
         if arguments.wandb:
             writers.append(WeightsAndBiases(arguments.wandb, run.label.replace("/", "-"), config["settings"]))
         return writers
 
     return open_writers
-
-
-class HeldOutEvaluation:
-    """Measures the policy on the held-out problems, and keeps its first and last answers in samples.json."""
-
-    def __init__(self, run: RunFolder, task: Task, answerer: HeldOutAnswerer, steps: int) -> None:
-        """Nothing is answered yet."""
-        self._run, self._task, self._answerer, self._steps = run, task, answerer, steps
-
-    def __call__(self, step: int, model_state: nnx.State) -> Mapping[str, float]:
-        """Answer all problems; returns both accuracies."""
-        rows = score_answers(self._task, self._answerer(model_state))
-        if step == 0:
-            write_json(self._run.samples, {"answers": merge_answers(rows, None)})
-        elif step == self._steps:
-            before = [{**row, **row["before"]} for row in read_json(self._run.samples)["answers"]]
-            write_json(self._run.samples, {"answers": merge_answers(before, rows)})
-        count = len(rows)
-        return {
-            names.HELD_OUT: sum(row["lenient"] for row in rows) / count,
-            names.HELD_OUT_STRICT: sum(row["strict"] for row in rows) / count,
-        }
 
 
 def _ending(summary: Mapping[str, Any]) -> str:

@@ -12,10 +12,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxrl_llm.durable import sync
 from jaxrl_llm.redaction import redact_command
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,6 +110,7 @@ def write_json(path: Path, value: Any) -> None:
     part = path.with_name(f".{path.name}.part")
     try:
         part.write_bytes(_encoded(value))
+        sync(part)
         part.replace(path)
     except OSError as error:
         raise UserError(f"Cannot write {path}: {error.strerror}.") from error
@@ -131,7 +134,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; the run has not got that far, or the folder is not a run.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"Cannot read {path}: {error}.") from error
 
 
@@ -139,15 +142,23 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read a file of JSON lines; a last line that was cut off by a kill is left out, a missing file has no rows."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror}.") from error
     rows = []
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
+            row = json.loads(line.decode())
+        except (ValueError, RecursionError) as error:
             if number == len(lines):
                 break
             raise UserError(f"Line {number} of {path} is not JSON: {error}.") from error
+        if not isinstance(row, dict) or type(row.get("step")) is not int or not 0 <= row["step"] < 2**53:
+            raise UserError(f"Line {number} of {path} is damaged: it must be an object with a step, 0 or more.")
+        rows.append(row)
     return rows
 
 
@@ -166,9 +177,28 @@ def read_config(run: RunFolder) -> dict[str, Any]:
         UserError: it cannot be read, or is not that of a run.
     """
     config = read_json(run.config)
-    if not isinstance(config, dict) or not {"experiment", "tiny", "settings"} <= set(config):
+    kinds = {"experiment": str, "tiny": bool, "settings": dict}
+    if not isinstance(config, dict) or not all(isinstance(config.get(name), kind) for name, kind in kinds.items()):
         raise UserError(f"{run.config} is damaged: it must hold experiment, tiny and settings of a run.")
     return config
+
+
+@contextlib.contextmanager
+def named_damage(*runs: RunFolder) -> Iterator[None]:
+    """What goes wrong inside because a file of the runs holds something nobody thought of, as one sentence.
+
+    Raises:
+        UserError: naming the runs, and what Python said.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+        said = " ".join(str(error).split())
+        raise UserError(
+            f"The files of run {', '.join(run.label for run in runs)} cannot be used together "
+            f"({type(error).__name__}: {said:.200}); one of them was changed, or is of another version. They are in "
+            f"{', '.join(run.shown for run in runs)}."
+        ) from error
 
 
 def check_id(run_id: str) -> None:
@@ -202,7 +232,8 @@ def open_folder(runs: Path, experiment: str, run_id: str | None, *, needed_bytes
         check_id(run_id)
     path = (runs / experiment).absolute() / (run_id or "")
     try:
-        path = path if run_id else path / free_id(path)
+        if run_id is None:
+            path = new_folder(path)
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path) as probe:
             probe.write(b"0")
@@ -223,12 +254,26 @@ def open_folder(runs: Path, experiment: str, run_id: str | None, *, needed_bytes
 
 def free_id(folder: Path) -> str:
     """A name that no run in the folder has: the time."""
-    name = datetime.datetime.now().strftime("%Y-%m-%d_%H%M%S")
+    start = name = datetime.datetime.now().strftime("%Y-%m-%d_%H%M%S")
     number = 1
-    while (folder / name).exists():
+    while os.path.lexists(folder / name):
         number += 1
-        name = f"{name.partition('-again')[0]}-again{number}"
+        name = f"{start}-again{number}"
     return name
+
+
+def new_folder(folder: Path) -> Path:
+    """Make a folder below this one under a name of its own; of several processes that ask, each gets another.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        path = folder / free_id(folder)
+        with contextlib.suppress(FileExistsError):
+            path.mkdir()
+            return path
 
 
 def all_runs(runs: Path, experiment: str | None = None) -> list[RunFolder]:
@@ -322,6 +367,7 @@ def describe_environment(command: list[str]) -> dict[str, Any]:
 def unfinished_twin(runs: Path, experiment: str, settings: Mapping[str, Any]) -> RunFolder | None:
     """The newest run of the same experiment with the same settings that has no summary yet."""
     for run in reversed(all_runs(runs, experiment)):
+        # A damaged run is nobody's twin.
         with contextlib.suppress(UserError):
             if not run.summary.exists() and read_config(run)["settings"] == settings:
                 return run

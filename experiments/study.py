@@ -28,6 +28,7 @@ from experiments.run_folder import write_json
 from experiments.settings import changed_settings
 from experiments.settings import flat_settings
 from experiments.style import Picture
+from jaxrl_llm.durable import sync
 from jaxrl_llm.exploration import PosteriorError
 from jaxrl_llm.training.run.interrupts import StopAtOnce
 from jaxrl_llm.training.run.interrupts import StoppedError
@@ -205,6 +206,7 @@ def run_parts(run: RunFolder, parts: Parts) -> str | None:
                 unfinished = _path(run, name).with_suffix(".unfinished")
                 with unfinished.open("wb") as file:
                     np.savez_compressed(file, allow_pickle=False, **values, **{SECONDS: np.asarray(seconds)})
+                sync(unfinished)
                 unfinished.replace(_path(run, name))
                 reporter.finish_step(number, {}, {"total": seconds})
     except OSError as error:

@@ -32,6 +32,8 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save
 
+from jaxrl_llm.durable import sync
+from jaxrl_llm.durable import sync_tree
 from jaxrl_llm.trajectory import OPTIONAL
 from jaxrl_llm.trajectory import Trajectories
 from jaxrl_llm.trajectory import check_trajectory
@@ -271,9 +273,11 @@ def _replace_folder(folder: Path, files: Mapping[str, bytes]) -> None:
         _remove_abandoned(folder)
         for name, content in files.items():
             (draft / name).write_bytes(content)
+        sync_tree(draft)
         if folder.exists():
             folder.rename(aside)
         draft.rename(folder)
+        sync(folder.parent)
     except OSError as error:
         if aside.exists() and not folder.exists():
             with suppress(OSError):

@@ -30,7 +30,9 @@ from jaxrl_llm.models.tokenizers import Tokenizer
 from jaxrl_llm.models.trainable import Trainable
 from jaxrl_llm.models.trainable import combine
 from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.training.run.checkpoints import checkpoint_steps
 from jaxrl_llm.training.run.errors import StorageError
+from jaxrl_llm.training.run.seals import what_is_broken
 from jaxrl_llm.training.run.state import state_hash
 from jaxrl_llm.training.text.policy import split_policy
 
@@ -124,22 +126,21 @@ def load_run(run: str | Path, *, step: int | None = None) -> SavedRun:
     """
     folder = Path(run)
     content = _described(folder)
-    with _checkpoints(folder) as found:
-        step = _chosen(folder, found, step)
-        with _sentences(f"The model before training of {folder}, as {folder / FILE} describes it, cannot be made"):
-            model, tokenizer = _before_training(folder, content)
-            trainable = _trainable(content["trainable"])
-            model = trainable.prepare(model, rngs=nnx.Rngs(0))
-            policy, params, frozen = split_policy(model, trainable)
-        if state_hash(frozen) != content["frozen_sha256"]:
-            raise StorageError(
-                f"The parameters that run {folder} did not train differ from those it started from "
-                f"({content['source'] or 'random weights'}): the weights there were changed, or random numbers are "
-                "others on this machine."
-            )
-        settings = _settings(folder, step)
-        if step and found is not None:
-            params = _restored(found, folder / "checkpoints" / str(step), step, params)
+    step = _chosen(folder, step)
+    with _sentences(f"The model before training of {folder}, as {folder / FILE} describes it, cannot be made"):
+        model, tokenizer = _before_training(folder, content)
+        trainable = _trainable(content["trainable"])
+        model = trainable.prepare(model, rngs=nnx.Rngs(0))
+        policy, params, frozen = split_policy(model, trainable)
+    if state_hash(frozen) != content["frozen_sha256"]:
+        raise StorageError(
+            f"The parameters that run {folder} did not train differ from those it started from "
+            f"({content['source'] or 'random weights'}): the weights there were changed, or random numbers are "
+            "others on this machine."
+        )
+    settings = _settings(folder, step)
+    if step:
+        params = _restored((folder / "checkpoints").absolute() / str(step), params)
     return SavedRun(nnx.merge(policy.graphdef, combine(params, frozen)), tokenizer, settings, step)
 
 
@@ -196,35 +197,32 @@ def _trainable(fields: Mapping[str, Any]) -> Trainable:
     return Trainable(top=fields["top"], adapters=adapters)
 
 
-@contextmanager
-def _checkpoints(folder: Path) -> Iterator[ocp.CheckpointManager | None]:
-    """The checkpoints of a run, opened for reading; None where there is no folder of them."""
+def _chosen(folder: Path, step: int | None) -> int:
+    """The step whose checkpoint is read, sound as a whole; 0 for the model before training.
+
+    Raises:
+        StorageError: there is none, or it is not as it was written.
+    """
     place = (folder / "checkpoints").absolute()
-    if not place.is_dir():
-        yield None
-        return
-    handlers = {"state": ocp.PyTreeCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()}
-    # Nothing is made, kept or cleaned up: another process may be writing there.
-    options = ocp.CheckpointManagerOptions(create=False, cleanup_tmp_directories=False)
-    manager = ocp.CheckpointManager(place, options=options, item_handlers=handlers)
-    try:
-        yield manager
-    finally:
-        manager.close()
-
-
-def _chosen(folder: Path, found: ocp.CheckpointManager | None, step: int | None) -> int:
-    steps = [] if found is None else sorted(found.all_steps())
-    if step == 0 or (step is not None and step in steps):
+    steps = checkpoint_steps(place)[::-1]
+    if step == 0:
         return step
     if not steps:
         raise StorageError(f"{folder} has no complete checkpoint yet; step=0 is the model before training.")
-    if step is None:
-        return steps[-1]
-    raise StorageError(
-        f"{folder} has no checkpoint of step {step}; there are those of {', '.join(map(str, steps))} "
-        "(keep_checkpoints says how many are kept), and step 0, the model before training."
-    )
+    if step is not None and step not in steps:
+        raise StorageError(
+            f"{folder} has no checkpoint of step {step}; there are those of {', '.join(map(str, steps))} "
+            "(keep_checkpoints says how many are kept), and step 0, the model before training."
+        )
+    step = steps[-1] if step is None else step
+    reason = what_is_broken(place / str(step))
+    if reason:
+        sound = [str(other) for other in steps if other != step and not what_is_broken(place / str(other))]
+        instead = (
+            f"step={sound[-1]} is sound" if sound else "no other one is sound; step=0 is the model before training"
+        )
+        raise StorageError(f"Checkpoint {place / str(step)} cannot be read: {reason}; {instead}.")
+    return step
 
 
 def _settings(folder: Path, step: int) -> dict[str, Any]:
@@ -234,7 +232,7 @@ def _settings(folder: Path, step: int) -> dict[str, Any]:
         return dict(read_json(folder / "checkpoints" / str(step) / "progress" / "metadata")["settings"]) if step else {}
 
 
-def _restored(found: ocp.CheckpointManager, place: Path, step: int, params: nnx.State) -> nnx.State:
+def _restored(place: Path, params: nnx.State) -> nnx.State:
     """The trained parameters of a checkpoint, laid out like `params`; the optimiser's state stays on the disk."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
     wanted = {
@@ -243,8 +241,10 @@ def _restored(found: ocp.CheckpointManager, place: Path, step: int, params: nnx.
         )
         for path, leaf in leaves
     }
+    handlers = {"state": ocp.PyTreeCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()}
     try:
-        saved = dict(found.item_metadata(step)["state"])
+        found = ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
+        saved = dict(found.metadata(place).item_metadata["state"])
         differing = [name for name in wanted if name not in saved or tuple(saved[name].shape) != wanted[name].shape]
         differing += [name for name in saved if name.startswith("params.") and name not in wanted]
         if differing:
@@ -253,7 +253,7 @@ def _restored(found: ocp.CheckpointManager, place: Path, step: int, params: nnx.
             )
         how = ocp.checkpoint_utils.construct_restore_args(wanted)
         items = ocp.args.PyTreeRestore(wanted, restore_args=how, partial_restore=True)
-        arrays = found.restore(step, args=ocp.args.Composite(state=items))["state"]
+        arrays = found.restore(place, args=ocp.args.Composite(state=items))["state"]
     except StorageError:
         raise
     except Exception as error:

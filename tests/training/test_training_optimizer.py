@@ -6,6 +6,9 @@ import numpy as np
 import optax
 import pytest
 
+from jaxrl_llm.rollouts import SamplingSettings
+from jaxrl_llm.training import TrainSettings
+from jaxrl_llm.training import UpdateSettings
 from jaxrl_llm.training.run.optimizer import OptimizerSettings
 from jaxrl_llm.training.run.optimizer import learning_rate_schedule
 from jaxrl_llm.training.run.optimizer import make_optimizer
@@ -81,3 +84,23 @@ def test_impossible_numbers_are_refused_by_name(field, value):
 def test_a_warmup_as_long_as_the_run_is_refused():
     with pytest.raises(ValueError, match="warmup_steps is 10"):
         make_optimizer(OptimizerSettings(schedule="linear", warmup_steps=10), 10)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 10**400])
+def test_numbers_that_are_not_finite_are_refused_everywhere(value):
+    for settings, name in (
+        (OptimizerSettings, "learning_rate"),
+        (OptimizerSettings, "max_grad_norm"),
+        (OptimizerSettings, "weight_decay"),
+        (OptimizerSettings, "epsilon"),
+        (UpdateSettings, "minibatches"),
+        (UpdateSettings, "stop_after_skipped"),
+        (TrainSettings, "reward_low"),
+        (TrainSettings, "reward_high"),
+        (TrainSettings, "steps"),
+        (SamplingSettings, "temperature"),
+        (SamplingSettings, "top_p"),
+        (SamplingSettings, "min_p"),
+    ):
+        with pytest.raises(ValueError, match=rf"^{name} "):
+            settings(**{name: value})

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxrl_llm.durable import sync
 from jaxrl_llm.rollouts.collect.protocol import BatchShape
 from jaxrl_llm.rollouts.collect.protocol import CollectError
 from jaxrl_llm.rollouts.collect.protocol import Collector
@@ -50,7 +51,9 @@ class Store:
             # Last: a batch without this file is not there.
             draft = self.folder / str(step) / "experience.draft"
             draft.write_text(json.dumps(about), encoding="utf-8")
+            sync(draft)
             draft.replace(draft.with_name("experience.json"))
+            sync(draft.parent)
         except (OSError, TypeError, ValueError) as error:
             raise CollectError(f"The batch of step {step + 1} cannot be kept in {self.folder}: {error}") from error
 

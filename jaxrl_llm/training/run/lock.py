@@ -118,7 +118,7 @@ def _who(file: IO[str]) -> str:
         file.seek(0)
         told = json.loads(file.read(10_000))
         return f"process {told['pid']} on {told['host']}, started {told['started']},"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "another process"
 
 
