@@ -21,7 +21,6 @@ from jaxrl_llm.training.run.state import state_hash as state_hash
 from jaxrl_llm.training.text.collection import make_collector as make_collector
 from jaxrl_llm.training.text.critic import CriticSettings as CriticSettings
 from jaxrl_llm.training.text.loop import Evaluate as Evaluate
-from jaxrl_llm.training.text.loop import OpenWriters as OpenWriters
 from jaxrl_llm.training.text.loop import Outcome as Outcome
 from jaxrl_llm.training.text.loop import train as train
 from jaxrl_llm.training.text.minibatches import UpdateSettings as UpdateSettings
@@ -29,6 +28,7 @@ from jaxrl_llm.training.text.objective import OBJECTIVES as OBJECTIVES
 from jaxrl_llm.training.text.objective import Objective as Objective
 from jaxrl_llm.training.text.policy import Policy as Policy
 from jaxrl_llm.training.text.policy import split_policy as split_policy
+from jaxrl_llm.training.text.record import OpenWriters as OpenWriters
 from jaxrl_llm.training.text.settings import Parts as Parts
 from jaxrl_llm.training.text.settings import TrainSettings as TrainSettings
 from jaxrl_llm.training.text.settings import end_tokens as end_tokens

@@ -47,6 +47,10 @@ class Law:
     weights: WeightPerturbation | None = None
 
 
+NOBODYS_LAW = Law(known=False)
+"""Of experience that no policy of this run sampled as a whole: demonstrations, pairs, batches of several policies."""
+
+
 class Sampler(Protocol):
     """Samples groups of answers to prompts."""
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from jaxrl_llm.environments import Curriculum
 from jaxrl_llm.models.tokenizers import Tokenizer
+from jaxrl_llm.rollouts.collect import NOBODYS_LAW
 from jaxrl_llm.rollouts.collect import AheadCollector
 from jaxrl_llm.rollouts.collect import Collector
 from jaxrl_llm.rollouts.collect import KeptCollector
@@ -19,9 +20,6 @@ from jaxrl_llm.training.text.objective import get_objective
 from jaxrl_llm.training.text.settings import Parts
 from jaxrl_llm.training.text.settings import TrainSettings
 from jaxrl_llm.training.text.settings import end_tokens
-
-NOBODYS_LAW = Law(known=False)
-"""Of experience that no policy of this run sampled as a whole: demonstrations, pairs, batches of several policies."""
 
 
 class Collection(NamedTuple):
@@ -83,10 +81,10 @@ def make_collector(parts: Parts, settings: TrainSettings, folder: Path) -> Colle
         collector = KeptCollector(collector, kept)
     if settings.ahead:
         collector = ahead = AheadCollector(collector, ahead=settings.ahead, last_step=settings.steps - 1)
-        law = Law(known=False)
+        law = NOBODYS_LAW
     if settings.replay > 1:
         replayed = Store(folder / "replay")
-        collector, law = ReplayCollector(collector, replayed, size=settings.replay), Law(known=False)
+        collector, law = ReplayCollector(collector, replayed, size=settings.replay), NOBODYS_LAW
     return Collection(collector, law, kept, replayed, ahead)
 
 

@@ -250,8 +250,9 @@ def pack(
 
     positions = np.maximum(np.cumsum(token_mask, axis=1, dtype=np.int32) - 1, 0)
     targets = tokens[:, prompt:].reshape(count, -1)
-    columns = (jnp.asarray(array) for array in (rows(tokens), rows(token_mask), rows(positions), targets))
-    return Rows(*columns, None, None, None, None, layout)
+    columns = {"tokens": rows(tokens), "token_mask": rows(token_mask), "positions": rows(positions), "targets": targets}
+    arrays: dict[str, Any] = {name: jnp.asarray(column) for name, column in columns.items()}
+    return Rows(**arrays, segments=None, prefixes=None, sources=None, places=None, layout=layout)
 
 
 def _in_packed_rows(trajectories: Trajectories, actions: Actions, texts: list[Text], plan: Plan) -> Arrangement:

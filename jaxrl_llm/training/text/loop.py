@@ -12,8 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -29,11 +27,6 @@ from jaxrl_llm.training.run.errors import StorageError
 from jaxrl_llm.training.run.errors import TrainingError
 from jaxrl_llm.training.run.interrupts import StopRequests
 from jaxrl_llm.training.run.lock import only_process
-from jaxrl_llm.training.run.metrics import JsonLines
-from jaxrl_llm.training.run.metrics import MetricWriter
-from jaxrl_llm.training.run.metrics import Trackers
-from jaxrl_llm.training.run.optimizer import learning_rate_schedule
-from jaxrl_llm.training.run.reporting import PhaseClock
 from jaxrl_llm.training.run.reporting import Quiet
 from jaxrl_llm.training.run.reporting import Reporter
 from jaxrl_llm.training.run.standing import find_standing
@@ -41,34 +34,22 @@ from jaxrl_llm.training.run.standing import write_newest
 from jaxrl_llm.training.run.state import TrainState
 from jaxrl_llm.training.run.state import state_hash
 from jaxrl_llm.training.text.collection import make_collector
-from jaxrl_llm.training.text.diagnostics import mismatch_metrics
 from jaxrl_llm.training.text.finite import finite_arrays
 from jaxrl_llm.training.text.finite import finite_at
-from jaxrl_llm.training.text.layout import Rows
-from jaxrl_llm.training.text.scoring import Shift
+from jaxrl_llm.training.text.measuring import bound_metrics
+from jaxrl_llm.training.text.measuring import step_metrics
+from jaxrl_llm.training.text.record import FILES
+from jaxrl_llm.training.text.record import OpenWriters
+from jaxrl_llm.training.text.record import Record
 from jaxrl_llm.training.text.settings import Parts
 from jaxrl_llm.training.text.settings import TrainSettings
-from jaxrl_llm.training.text.step_metrics import group_metrics
-from jaxrl_llm.training.text.step_metrics import sequence_metrics
-from jaxrl_llm.training.text.step_metrics import shift_metrics
-from jaxrl_llm.training.text.step_metrics import staleness_metrics
-from jaxrl_llm.training.text.step_metrics import update_metrics
 from jaxrl_llm.training.text.trainer import Prepared
 from jaxrl_llm.training.text.trainer import Trainer
 from jaxrl_llm.trajectory import check_trajectory
-from jaxrl_llm.trajectory_files import write_trajectories
-from jaxrl_llm.trajectory_texts import text_stretches
-from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import SumCount
-
-OpenWriters = Callable[[int], Sequence[MetricWriter]]
-"""Finished steps -> places to write the metrics of the later ones to."""
 
 Evaluate = Callable[[int, nnx.State], Mapping[str, float]]
 """(finished steps, all parameters of the policy) -> what was measured."""
-
-FILES = ("metrics.jsonl", "samples.jsonl", "timings.jsonl")
-"""Files of a run that are cut back to the checkpoint when it resumes; only the last one holds clock readings."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,13 +139,10 @@ class _Run:
         self.collector = self.collection.collector
         self.trainer = Trainer(parts, settings, self.collector.shape, self.collection.law)
         self.vocab_size = parts.model.config.vocab_size
-        self.decode = partial(parts.tokenizer.decode, skip_special_tokens=False)
-        self.rate = learning_rate_schedule(settings.optimizer, settings.optimizer_steps)
-        self.files: dict[str, JsonLines] = {}
-        self.writers = Trackers((), reporter.say)
+        self.record = Record(folder, parts.tokenizer, self.vocab_size, reporter)
+        self.clock = self.record.clock
         self.checkpoints: Checkpoints | None = None
         self.progress = Progress(step=0, settings={}, frozen_hash="", file_bytes=dict.fromkeys(FILES, 0))
-        self.clock = PhaseClock(reporter)
         self.sound: Callable[[], bool] = lambda: True
 
     # Start, save, stop
@@ -205,17 +183,14 @@ class _Run:
         else:
             self.collection.forget_all()
         self.progress = dataclasses.replace(self.progress, settings=settings, frozen_hash=frozen_hash)
-        self.files = {
-            name: JsonLines(self.folder / name, keep_bytes=self.progress.file_bytes.get(name, 0)) for name in FILES
-        }
-        self.writers = Trackers(open_writers(self.progress.step) if open_writers else (), self.reporter.say)
+        self.record.open(self.progress, open_writers)
 
     def close(self) -> None:
         """Let go of every file and thread."""
         self.collection.close()
-        for writer in (self.writers, *self.files.values(), self.checkpoints):
-            if writer is not None:
-                writer.close()
+        self.record.close()
+        if self.checkpoints is not None:
+            self.checkpoints.close()
 
     def save(self) -> Path | None:
         """Write a checkpoint of the last finished step, and everything that belongs to it.
@@ -233,11 +208,8 @@ class _Run:
                 f"The {broken} after step {self.progress.step} are not finite; {self.last_good_checkpoint()}. A "
                 "smaller learning rate may help."
             )
-        for writer in (*self.files.values(), self.writers):
-            writer.flush()
-        positions = {name: file.position for name, file in self.files.items()}
-        hashes = {name: file.sha256 for name, file in self.files.items()}
-        self.progress = dataclasses.replace(self.progress, file_bytes=positions, file_sha256=hashes)
+        lengths, hashes = self.record.flush()
+        self.progress = dataclasses.replace(self.progress, file_bytes=lengths, file_sha256=hashes)
         path = self.checkpoints.save(self.state, self.progress)
         write_newest(self.folder, self.progress.step)
         self.collection.forget(self.progress.step)
@@ -249,7 +221,7 @@ class _Run:
         self.reporter.begin(first_step=done, steps=steps)
         if not done:
             self.clock.start()
-            self.write(self.evaluation(0))
+            self.record.write(0, self.evaluation(0))
         for index in range(done, steps):
             if stop.requested or not self.guarded_step(index, stop):
                 return self.interrupted(stop)
@@ -285,15 +257,16 @@ class _Run:
         with self.clock.phase("score"):
             prepared = self.trainer.prepare(self.state, index, experience)
         self.warn_of_dropped(index, prepared)
-        rate = float(np.asarray(self.rate(self.state.updates)))
+        rate = self.trainer.learning_rate(self.state)
         with self.clock.phase("update"):
             streak = int(self.state.skipped_in_a_row)
             self.state, updates = self.trainer.improve(self.state, prepared)
-        self.sound = partial(self.scores_finite, prepared.batch.rows, prepared.counted)
-        metrics = self.measure(index, experience, prepared, updates, policy.version) | {"actor/lr": rate}
+        metrics = step_metrics(experience, prepared, updates, policy.version) | {"actor/lr": rate}
+        metrics |= self.compared(index, experience, prepared)
         self.progress = dataclasses.replace(self.progress, step=index + 1, cursor=dict(experience.cursor))
-        self.write_samples(experience)
-        self.write(metrics | self.evaluation(index + 1), tokens=int(np.sum(experience.trajectories.token_mask)))
+        self.record.write_samples(index + 1, experience)
+        tokens = int(np.sum(experience.trajectories.token_mask))
+        self.record.write(index + 1, metrics | self.evaluation(index + 1), tokens=tokens)
         self.stop_if_broken(streak, updates)
         return True
 
@@ -325,49 +298,21 @@ class _Run:
         if rows != shape.rows:
             raise TrainingError(f"{type(self.collector).__name__} collected {rows} rows; it promised {shape.rows}.")
 
-    def measure(
-        self,
-        index: int,
-        experience: Experience,
-        prepared: Prepared,
-        updates: Sequence[dict[str, SumCount]],
-        version: int,
-    ) -> dict[str, float]:
-        """All numbers of the step."""
-        batch, sound = prepared.batch, prepared.finite.rows
-        returns = np.where(sound, experience.trajectories.returns, 0)
-        metrics = sequence_metrics(experience, prepared.advantages, prepared.mask, sound)
-        metrics |= group_metrics(returns, prepared.kept, sound) | update_metrics(updates)
-        metrics |= {"actor/entropy": float(prepared.entropy[prepared.mask].mean())}
-        metrics |= {"rollout/dropped_nonfinite": float(prepared.finite.dropped)}
-        metrics |= {"layout/padded_share": prepared.padded_share}
-        metrics |= staleness_metrics(experience, prepared.mask, version)
-
-        def rows(array: Array) -> Array:
-            return array.reshape(-1, *array.shape[2:])
-
-        mask, device = rows(prepared.counted), {}
-        if batch.log_prob_behaviour is not None:
-            device = mismatch_metrics(rows(batch.log_prob_old), rows(batch.log_prob_behaviour), mask)
-        every = self.settings.update.bounds_every
-        if every and index % every == 0:
-            with self.clock.phase("bounds"):
-                shift = jax.tree.map(rows, self.trainer.compare(self.state, prepared))
-                # Whole policies are compared: what one of them prunes has a finite log-prob here.
-                self.sound = partial(finite_at, mask, shift.kl, shift.kl_reverse, shift.total_variation)
-                reward_range = (self.settings.reward_low, self.settings.reward_high)
-                arrays = (mask, rows(batch.rewards), rows(batch.group_ids))
-                known = self.trainer.law.known
-                device |= jax.device_get(shift_metrics(shift, *arrays, reward_range=reward_range, sampled_by_mu=known))
-                self.write_episodes(index, experience, prepared, shift)
-        return metrics | dict(experience.metrics) | {name: float(np.asarray(value)) for name, value in device.items()}
-
-    def scores_finite(self, rows: Rows, counted: Array) -> bool:
-        """Whether the policy now gives finite log-probs to the tokens that were learned; a pruned one has -inf."""
-        scores = self.trainer.scorer.score(self.state.params, self.trainer.frozen, rows)
-        pruned = self.trainer.objective.log_min_p is not None
-        log_prob = jnp.where(jnp.isneginf(scores.log_prob), 0, scores.log_prob) if pruned else scores.log_prob
-        return finite_at(counted, log_prob, scores.entropy)
+    def compared(self, index: int, experience: Experience, prepared: Prepared) -> dict[str, float]:
+        """The policy after the update against the one that sampled, and the bounds, where they are due."""
+        every, episodes = self.settings.update.bounds_every, self.settings.episodes_every
+        shown = episodes and not (index + 1) % episodes
+        if not (shown or (every and index % every == 0)):
+            self.sound = partial(self.trainer.scores_finite, self.state, prepared)
+            return {}
+        with self.clock.phase("bounds"):
+            shift = self.trainer.compare(self.state, prepared)
+            # Whole policies are compared: what one of them prunes has a finite log-prob here.
+            self.sound = partial(finite_at, prepared.counted, shift.kl, shift.kl_reverse, shift.total_variation)
+            if shown:
+                self.record.write_episodes(index + 1, experience, prepared, shift)
+            reward_range = (self.settings.reward_low, self.settings.reward_high)
+            return bound_metrics(shift, prepared, reward_range=reward_range, sampled_by_mu=self.trainer.law.known)
 
     def warn_of_dropped(self, index: int, prepared: Prepared) -> None:
         """Say which rollouts were dropped because they are not finite.
@@ -394,35 +339,6 @@ class _Run:
             return {}
         with self.clock.phase("evaluate"):
             return dict(self.evaluate(step, self.trainer.model_state(self.state)))
-
-    def write(self, metrics: Mapping[str, float], *, tokens: int = 0) -> None:
-        """Write the finished step down; what depends on the clock goes to the timings."""
-        if not metrics:
-            return
-        step, seconds = self.progress.step, self.clock.seconds(tokens=tokens)
-        seconds |= {name: value for name, value in metrics.items() if name.startswith("perf/")}
-        metrics = {name: value for name, value in metrics.items() if not name.startswith("perf/")}
-        self.files["metrics.jsonl"].write(step, metrics)
-        self.files["timings.jsonl"].write(step, seconds)
-        self.writers.write(step, {**metrics, **{f"timing_s/{name}": value for name, value in seconds.items()}})
-        self.reporter.finish_step(step, metrics, seconds)
-
-    def write_samples(self, experience: Experience) -> None:
-        """Write the samples of the collector down."""
-        for sample in experience.samples:
-            self.files["samples.jsonl"].append({"step": self.progress.step, **sample})
-
-    def write_episodes(self, index: int, experience: Experience, prepared: Prepared, shift: Shift) -> None:
-        """Write a whole batch down with its advantages and divergences, where one is due."""
-        every = self.settings.episodes_every
-        if not every or (index + 1) % every:
-            return
-        kl = prepared.gather(shift.kl)
-        texts = text_stretches(experience.trajectories, self.decode)
-        extra = {"advantages": prepared.advantages, "kl": np.where(prepared.mask, kl, 0).astype(np.float32)}
-        about = {"step": index + 1, "vocab_size": self.vocab_size}
-        folder = self.folder / "episodes" / str(index + 1)
-        write_trajectories(folder, experience.trajectories, texts=texts, extra=extra, about=about)
 
     def stop_if_broken(self, streak: int, updates: Sequence[dict[str, SumCount]]) -> None:
         """Raise after too many updates in a row that were not finite; `streak` counts those before this step."""

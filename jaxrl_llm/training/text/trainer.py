@@ -13,16 +13,19 @@ from flax import nnx
 from jaxrl_llm.models.sharding import shard
 from jaxrl_llm.models.trainable import combine
 from jaxrl_llm.objectives.ratios import LOG_RATIO_LIMIT
+from jaxrl_llm.rollouts.collect import NOBODYS_LAW
 from jaxrl_llm.rollouts.collect import BatchShape
 from jaxrl_llm.rollouts.collect import Experience
 from jaxrl_llm.rollouts.collect import Law
 from jaxrl_llm.rollouts.collect import PolicySnapshot
 from jaxrl_llm.rollouts.collect.samplers import spread
+from jaxrl_llm.training.run.optimizer import learning_rate_schedule
 from jaxrl_llm.training.run.optimizer import make_optimizer
 from jaxrl_llm.training.run.state import TrainState
 from jaxrl_llm.training.text.critic import Critic
 from jaxrl_llm.training.text.finite import Finite
 from jaxrl_llm.training.text.finite import find_finite
+from jaxrl_llm.training.text.finite import finite_at
 from jaxrl_llm.training.text.finite import finite_states
 from jaxrl_llm.training.text.finite import without_broken_rows
 from jaxrl_llm.training.text.layout import Arrangement
@@ -59,9 +62,6 @@ from jaxrl_llm.typing import SumCount
 
 ORDER = 1
 """What the run's key is folded with for the order of minibatches."""
-
-UNKNOWN_LAW = Law(known=False)
-"""Of experience that nobody sampled with weights that the trainer has: demonstrations, pairs, files."""
 
 
 class Prepared(NamedTuple):
@@ -105,7 +105,7 @@ def _above_clamp(log_prob_old: Float[Array, "*shape"], log_prob_behaviour: Float
 class Trainer:
     """The compiled functions of a run and the parameters that never change."""
 
-    def __init__(self, parts: Parts, settings: TrainSettings, shape: BatchShape, law: Law = UNKNOWN_LAW) -> None:
+    def __init__(self, parts: Parts, settings: TrainSettings, shape: BatchShape, law: Law = NOBODYS_LAW) -> None:
         """Split the model, place it on its devices, and prepare what is compiled at first use.
 
         Args:
@@ -127,6 +127,7 @@ class Trainer:
         self._initial, self.frozen = initial, frozen
         self._grid = self._fixed_grid()
         self.optimizer = make_optimizer(settings.optimizer, settings.optimizer_steps)
+        self._rate = learning_rate_schedule(settings.optimizer, settings.optimizer_steps)
         update, temperature = settings.update, settings.sampling.temperature
         self.critic = Critic(settings.critic, parts.model) if "values" in self.signal.needs else None
         if self.critic is not None and self.signal.targets is None:
@@ -385,6 +386,17 @@ class Trainer:
     def compare(self, state: TrainState, prepared: Prepared) -> Shift:
         """The policy now against the one before the update, on the contexts of the batch."""
         return self.scorer.shift(state.params, self.frozen, prepared.batch, prepared.heads)
+
+    def scores_finite(self, state: TrainState, prepared: Prepared) -> bool:
+        """Whether the policy now gives finite log-probs to the tokens of a batch; a pruned one has -inf."""
+        scores = self.scorer.score(state.params, self.frozen, prepared.batch.rows)
+        pruned = self.objective.log_min_p is not None
+        log_prob = jnp.where(jnp.isneginf(scores.log_prob), 0, scores.log_prob) if pruned else scores.log_prob
+        return finite_at(prepared.counted, log_prob, scores.entropy)
+
+    def learning_rate(self, state: TrainState) -> float:
+        """That of the next optimiser step."""
+        return float(np.asarray(self._rate(state.updates)))
 
     def _place(self, tree: Any) -> Any:
         """Spread the rows of a batch over the devices; rows that do not divide evenly stay whole."""
