@@ -229,7 +229,7 @@ def test_a_policy_that_is_not_finite_is_never_saved(tiny_run, tmp_path, bounds_e
     train(tiny_run.make_parts(), dataclasses.replace(tiny_run.SETTINGS, steps=1), tmp_path)
     with pytest.raises(NonFiniteError, match=rf"not finite.*; the last good checkpoint is {tmp_path}/checkpoints/1\b"):
         train(tiny_run.make_parts(), settings, tmp_path, allow_changed_settings=True)
-    with pytest.raises(NonFiniteError, match="not finite.*; no checkpoint was saved (yet|before that policy)"):
+    with pytest.raises(NonFiniteError, match=r"not finite.*; no checkpoint was saved (yet|before that policy)"):
         train(tiny_run.make_parts(), settings, tmp_path / "other")
 
 

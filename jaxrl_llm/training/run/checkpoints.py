@@ -333,7 +333,7 @@ class Checkpoints:
 
     def _require_same_arrays(self, folder: Path, leaves: Mapping[str, Any]) -> None:
         try:
-            saved = dict(self._checkpointer.metadata(folder).item_metadata["state"])
+            saved = dict((self._checkpointer.metadata(folder).item_metadata or {})["state"])
         except Exception as error:
             raise StorageError(f"what arrays it has cannot be read ({_first_line(error)})") from error
         saved = {name: (tuple(item.shape), str(item.dtype)) for name, item in saved.items()}
