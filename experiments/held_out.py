@@ -15,7 +15,9 @@ from experiments.evaluation import score_answers
 from experiments.run_folder import RunFolder
 from experiments.run_folder import UserError
 from experiments.run_folder import read_json
+from experiments.run_folder import read_rows
 from experiments.run_folder import write_json
+from experiments.run_shapes import samples_problem
 from jaxrl_llm.environments import Task
 from jaxrl_llm.environments import before_stop
 from jaxrl_llm.models import Transformer
@@ -148,3 +150,24 @@ class HeldOutEvaluation:
             names.HELD_OUT: sum(row["lenient"] for row in rows) / count,
             names.HELD_OUT_STRICT: sum(row["strict"] for row in rows) / count,
         }
+
+    def mend_before(self, model_state: nnx.State) -> None:
+        """Answer as the model before training again, where a run goes on whose answers were lost or changed.
+
+        Args:
+            model_state: before training.
+        """
+        problem = samples_problem(self._run)
+        if problem is None:
+            asked = [row["identity"] for row in read_json(self._run.samples)["answers"]]
+            if asked == [problem.identity for problem in self._task.held_out()]:
+                return
+            problem = f"{self._run.samples} has answers to other problems."
+        if self._run.samples.exists() or read_rows(self._run.path / "metrics.jsonl"):
+            print(f"{problem} The answers before training are given again.", flush=True)
+            self(0, model_state)
+
+    def mend_after(self, model_state: nnx.State) -> None:
+        """Answer as the model after training again, where that was lost after the last step."""
+        if not all("after" in row for row in read_json(self._run.samples)["answers"]):
+            self(self._steps, model_state)

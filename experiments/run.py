@@ -34,7 +34,6 @@ from experiments.run_folder import unfinished_twin
 from experiments.run_folder import write_json
 from experiments.run_shapes import is_complete
 from experiments.run_shapes import kept_environment
-from experiments.run_shapes import samples_problem
 from experiments.settings import RunSettings
 from experiments.settings import changed_settings
 from experiments.settings import difference
@@ -114,7 +113,9 @@ def _run_alone(
     again: str,
 ) -> int:
     """What is left to do in a folder in which no other process works."""
-    whole = is_complete(run) and not (isinstance(experiment, Study) and damaged_parts(run))
+    whole = is_complete(run, trained=isinstance(experiment, Experiment)) and not (
+        isinstance(experiment, Study) and damaged_parts(run)
+    )
     if whole and not changed_settings(read_config(run)["settings"], config["settings"]):
         print(f"Run {run.label} is complete; its report was written again: {write_report(run)}")
         return 0
@@ -194,11 +195,10 @@ def _train(
         write_json(run.path / FILE, check)
         print("\n".join(sentences(check)))
     evaluate = HeldOutEvaluation(run, task, answerer, arguments.settings.train.steps)
-    problem = samples_problem(run)
-    if problem and run.samples.exists():
-        print(f"{problem} The answers before training are given again.", flush=True)
-        _, learned, frozen = split_policy(parts.model, parts.trainable)
-        evaluate(0, combine(learned, frozen))
+    _, learned, frozen = split_policy(parts.model, parts.trainable)
+    evaluate.mend_before(combine(learned, frozen))
+    # Training takes their buffers over.
+    del learned, frozen
     try:
         sources = open_sampler(arguments.settings.sources, parts, arguments.settings.train)
         with sources as sampler, progress() as reporter:
@@ -224,6 +224,7 @@ def _train(
         return INTERRUPTED
     if not outcome.finished:
         return INTERRUPTED
+    evaluate.mend_after(outcome.model_state)
     summary = write_summary(run, experiment, arguments, state_sha256=state_hash(outcome.state))
     print(_ending(summary))
     print(f"report: {write_report(run)}")

@@ -27,6 +27,11 @@ def _is_number(value: Any) -> bool:
         return False
 
 
+def _is_float(value: Any) -> bool:
+    """A number, or what a study found to be none."""
+    return isinstance(value, float) or _is_number(value)
+
+
 def _is_interval(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
 
@@ -75,7 +80,7 @@ def _summary(content: dict[str, Any]) -> str | None:
     if not isinstance(expected, dict) or not _is_number(expected.get("at_least")):
         return "expected must say what is at least needed"
     quantity = expected.get("quantity")
-    if not isinstance(quantity, str) or not _is_number(content.get(quantity)):
+    if not isinstance(quantity, str) or not _is_float(content.get(quantity)):
         return "the quantity that is expected must be a number in it"
     if "claim_met" not in content or not (content["claim_met"] is None or type(content["claim_met"]) is bool):
         return "claim_met must be true, false or null"
@@ -124,12 +129,16 @@ def samples_problem(run: RunFolder) -> str | None:
     return None
 
 
-def is_complete(run: RunFolder) -> bool:
-    """Whether the run has a summary that can be read; a damaged one is said, and is then computed again."""
+def is_complete(run: RunFolder, *, trained: bool) -> bool:
+    """Whether the run has a summary, and answers where it trained, that can be read; what is damaged is said, and is
+    then computed again.
+    """
     if not run.summary.exists():
         return False
     try:
         read(run.summary, "summary")
+        if trained:
+            read(run.samples, "samples")
     except UserError as error:
         print(f"{error} It is computed again.", flush=True)
         return False

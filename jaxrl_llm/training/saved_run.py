@@ -244,7 +244,7 @@ def _restored(place: Path, params: nnx.State) -> nnx.State:
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()}
     try:
         found = ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
-        saved = dict(found.metadata(place).item_metadata["state"])  # pyright: ignore[reportOptionalSubscript]
+        saved = dict((found.metadata(place).item_metadata or {})["state"])
         differing = [name for name in wanted if name not in saved or tuple(saved[name].shape) != wanted[name].shape]
         differing += [name for name in saved if name.startswith("params.") and name not in wanted]
         if differing:

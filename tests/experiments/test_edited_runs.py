@@ -20,7 +20,7 @@ from experiments.run_folder import UserError
 from experiments.run_folder import new_folder
 from experiments.run_folder import read_rows
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "25"))
 FILES = ("config.json", "environment.json", "samples.json", "summary.json", "metrics.jsonl", "timings.jsonl")
 VALUES: tuple[Any, ...] = (
     *(None, True, -1, 0, 10**400, 0.5, float("nan"), float("inf"), "", "\ud800", "text", [], [1], [[]], {}),
@@ -134,3 +134,29 @@ def test_a_line_that_is_no_row_is_named(tmp_path: Path, line: bytes) -> None:
     path.write_bytes(b'{"step": 0}\n' + line + b'\n{"step": 2}\n')
     with pytest.raises(UserError, match=r"^Line 2 of .*metrics\.jsonl is (not JSON|damaged): "):
         read_rows(path)
+
+
+def test_what_can_be_computed_again_is(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = runs / "from_scratch" / "first"
+    before = {name: json.loads((run / name).read_text()) for name in ("summary.json", "samples.json")}
+    (run / "summary.json").write_text('{"accuracy_before": []}')
+    (run / "environment.json").write_text("[]")
+    (run / "samples.json").write_bytes(b"\xff")
+    assert main(["run", "from_scratch", "--resume", "first", "--runs-folder", str(runs)]) == 0
+    said = capsys.readouterr().out
+    for sentence in ("summary.json is damaged", "environment.json is damaged", "The answers before training are given"):
+        assert sentence in said
+    assert {name: json.loads((run / name).read_text()) for name in before} == before
+    assert json.loads((run / "environment.json").read_text())["device"]
+
+
+@pytest.mark.parametrize("folder", ["run.lock", "summary.json", "config.json", "metrics.jsonl", "checkpoints/999999"])
+def test_a_folder_in_the_place_of_a_file_is_a_sentence(
+    runs: Path, capsys: pytest.CaptureFixture[str], folder: str
+) -> None:
+    path = runs / "from_scratch" / "first" / folder
+    path.unlink(missing_ok=True)
+    path.mkdir()
+    status = main(["run", "from_scratch", "--resume", "from_scratch/first", "--runs-folder", str(runs)])
+    assert status in (0, 2)
+    assert status == 0 or capsys.readouterr().err.startswith("error: ")

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from jaxrl_llm.training import NonFiniteError
@@ -20,6 +21,7 @@ from jaxrl_llm.training import UpdateSettings
 from jaxrl_llm.training import state_hash
 from jaxrl_llm.training import train
 from jaxrl_llm.training.run.lock import only_process
+from jaxrl_llm.training.text.finite import finite_at
 
 FILES = ("metrics.jsonl", "samples.jsonl")
 
@@ -224,9 +226,17 @@ def test_a_policy_that_is_not_finite_is_never_saved(tiny_run, tmp_path, bounds_e
         optimizer=OptimizerSettings(learning_rate=1e20),
         update=UpdateSettings(minibatches=1, bounds_every=bounds_every),
     )
-    with pytest.raises(NonFiniteError, match=r"not finite; no checkpoint was saved yet"):
-        train(tiny_run.make_parts(), settings, tmp_path)
-    assert list((tmp_path / "checkpoints").iterdir()) == []
+    train(tiny_run.make_parts(), dataclasses.replace(tiny_run.SETTINGS, steps=1), tmp_path)
+    with pytest.raises(NonFiniteError, match=rf"not finite.*; the last good checkpoint is {tmp_path}/checkpoints/1\b"):
+        train(tiny_run.make_parts(), settings, tmp_path, allow_changed_settings=True)
+    with pytest.raises(NonFiniteError, match=r"not finite.*; no checkpoint was saved (yet|before that policy)"):
+        train(tiny_run.make_parts(), settings, tmp_path / "other")
+
+
+def test_log_probs_count_where_the_mask_says_so():
+    mask = np.array([[True, False]])
+    assert finite_at(mask, np.array([[1.0, np.nan]]), None)
+    assert not finite_at(mask, np.array([[1.0, 0.0]]), np.array([[np.inf, 0.0]]))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

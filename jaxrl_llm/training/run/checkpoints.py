@@ -38,6 +38,7 @@ class Progress:
         file_bytes: length of each file that is cut back when the run resumes, by name. [bytes]
         cursor: what the collector has to know to go on: the state of a curriculum, for example.
         file_sha256: SHA-256 of what these files held up to that length, by name.
+        updates: optimiser steps applied: checkpoints with the same number hold the same policy.
     """
 
     step: int
@@ -46,6 +47,7 @@ class Progress:
     file_bytes: dict[str, int]
     cursor: dict[str, Any] = dataclasses.field(default_factory=dict)
     file_sha256: dict[str, str] = dataclasses.field(default_factory=dict)
+    updates: int = 0
 
 
 def _fields(value: Any) -> Mapping[str, Any] | None:
@@ -171,6 +173,19 @@ class Checkpoints:
         steps = checkpoint_steps(self.folder)
         return self._path(steps[0]) if steps else None
 
+    def last_good(self, updates: int) -> str:
+        """Where to go back to from a policy that is not finite, in words.
+
+        Args:
+            updates: of that policy; a checkpoint with as many holds it too.
+        """
+        for step in checkpoint_steps(self.folder):
+            with suppress(StorageError):
+                if read_progress(self._path(step), step).updates < updates:
+                    newer = "" if self._path(step) == self.latest() else " (newer ones hold the same policy as now)"
+                    return f"the last good checkpoint is {self._path(step)}{newer}"
+        return "no checkpoint was saved before that policy" if self.latest() else "no checkpoint was saved yet"
+
     def _path(self, step: int) -> Path:
         return self.folder / str(step)
 
@@ -223,12 +238,14 @@ class Checkpoints:
             last = "none is complete" if last in (None, folder) else f"the last good one is {last}"
             raise StorageError(f"Cannot write checkpoint {folder} ({_first_line(error)}); {last}.") from error
         self._known.add(progress.step)
-        self._drop_old()
+        self._drop_old(progress.step)
         return folder
 
-    def _drop_old(self) -> None:
-        """Remove all but the newest; one that cannot be removed stays."""
-        for step in checkpoint_steps(self.folder)[self._keep :]:
+    def _drop_old(self, newest: int) -> None:
+        """Remove all but the newest up to this step; one that cannot be removed stays, and so does what is no step of
+        ours.
+        """
+        for step in [step for step in checkpoint_steps(self.folder) if step <= newest][self._keep :]:
             going = self.folder / f"{DROPPED}{step}"
             with suppress(OSError):
                 self._path(step).rename(going)
@@ -316,7 +333,7 @@ class Checkpoints:
 
     def _require_same_arrays(self, folder: Path, leaves: Mapping[str, Any]) -> None:
         try:
-            saved = dict(self._checkpointer.metadata(folder).item_metadata["state"])  # pyright: ignore[reportOptionalSubscript]
+            saved = dict((self._checkpointer.metadata(folder).item_metadata or {})["state"])
         except Exception as error:
             raise StorageError(f"what arrays it has cannot be read ({_first_line(error)})") from error
         saved = {name: (tuple(item.shape), str(item.dtype)) for name, item in saved.items()}

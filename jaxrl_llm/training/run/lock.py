@@ -31,7 +31,7 @@ def _close_in_child() -> None:
     """A forked child shares the lock of its parent and would keep it beyond the parent's end."""
     for _, file in _HELD.values():
         with suppress(OSError):
-            os.close(file.fileno())
+            file.close()
     _HELD.clear()
 
 
@@ -48,7 +48,7 @@ def only_process(folder: Path) -> Iterator[None]:
     Raises:
         StorageError: another process is there, naming it; or the folder cannot be written.
     """
-    place = folder.absolute()
+    place = Path(os.path.realpath(folder))
     if _HELD.get(place, (None,))[0] == threading.get_ident():
         yield
         return

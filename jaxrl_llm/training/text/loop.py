@@ -209,7 +209,8 @@ class _Run:
                 "smaller learning rate may help."
             )
         lengths, hashes = self.record.flush()
-        self.progress = dataclasses.replace(self.progress, file_bytes=lengths, file_sha256=hashes)
+        updates = int(self.state.updates)
+        self.progress = dataclasses.replace(self.progress, file_bytes=lengths, file_sha256=hashes, updates=updates)
         path = self.checkpoints.save(self.state, self.progress)
         write_newest(self.folder, self.progress.step)
         self.collection.forget(self.progress.step)
@@ -329,8 +330,8 @@ class _Run:
 
     def last_good_checkpoint(self) -> str:
         """Where to go back to, in words."""
-        latest = None if self.checkpoints is None else self.checkpoints.latest()
-        return f"the last good checkpoint is {latest}" if latest else "no checkpoint was saved yet"
+        assert self.checkpoints is not None
+        return self.checkpoints.last_good(int(self.state.updates))
 
     def evaluation(self, step: int) -> dict[str, float]:
         """What `evaluate` measures of the policy after `step` steps; nothing where none is due."""
