@@ -235,13 +235,8 @@ class LlamaCppEngine(Stoppable):
             self._server = self._llama.Server(parameters)
         except RuntimeError as error:
             raise EngineError(f"llama.cpp does not load {path} ({error}).") from error
-        # A server that is dropped before its loop runs never comes back from its destructor. The loop answers /slots,
-        # other than /health.
-        address = urllib.parse.urlsplit(self._server.listening_address).netloc
-        asked = http.client.HTTPConnection(address, timeout=self.timeout)
-        with contextlib.closing(asked), self._named_errors():
-            asked.request("GET", "/slots")
-            asked.getresponse().read()
+        # A server that is dropped before its loop runs never comes back from its destructor; the loop answers this.
+        self._answer(self._post({"prompt": [0], "n_predict": 1}))
 
     def _running(self) -> Any:
         if self._server is None:
@@ -265,6 +260,10 @@ class LlamaCppEngine(Stoppable):
         return _read(lambda: answers.completion_of(answer, vocab_size=self.vocab_size))
 
     def _ask(self, body: dict[str, Any]) -> Sent:
+        """Send a request of somebody who waits for rollouts or scores."""
+        return self._post(body)
+
+    def _post(self, body: dict[str, Any]) -> Sent:
         """Send a request to /completion; the defaults of the server's sampler, which truncate, are all switched off."""
         body = {"samplers": ["temperature"], "temperature": 1.0, "n_probs": 1, "return_tokens": True, **body}
         count = len(body["prompt"]) + body["n_predict"]

@@ -18,6 +18,7 @@ from flax import nnx
 
 from jaxrl_llm.rollouts.collect import CollectError
 from jaxrl_llm.rollouts.collect import Experience
+from jaxrl_llm.rollouts.collect import check_experience
 from jaxrl_llm.rollouts.engines import EngineError
 from jaxrl_llm.training.run.checkpoints import Checkpoints
 from jaxrl_llm.training.run.checkpoints import Progress
@@ -47,7 +48,6 @@ from jaxrl_llm.training.text.step_metrics import staleness_metrics
 from jaxrl_llm.training.text.step_metrics import update_metrics
 from jaxrl_llm.training.text.trainer import Prepared
 from jaxrl_llm.training.text.trainer import Trainer
-from jaxrl_llm.trajectory import check_trajectory
 from jaxrl_llm.trajectory_files import write_trajectories
 from jaxrl_llm.trajectory_texts import text_stretches
 from jaxrl_llm.typing import Array
@@ -215,7 +215,8 @@ class _Run:
         positions = {name: file.position for name, file in self.files.items()}
         self.progress = dataclasses.replace(self.progress, file_bytes=positions)
         path = self.checkpoints.save(self.state, self.progress)
-        self.collection.forget(self.progress.step)
+        # A run may have to go on from an older checkpoint, if the newest is damaged.
+        self.collection.forget(self.progress.step - self.settings.keep_checkpoints * self.settings.checkpoint_every)
         return path
 
     def go(self, stop: StopRequests) -> Outcome:
@@ -254,7 +255,8 @@ class _Run:
         with self.clock.phase("rollout"):
             policy = self.trainer.snapshot(self.state)
             experience = self.collector.collect(policy, self.state.key, index, self.progress.cursor)
-            self.check(experience)
+            name = type(self.collector).__name__
+            check_experience(experience, self.collector.shape, vocab_size=self.vocab_size, name=name)
         if stop.requested:
             return False
         with self.clock.phase("score"):
@@ -272,32 +274,30 @@ class _Run:
         return True
 
     def guarded_step(self, index: int, stop: StopRequests) -> bool:
-        """A step; where its experience cannot be had, what is finished is saved first.
+        """A step; where it fails before the policy was changed, what is finished is saved first.
 
         Raises:
-            TrainingError: in the collector's own words.
+            TrainingError: what went wrong, what is saved and how to go on.
+            ValueError, TypeError: in the first step of a run: the parts do not fit each other.
         """
+        done = self.progress.step
         try:
             return self.step(index, stop)
-        except (CollectError, EngineError) as error:
+        except (StorageError, NonFiniteError, MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:
+            sentence = isinstance(error, CollectError | EngineError | TrainingError | ValueError | TypeError)
+            if self.changed_since(done) or (not done and isinstance(error, ValueError | TypeError)):
+                raise
+            said = str(error) if sentence else f"Step {index + 1} failed, {type(error).__name__}: {error}."
             path = self.save()
-            kept = f"Everything up to step {self.progress.step} is saved in {path}." if path else ""
-            raise TrainingError(f"{error} {kept} {self.how_to_resume if path else ''}".strip()) from error
+            kept = f" Everything up to step {done} is saved in {path}. {self.how_to_resume}" if path else ""
+            raise TrainingError(f"{said}{kept}") from error
 
-    def check(self, experience: Experience) -> None:
-        """Hold a batch to what is true of every batch.
-
-        Raises:
-            TrainingError: naming what is wrong with it.
-        """
-        try:
-            check_trajectory(experience.trajectories, vocab_size=self.vocab_size)
-        except (TypeError, ValueError) as error:
-            name = type(self.collector).__name__
-            raise TrainingError(f"{name} collected experience that cannot be: {error}") from error
-        shape, rows = self.collector.shape, len(experience.trajectories.group_ids)
-        if rows != shape.rows:
-            raise TrainingError(f"{type(self.collector).__name__} collected {rows} rows; it promised {shape.rows}.")
+    def changed_since(self, done: int) -> bool:
+        """Whether the policy is another one than after `done` steps, or its buffers were taken over."""
+        taken = any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state))
+        return taken or int(np.asarray(self.state.step)) != done
 
     def measure(
         self,
@@ -323,15 +323,19 @@ class _Run:
         mask, device = rows(prepared.counted), {}
         if batch.log_prob_behaviour is not None:
             device = mismatch_metrics(rows(batch.log_prob_old), rows(batch.log_prob_behaviour), mask)
-        every = self.settings.update.bounds_every
-        if every and index % every == 0:
+        every, episodes = self.settings.update.bounds_every, self.settings.episodes_every
+        compared = bool(every) and index % every == 0
+        written = bool(episodes) and (index + 1) % episodes == 0
+        if compared or written:
             with self.clock.phase("bounds"):
                 shift = jax.tree.map(rows, self.trainer.compare(self.state, prepared))
                 reward_range = (self.settings.reward_low, self.settings.reward_high)
                 arrays = (mask, rows(batch.rewards), rows(batch.group_ids))
                 known = self.trainer.law.known
-                device |= jax.device_get(shift_metrics(shift, *arrays, reward_range=reward_range, sampled_by_mu=known))
-                self.write_episodes(index, experience, prepared, shift)
+                found = shift_metrics(shift, *arrays, reward_range=reward_range, sampled_by_mu=known)
+                device |= jax.device_get(found) if compared else {}
+                if written:
+                    self.write_episodes(index, experience, prepared, shift)
         return metrics | dict(experience.metrics) | {name: float(np.asarray(value)) for name, value in device.items()}
 
     def warn_of_dropped(self, index: int, prepared: Prepared) -> None:
@@ -379,10 +383,7 @@ class _Run:
             self.files["samples.jsonl"].append({"step": self.progress.step, **sample})
 
     def write_episodes(self, index: int, experience: Experience, prepared: Prepared, shift: Shift) -> None:
-        """Write a whole batch down with its advantages and divergences, where one is due."""
-        every = self.settings.episodes_every
-        if not every or (index + 1) % every:
-            return
+        """Write a whole batch down with its advantages and divergences."""
         kl = prepared.gather(shift.kl)
         texts = text_stretches(experience.trajectories, self.decode)
         extra = {"advantages": prepared.advantages, "kl": np.where(prepared.mask, kl, 0).astype(np.float32)}

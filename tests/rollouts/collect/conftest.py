@@ -1,8 +1,11 @@
-"""Tokenizers with a chat format, and files of JSON lines."""
+"""Tokenizers with a chat format, files of JSON lines, and the tiny run."""
 
+import importlib.util
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -35,3 +38,16 @@ def lines(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def tiny_run() -> ModuleType:
+    """The tiny run of the tests of training."""
+    path = Path(__file__).parents[2] / "training" / "tiny_run.py"
+    spec = importlib.util.spec_from_file_location("tiny_run", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["tiny_run"] = module
+    spec.loader.exec_module(module)
+    return module
