@@ -1,4 +1,4 @@
-"""Answers to a task: where they end, what is learned of them, what the cursor remembers, and which rewards are refused."""
+"""Answers to a task: where they end, what is learned, what the cursor remembers, which rewards are refused."""
 
 import math
 
