@@ -215,9 +215,9 @@ def _train(
     except TrainingError as error:
         raise UserError(str(error)) from error
     except ValueError as error:
-        if read_rows(run.path / "metrics.jsonl"):
+        if any(row["step"] for row in read_rows(run.path / "metrics.jsonl")):
             raise
-        # Nothing was computed: the settings do not fit each other, and the sentence says how.
+        # Nothing was learned: the settings do not fit each other, and the sentence says how.
         raise UserError(str(error)) from error
     except KeyboardInterrupt:
         print(f"\nInterrupted in the middle of a step. Go on from the last checkpoint with: {again}")
@@ -305,6 +305,8 @@ def open_doors(experiment: Experiment, settings: RunSettings) -> Doors:
         raise UserError("Field --preferences: pairs are learned by --objective dpo or ipo, or one of your own.")
     if settings.sources.demonstrations and objective is None:
         raise UserError("Field --demonstrations: they are learned by --objective nll, distil_forward, ... or your own.")
+    if settings.mismatch != "none" and (settings.sources.from_file or settings.sources.engine != "jax"):
+        raise UserError("Field --mismatch: it is the built-in sampler that is perturbed, which does not sample here.")
     check = None
     if callable(objective) and settings.objective is not None:
         check = examine(settings.objective, objective)

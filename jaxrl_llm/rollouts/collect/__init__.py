@@ -8,6 +8,7 @@ from jaxrl_llm.rollouts.collect.protocol import CollectError as CollectError
 from jaxrl_llm.rollouts.collect.protocol import Collector as Collector
 from jaxrl_llm.rollouts.collect.protocol import Experience as Experience
 from jaxrl_llm.rollouts.collect.protocol import PolicySnapshot as PolicySnapshot
+from jaxrl_llm.rollouts.collect.protocol import check_experience as check_experience
 from jaxrl_llm.rollouts.collect.replay import ReplayCollector as ReplayCollector
 from jaxrl_llm.rollouts.collect.samplers import NOBODYS_LAW as NOBODYS_LAW
 from jaxrl_llm.rollouts.collect.samplers import EngineSampler as EngineSampler

@@ -1,15 +1,18 @@
 """What a collector is: it brings a batch of experience, and knows nothing of losses, signals or optimisers."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import field
 from typing import Any
 from typing import Protocol
 
+import numpy as np
 from flax import nnx
 
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.trajectory import Trajectories
+from jaxrl_llm.trajectory import check_trajectory
 from jaxrl_llm.typing import Float
 from jaxrl_llm.typing import PRNGKey
 
@@ -113,3 +116,42 @@ class Collector(Protocol):
             CollectError, EngineError: it could not be had.
         """
         ...
+
+
+def check_experience(experience: Experience, shape: BatchShape, *, vocab_size: int, name: str) -> None:
+    """Hold a batch to what is true of every batch, and to what its collector promised.
+
+    Args:
+        experience: the batch.
+        shape: the collector's.
+        vocab_size: tokens of the policy.
+        name: of the collector, for the sentence.
+
+    Raises:
+        CollectError: naming what is wrong with it.
+    """
+    try:
+        check_trajectory(experience.trajectories, vocab_size=vocab_size)
+    except (TypeError, ValueError) as error:
+        raise CollectError(f"{name} collected experience that cannot be: {error}") from error
+    rows, width = np.shape(experience.trajectories.tokens)
+    if (rows, width) != (shape.rows, shape.width):
+        raise CollectError(
+            f"{name} collected {rows} rows of {width} tokens; it promised {shape.rows} of {shape.width}."
+        )
+    most = int(np.sum(experience.trajectories.action_mask, axis=1).max())
+    if not 0 < most <= shape.actions:
+        what = f"a row with {most} chosen tokens" if most else "rows in which the policy chose no token"
+        raise CollectError(f"{name} collected {what}; it promised 1 to {shape.actions}.")
+    groups = np.asarray(experience.trajectories.group_ids).reshape(shape.groups, shape.group_size)
+    if (groups != groups[:, :1]).any():
+        group = int(np.argmax((groups != groups[:, :1]).any(axis=1)))
+        raise CollectError(
+            f"{name} promised groups of {shape.group_size} neighbours, and rows {group * shape.group_size} to "
+            f"{(group + 1) * shape.group_size - 1} have the group_ids {groups[group].tolist()}; they must be equal."
+        )
+    for what, value in (("cursor", dict(experience.cursor)), ("samples", list(map(dict, experience.samples)))):
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise CollectError(f"The {what} of {name} must be JSON, so that it can be saved: {error}.") from error

@@ -38,7 +38,7 @@ class Store:
         per_row = {name: np.asarray(column).tolist() for name, column in experience.per_row.items()}
         about = {
             "step": step,
-            "metrics": dict(experience.metrics),
+            "metrics": {name: float(value) for name, value in experience.metrics.items()},
             "samples": [dict(sample) for sample in experience.samples],
             "cursor": dict(experience.cursor),
             "texts": list(experience.texts),
@@ -46,6 +46,9 @@ class Store:
         }
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            if (self.folder / str(step)).exists():
+                # Of a run that was stopped after it: what is written anew holds more files than trajectories alone.
+                shutil.rmtree(self.folder / str(step))
             records = [{"per_row": {name: column[row] for name, column in per_row.items()}} for row in range(rows)]
             write_trajectories(self.folder / str(step), experience.trajectories, records=records)
             # Last: a batch without this file is not there.
@@ -97,8 +100,9 @@ class KeptCollector:
 
     def collect(self, policy: PolicySnapshot, key: PRNGKey, step: int, cursor: Mapping[str, Any]) -> Experience:
         """See `Collector.collect`."""
-        kept = self._store.load(step)
-        if kept is not None:
+        kept, shape = self._store.load(step), self._collector.shape
+        # Of other sizes where the run goes on with changed settings.
+        if kept is not None and kept.trajectories.tokens.shape == (shape.rows, shape.width):
             return kept
         experience = self._collector.collect(policy, key, step, cursor)
         self._store.save(step, experience)

@@ -130,10 +130,11 @@ class TaskCollector:
         """Answers end where the stop text does, whichever tokens it is spread over; what follows was never asked for,
         so it is neither scored nor learned.
         """
-        if not stop or ended.all():
+        if not stop:
             return rollout, ended
         mask, tokens, ended = np.array(rollout.response_mask), np.asarray(rollout.tokens), ended.copy()
-        for row in np.flatnonzero(~ended):
+        # Rows that ended too: an end token may come after the stop text.
+        for row in range(len(mask)):
             columns = np.flatnonzero(mask[row])
             ids = tokens[row, columns].tolist()
             if stop not in self._tokenizer.decode(ids):

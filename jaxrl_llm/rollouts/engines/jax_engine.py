@@ -78,7 +78,7 @@ class JaxEngine(Stoppable):
         return np.asarray(self._distributions(self._state, *arrays, response_width=response_width))
 
     def push_weights(self, model: Transformer) -> None:
-        """See `Engine.push_weights`; the arrays are shared, not copied.
+        """See `Engine.push_weights`; the arrays are copied, since training takes those that it was given over.
 
         Raises:
             ValueError: a model of another structure.
@@ -89,7 +89,7 @@ class JaxEngine(Stoppable):
             raise ValueError(
                 f"model has the configuration {model.config}, or adapters, that this engine was not built for"
             )
-        self._state = state
+        self._state = jax.tree.map(jnp.copy, state)
 
     def _log_probs(self, state: nnx.State, tokens: Array, mask: Array, *, response_width: int) -> Array:
         model = nnx.merge(self._graphdef, state)

@@ -17,6 +17,7 @@ from flax import nnx
 
 from jaxrl_llm.rollouts.collect import CollectError
 from jaxrl_llm.rollouts.collect import Experience
+from jaxrl_llm.rollouts.collect import check_experience
 from jaxrl_llm.rollouts.engines import EngineError
 from jaxrl_llm.training.run.checkpoints import Checkpoints
 from jaxrl_llm.training.run.checkpoints import Progress
@@ -45,7 +46,6 @@ from jaxrl_llm.training.text.settings import Parts
 from jaxrl_llm.training.text.settings import TrainSettings
 from jaxrl_llm.training.text.trainer import Prepared
 from jaxrl_llm.training.text.trainer import Trainer
-from jaxrl_llm.trajectory import check_trajectory
 from jaxrl_llm.typing import SumCount
 
 Evaluate = Callable[[int, nnx.State], Mapping[str, float]]
@@ -213,7 +213,8 @@ class _Run:
         self.progress = dataclasses.replace(self.progress, file_bytes=lengths, file_sha256=hashes, updates=updates)
         path = self.checkpoints.save(self.state, self.progress)
         write_newest(self.folder, self.progress.step)
-        self.collection.forget(self.progress.step)
+        # A run may have to go on from an older checkpoint, if the newest is damaged.
+        self.collection.forget(self.progress.step - self.settings.keep_checkpoints * self.settings.checkpoint_every)
         return path
 
     def go(self, stop: StopRequests) -> Outcome:
@@ -252,7 +253,8 @@ class _Run:
         with self.clock.phase("rollout"):
             policy = self.trainer.snapshot(self.state)
             experience = self.collector.collect(policy, self.state.key, index, self.progress.cursor)
-            self.check(experience)
+            name = type(self.collector).__name__
+            check_experience(experience, self.collector.shape, vocab_size=self.vocab_size, name=name)
         if stop.requested:
             return False
         with self.clock.phase("score"):
@@ -272,32 +274,30 @@ class _Run:
         return True
 
     def guarded_step(self, index: int, stop: StopRequests) -> bool:
-        """A step; where its experience cannot be had, what is finished is saved first.
+        """A step; where it fails before the policy was changed, what is finished is saved first.
 
         Raises:
-            TrainingError: in the collector's own words.
+            TrainingError: what went wrong, what is saved and how to go on.
+            ValueError, TypeError: in the first step of a run: the parts do not fit each other.
         """
+        done = self.progress.step
         try:
             return self.step(index, stop)
-        except (CollectError, EngineError) as error:
+        except (StorageError, NonFiniteError, MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:
+            sentence = isinstance(error, CollectError | EngineError | TrainingError | ValueError | TypeError)
+            if self.changed_since(done) or (not done and isinstance(error, ValueError | TypeError)):
+                raise
+            said = str(error) if sentence else f"Step {index + 1} failed, {type(error).__name__}: {error}."
             path = self.save()
-            kept = f"Everything up to step {self.progress.step} is saved in {path}." if path else ""
-            raise TrainingError(f"{error} {kept} {self.how_to_resume if path else ''}".strip()) from error
+            kept = f" Everything up to step {done} is saved in {path}. {self.how_to_resume}" if path else ""
+            raise TrainingError(f"{said}{kept}") from error
 
-    def check(self, experience: Experience) -> None:
-        """Hold a batch to what is true of every batch.
-
-        Raises:
-            TrainingError: naming what is wrong with it.
-        """
-        try:
-            check_trajectory(experience.trajectories, vocab_size=self.vocab_size)
-        except (TypeError, ValueError) as error:
-            name = type(self.collector).__name__
-            raise TrainingError(f"{name} collected experience that cannot be: {error}") from error
-        shape, rows = self.collector.shape, len(experience.trajectories.group_ids)
-        if rows != shape.rows:
-            raise TrainingError(f"{type(self.collector).__name__} collected {rows} rows; it promised {shape.rows}.")
+    def changed_since(self, done: int) -> bool:
+        """Whether the policy is another one than after `done` steps, or its buffers were taken over."""
+        taken = any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state))
+        return taken or int(np.asarray(self.state.step)) != done
 
     def compared(self, index: int, experience: Experience, prepared: Prepared) -> dict[str, float]:
         """The policy after the update against the one that sampled, and the bounds, where they are due."""
@@ -312,6 +312,8 @@ class _Run:
             self.sound = partial(finite_at, prepared.counted, shift.kl, shift.kl_reverse, shift.total_variation)
             if shown:
                 self.record.write_episodes(index + 1, experience, prepared, shift)
+            if not (every and index % every == 0):
+                return {}
             reward_range = (self.settings.reward_low, self.settings.reward_high)
             return bound_metrics(shift, prepared, reward_range=reward_range, sampled_by_mu=self.trainer.law.known)
 

@@ -140,8 +140,12 @@ def callable_objective(function: Callable[[Batch], Any], name: str | None = None
             )
 
     def loss(batch: Batch, extras: Extras) -> LossTerms:
-        result = function(batch)
-        total, count = as_pair(result)
+        try:
+            result = function(batch)
+            total, count = as_pair(result)
+        except Exception as error:
+            shape = batch.response_mask.shape
+            raise ValueError(f"The objective {name!r} fails on a batch of {shape}: {_first_line(error)}") from error
         if not isinstance(result, tuple):
             count = batch.response_mask.any(axis=1).sum().astype(total.dtype)
             total = total * count

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxrl_llm.models.sharding import constrain
+from jaxrl_llm.models.tokenizers import Tokenizer
 from jaxrl_llm.models.trainable import Trainable
 from jaxrl_llm.models.trainable import first_trained_layer
 from jaxrl_llm.models.transformer import ACTIVATION_AXES
@@ -52,6 +53,32 @@ class Policy:
         x = through_layers(model, x, rows, start=self.first_layer, remat=remat)
         # The norm acts on each state alone: it is applied to those that predict something only.
         return model.final_norm(chosen_states(x, rows))
+
+
+def require_positions(model: Transformer, width: int, name: str) -> None:
+    """A model must read rows of `width` tokens.
+
+    Raises:
+        ValueError: it reads fewer; `name` says whose it is.
+    """
+    if model.config.max_positions < width:
+        raise ValueError(
+            f"the {name} reads {model.config.max_positions} positions and a row has up to {width}; make the rows "
+            "shorter, or take another model."
+        )
+
+
+def require_vocabulary(tokenizer: Tokenizer, model: Transformer) -> None:
+    """A model must know every token of its tokenizer.
+
+    Raises:
+        ValueError: it has fewer.
+    """
+    sizes = tokenizer.vocab_size, model.config.vocab_size
+    if sizes[0] > sizes[1]:
+        raise ValueError(
+            f"the tokenizer has {sizes[0]} tokens and the model {sizes[1]}; give the tokenizer that belongs to it."
+        )
 
 
 def whole_policy(model: Transformer) -> tuple[Policy, nnx.State]:

@@ -9,6 +9,7 @@ from jaxrl_llm.models.lora import merge_lora
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.training.text.layout import Rows
 from jaxrl_llm.training.text.policy import Policy
+from jaxrl_llm.training.text.policy import require_positions
 from jaxrl_llm.training.text.policy import whole_policy
 from jaxrl_llm.training.text.scoring import Scorer
 from jaxrl_llm.training.text.scoring import Scores
@@ -49,8 +50,8 @@ class InitialPolicy:
 class Teacher:
     """Another model with the policy's vocabulary."""
 
-    def __init__(self, teacher: Transformer, student: Transformer, settings: TrainSettings) -> None:
-        """Take the model as it is, adapters merged.
+    def __init__(self, teacher: Transformer, student: Transformer, settings: TrainSettings, width: int) -> None:
+        """Take the model as it is, adapters merged; rows have up to `width` tokens.
 
         Raises:
             ValueError: its vocabulary has another size, or it reads fewer positions than a row can have.
@@ -61,6 +62,7 @@ class Teacher:
                 f"the teacher has a vocabulary of {sizes[0]} tokens and the policy one of {sizes[1]}; a divergence "
                 "between them needs the same tokens."
             )
+        require_positions(teacher, width, "teacher")
         merged = merge_lora(teacher)
         policy, self.params = whole_policy(merged)
         head, axis = merged.head()

@@ -75,9 +75,9 @@ def user_signal(function: UserSignal, recipe: Recipe) -> Signal:
     name = getattr(function, "__name__", type(function).__name__)
     example = _example()
     try:
-        returned(function(example), example.response_mask.shape, name)
+        returned(function(example), example.response_mask.shape)
     except Exception as error:
-        raise ValueError(f"The signal {name!r} fails on a small batch: {error}") from error
+        raise ValueError(f"The signal {name!r} fails on a small batch: {in_words(error)}") from error
     needs = _inputs_read(function, example) & {"entropy", "collision", "values", *OF_REFERENCE}
     targets = None
     if "values" in needs:
@@ -93,7 +93,7 @@ def _inputs_read(function: UserSignal, example: SignalInputs) -> frozenset[str]:
 
     def outcome(inputs: SignalInputs) -> tuple[np.ndarray, ...]:
         try:
-            return tuple(np.nan_to_num(array, nan=-9e9) for array in returned(function(inputs), shape, ""))
+            return tuple(np.nan_to_num(array, nan=-9e9) for array in returned(function(inputs), shape))
         except Exception:
             return ()
 
@@ -136,11 +136,17 @@ def _example() -> SignalInputs:
     )
 
 
-def returned(result: Any, shape: tuple[int, ...], name: str) -> tuple[np.ndarray, np.ndarray]:
+def in_words(error: Exception) -> str:
+    """The first line of an error; its kind too, unless it is one of ours, which are sentences."""
+    said = next(iter(str(error).splitlines()), "")
+    return said if type(error) is ValueError and said else f"{type(error).__name__}: {said}"
+
+
+def returned(result: Any, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Advantages and weights, each `[B, R]`, of what a signal returned.
 
     Raises:
-        ValueError: other shapes, numbers that are not finite, or negative weights.
+        ValueError: other shapes, or negative weights.
     """
     parts = result if isinstance(result, tuple) else (result, 1.0)
     if len(parts) != 2:
@@ -158,7 +164,7 @@ def returned(result: Any, shape: tuple[int, ...], name: str) -> tuple[np.ndarray
         array = array if array.ndim == 2 else np.broadcast_to(array[:, None], shape)
         arrays.append(array)
     if (arrays[1] < 0).any():
-        raise ValueError(f"the signal {name!r} gave negative weights; they must be at least 0.")
+        raise ValueError("it gave negative weights; they must be at least 0.")
     return arrays[0], arrays[1]
 
 
@@ -220,8 +226,13 @@ def sound_advantages(
     targets = None if signal.targets is None else np.zeros(shape, np.float32)
     if sound.any():
         some = signal_inputs(trajectories, actions, scored, sound)
-        result = signal.advantages(some)
-        given, weighed = returned(result, some.response_mask.shape, signal.name)
+        try:
+            result = signal.advantages(some)
+            given, weighed = returned(result, some.response_mask.shape)
+        except Exception as error:
+            raise ValueError(
+                f"the signal {signal.name!r} fails on a batch of {int(sound.sum())} rows: {in_words(error)}"
+            ) from error
         if per_sequence and any(np.ndim(part) > 1 for part in (result if isinstance(result, tuple) else (result,))):
             raise ValueError(
                 f"the signal {signal.name!r} gives one advantage per token, and the objective reads one per sequence "

@@ -103,7 +103,10 @@ def sequence_metrics(
         for name, x in spread.items()
         for what in ("mean", "max", "min")
     }
-    values |= {name: float(np.mean(np.asarray(column)[sound])) for name, column in experience.per_row.items()}
+    # In float64, which a column that was kept on disk comes back in.
+    values |= {
+        name: float(np.mean(np.asarray(column, np.float64)[sound])) for name, column in experience.per_row.items()
+    }
     return values | {"response_length/clip_ratio": float(np.mean(~np.asarray(trajectories.ended)[sound]))}
 
 

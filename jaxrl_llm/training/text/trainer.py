@@ -36,6 +36,8 @@ from jaxrl_llm.training.text.minibatches import Minibatch
 from jaxrl_llm.training.text.minibatches import plan_minibatches
 from jaxrl_llm.training.text.objective import get_objective
 from jaxrl_llm.training.text.policy import head_copy
+from jaxrl_llm.training.text.policy import require_positions
+from jaxrl_llm.training.text.policy import require_vocabulary
 from jaxrl_llm.training.text.policy import split_policy
 from jaxrl_llm.training.text.reference import FrozenPolicy
 from jaxrl_llm.training.text.reference import InitialPolicy
@@ -121,6 +123,8 @@ class Trainer:
         self.objective = get_objective(parts.objective, parts.recipe)
         self.signal = self._signal()
         self._refuse_unknown_law()
+        require_positions(parts.model, shape.width, "policy")
+        require_vocabulary(parts.tokenizer, parts.model)
         self.policy, initial, frozen = split_policy(parts.model, parts.trainable)
         if parts.mesh is not None:
             initial, frozen = shard(initial, parts.mesh), shard(frozen, parts.mesh)
@@ -183,7 +187,7 @@ class Trainer:
         if not (self.objective.reads_reference or self.signal.needs.intersection(OF_REFERENCE)):
             return None
         if self.parts.teacher is not None:
-            return Teacher(self.parts.teacher, self.parts.model, self.settings)
+            return Teacher(self.parts.teacher, self.parts.model, self.settings, self.shape.width)
         # A copy, as the first update takes the buffers of the initial parameters over.
         return InitialPolicy(jax.tree.map(jnp.copy, self._initial), self.frozen, self.policy, self.scorer)
 
@@ -297,8 +301,9 @@ class Trainer:
 
     @property
     def _skips(self) -> bool:
-        # Only where advantages are the whole signal can a group without any be left out.
-        return self.settings.update.skip_equal_groups and self.signal is not NO_SIGNAL
+        # Only where advantages are the whole signal can a group without any be left out; a critic learns from it.
+        reads = self.signal is not NO_SIGNAL and self.critic is None
+        return self.settings.update.skip_equal_groups and reads
 
     def _groups(self, experience: Experience, arrangement: Arrangement) -> np.ndarray:
         groups = np.unique(np.asarray(experience.trajectories.group_ids), return_inverse=True)[1].astype(np.int32)
