@@ -9,3 +9,4 @@ from jaxrl_llm.models.trainable import Trainable as Trainable
 from jaxrl_llm.models.trainable import combine as combine
 from jaxrl_llm.models.trainable import first_trained_layer as first_trained_layer
 from jaxrl_llm.models.transformer import Transformer as Transformer
+from jaxrl_llm.models.vocabulary import crop_vocabulary as crop_vocabulary

@@ -12,6 +12,7 @@ from jaxrl_llm.models.gguf_io import GGUFFile
 from jaxrl_llm.models.tokenizers import Tokenizer
 from jaxrl_llm.models.tokenizers import check_vocabulary
 from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.models.vocabulary import crop_vocabulary
 from jaxrl_llm.models.weights import build_model
 from jaxrl_llm.models.weights import conversion_or_none
 from jaxrl_llm.models.weights import load_hf
@@ -31,6 +32,10 @@ def load_pretrained(
     mesh: Mesh | None = None,
 ) -> tuple[Transformer, Tokenizer]:
     """The model and the tokenizer of a Hugging Face folder or of a GGUF file.
+
+    Rows of the model beyond the tokenizer's ids, the padding of its vocabulary, have no text and are taken away
+    (`crop_vocabulary`), so that sampler, scorer, reference, update and engines share one distribution without them by
+    construction. An exported model has the smaller vocabulary.
 
     Args:
         path: the folder or the file.
@@ -56,7 +61,7 @@ def load_pretrained(
         tokenizer = Tokenizer.from_gguf_metadata(file.metadata)
         model = build_model(file.config, file, source=str(path), dtype=dtype, compute_dtype=compute_dtype, mesh=mesh)
     check_vocabulary(tokenizer, model.config.vocab_size)
-    return model, tokenizer
+    return crop_vocabulary(model, tokenizer.vocab_size), tokenizer
 
 
 def smollm2_135m(

@@ -19,6 +19,7 @@ def test_smollm2_answers(tmp_path: Path) -> None:
     """Greedy answer to a question; also the configuration, and bfloat16 parameters."""
     model, tokenizer = smollm2_135m(dtype=jnp.bfloat16)
     assert model.config == config.smollm2_135m()
+    assert tokenizer.has_text(model.config.vocab_size).all()
     assert model.embedding[...].dtype == jnp.bfloat16
     tokens, mask = map(jnp.asarray, tokenizer.encode_batch([chat_prompt("What is the capital of France?")]))
 
@@ -65,7 +66,8 @@ def test_nothing_there(tmp_path: Path) -> None:
 def test_tokenizer_of_another_model(tmp_path: Path, random_transformer) -> None:
     folder = tmp_path / "folder"
     save_hf(random_transformer(config.tiny(vocab_size=264)), folder, tokenizer=ByteTokenizer(specials=["<a>"]))
-    assert load_pretrained(folder)[1].vocab_size == 260
+    model, tokenizer = load_pretrained(folder)
+    assert model.config.vocab_size == tokenizer.vocab_size == 260
     ByteTokenizer(specials=["<a>", "<b>", "<c>", "<d>", "<e>", "<f>"]).save(folder)
     with pytest.raises(ValueError, match="the tokenizer has 265 ids, the model 264 rows"):
         load_pretrained(folder)

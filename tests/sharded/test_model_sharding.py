@@ -24,6 +24,7 @@ from jaxrl_llm.models.sharding import partition_specs
 from jaxrl_llm.models.sharding import shard
 from jaxrl_llm.models.sharding import shardings
 from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.models.vocabulary import crop_vocabulary
 
 MESHES = {
     "data": ({"data": 8}, False),
@@ -243,3 +244,13 @@ def test_attention_sends_nothing(name):
         step = jax.jit(jax.grad(loss, (0, 1, 2)))
         text = step.lower(query, keys, keys, Visibility(array((4, 100), bool, "data"))).compile().as_text()
     assert not re.search(r" (all-gather|all-reduce|collective-permute|all-to-all)(-start)?\(", text)
+
+
+@pytest.mark.parametrize(("size", "axes"), [(60, ("tensor",)), (59, None)])
+def test_a_cropped_vocabulary_lies_as_the_rules_say(model: Transformer, size: int, axes: tuple | None) -> None:
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    graphdef, state = nnx.split(model)
+    cropped = crop_vocabulary(nnx.merge(graphdef, shard(state, mesh)), size)
+    table = cropped.embedding.get_value()
+    assert table.sharding.spec == PartitionSpec(axes, ("fsdp",))
+    np.testing.assert_array_equal(table, model.embedding.get_value()[:size])

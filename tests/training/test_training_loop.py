@@ -14,11 +14,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxrl_llm.environments import Curriculum
 from jaxrl_llm.environments import Problem
 from jaxrl_llm.environments import Score
 from jaxrl_llm.models import trainable
+from jaxrl_llm.models.config import tiny
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.objectives import get_recipe
 from jaxrl_llm.training import ChangedSettingsError
 from jaxrl_llm.training import NonFiniteError
@@ -273,3 +276,10 @@ def test_a_recipe_without_advantages_of_its_own_is_refused(tiny_run, tmp_path):
     given = dataclasses.replace(get_recipe("dapo"), advantage="given")
     with pytest.raises(ValueError, match="'dapo' takes advantages as given; pass a signal"):
         train(tiny_run.make_parts(given), tiny_run.SETTINGS, tmp_path)
+
+
+def test_a_model_that_can_sample_ids_without_a_text_is_refused_before_anything_is_computed(tiny_run, tmp_path):
+    padded = nnx.eval_shape(lambda: Transformer(tiny(vocab_size=320, num_layers=1), rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r"Take them away: crop_vocabulary\(model, 259\)"):
+        train(tiny_run.make_parts(model=padded), tiny_run.SETTINGS, tmp_path)
+    assert not any(tmp_path.iterdir())

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from jaxrl_llm.environments import Curriculum
 from jaxrl_llm.models.tokenizers import Tokenizer
+from jaxrl_llm.models.vocabulary import require_texts
 from jaxrl_llm.rollouts.collect import NOBODYS_LAW
 from jaxrl_llm.rollouts.collect import AheadCollector
 from jaxrl_llm.rollouts.collect import Collector
@@ -59,8 +60,10 @@ def make_collector(parts: Parts, settings: TrainSettings, folder: Path) -> Colle
     """The collector of a run in that folder.
 
     Raises:
-        ValueError: neither task nor collector, a sampler that cannot do what is asked, or tokens of another vocabulary.
+        ValueError: neither task nor collector, a sampler that cannot do what is asked, or ids of the model that the
+            tokenizer has no text for.
     """
+    require_texts(parts.tokenizer, parts.model.config.vocab_size)
     sampler: Sampler | None = None
     if parts.collector is not None:
         collector, law, repeatable = parts.collector, NOBODYS_LAW, True
