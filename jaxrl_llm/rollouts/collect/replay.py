@@ -22,8 +22,9 @@ from jaxrl_llm.typing import PRNGKey
 class ReplayCollector:
     """The new batch and the `size - 1` before it, newest first; groups of different batches stay different.
 
-    Batches are kept on disk, since a run that was stopped needs them again. While there are fewer than `size`, those
-    that there are stand in for the missing ones, so that the shape stays; a mean is not changed by equal shares.
+    Batches are kept on disk, since a run that was stopped needs them again, until `forget` says up to where. While
+    there are fewer than `size`, those that there are stand in for the missing ones, newest first, so that the shape
+    stays: of two batches in three places the newer one counts twice.
     """
 
     def __init__(self, collector: Collector, store: Store, *, size: int) -> None:
@@ -51,10 +52,13 @@ class ReplayCollector:
         found = [self._store.load(earlier) for earlier in range(max(step - self._size + 1, 0), step)]
         batches = [new, *(batch for batch in reversed(found) if batch is not None)]
         batches = [batches[index % len(batches)] for index in range(self._size)]
-        self._store.forget(step - self._size + 1)
         together = jax.tree.map(lambda *columns: np.concatenate(columns), *(batch.trajectories for batch in batches))
         offset = max(int(np.max(batch.trajectories.group_ids)) for batch in batches) + 1
         numbers = np.repeat(np.arange(self._size), self._collector.shape.rows)
         together = dataclasses.replace(together, group_ids=(together.group_ids + numbers * offset).astype(np.int32))
         per_row = {name: np.concatenate([batch.per_row[name] for batch in batches]) for name in new.per_row}
         return dataclasses.replace(new, trajectories=together, per_row=per_row)
+
+    def forget(self, step: int) -> None:
+        """The batches before `step` are not asked for again: remove those that no later batch repeats."""
+        self._store.forget(step - self._size + 1)

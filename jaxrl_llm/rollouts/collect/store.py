@@ -45,6 +45,9 @@ class Store:
         }
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            if (self.folder / str(step)).exists():
+                # Of a run that was stopped after it: what is written anew holds more files than trajectories alone.
+                shutil.rmtree(self.folder / str(step))
             records = [{"per_row": {name: column[row] for name, column in per_row.items()}} for row in range(rows)]
             write_trajectories(self.folder / str(step), experience.trajectories, records=records)
             # Last: a batch without this file is not there.

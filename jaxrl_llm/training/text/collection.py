@@ -31,26 +31,25 @@ class Collection(NamedTuple):
         collector: brings the batches.
         law: what the trainer knows of the distribution that sampled them.
         kept: batches that were written down before they were learned; None where the sampler repeats itself.
-        replayed: batches that are learned from again.
+        replayed: the collector that repeats batches, to be told which ones are not needed any more.
         ahead: the collector that samples ahead, to be closed.
     """
 
     collector: Collector
     law: Law
     kept: Store | None = None
-    replayed: Store | None = None
+    replayed: ReplayCollector | None = None
     ahead: AheadCollector | None = None
 
     def forget(self, step: int) -> None:
         """A checkpoint of step `step` is written: batches before it are not asked for again."""
-        if self.kept is not None:
-            self.kept.forget(step)
+        for holder in (self.kept, self.replayed):
+            if holder is not None:
+                holder.forget(step)
 
     def forget_all(self) -> None:
         """A run begins: batches of an earlier one in its folder are not its own."""
-        for store in (self.kept, self.replayed):
-            if store is not None:
-                store.forget(2**62)
+        self.forget(2**62)
 
     def close(self) -> None:
         """Stop sampling ahead."""
@@ -85,8 +84,9 @@ def make_collector(parts: Parts, settings: TrainSettings, folder: Path) -> Colle
         collector = ahead = AheadCollector(collector, ahead=settings.ahead, last_step=settings.steps - 1)
         law = Law(known=False)
     if settings.replay > 1:
-        replayed = Store(folder / "replay")
-        collector, law = ReplayCollector(collector, replayed, size=settings.replay), Law(known=False)
+        store = Store(folder / "replay")
+        collector = replayed = ReplayCollector(collector, store, size=settings.replay)
+        law = Law(known=False)
     return Collection(collector, law, kept, replayed, ahead)
 
 
