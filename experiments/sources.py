@@ -25,15 +25,18 @@ from jaxrl_llm.rollouts.collect import EngineSampler
 from jaxrl_llm.rollouts.collect import Law
 from jaxrl_llm.rollouts.collect import PreferenceCollector
 from jaxrl_llm.rollouts.collect import Sampler
+from jaxrl_llm.rollouts.collect.samplers import pruned_with_policy
 from jaxrl_llm.rollouts.engines import EngineError
 from jaxrl_llm.rollouts.engines import EngineSettings
 from jaxrl_llm.rollouts.engines import LlamaCppEngine
 from jaxrl_llm.rollouts.engines import OpenAIEngine
 from jaxrl_llm.rollouts.perturb import bf16_weights
+from jaxrl_llm.rollouts.sampling import SamplingSettings
 from jaxrl_llm.training import Parts
 from jaxrl_llm.training import TrainSettings
 from jaxrl_llm.training import end_tokens
 from jaxrl_llm.training.saved_run import load_run
+from jaxrl_llm.training.text.objective import get_objective
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 """Where the key of a server is read from; it is no setting, so that it is written down nowhere."""
@@ -158,13 +161,14 @@ def open_sampler(sources: SourceSettings, parts: Parts, settings: TrainSettings)
     assert parts.task is not None
     assert not isinstance(parts.task, Curriculum)
     model, tokenizer, task = parts.model, parts.tokenizer, parts.task
+    objective = get_objective(parts.objective, parts.recipe)
     reload = None if sources.reload is None else load_function(sources.reload, "reload", ())
     engine_settings = EngineSettings(
         max_new_tokens=settings.response_length,
         group_size=settings.group_size,
         eos_ids=end_tokens(tokenizer, task.stop),
         pad_id=tokenizer.pad_id,
-        sampling=settings.sampling,
+        sampling=pruned_with_policy(settings.sampling, objective.log_min_p, objective.name),
     )
     with tempfile.TemporaryDirectory(prefix="jaxrl_llm_weights_") as folder:
 
@@ -200,14 +204,14 @@ def open_sampler(sources: SourceSettings, parts: Parts, settings: TrainSettings)
         except (EngineError, ModuleNotFoundError, ValueError) as error:
             raise UserError(f"Field --engine: {error}") from error
         with engine:
-            yield EngineSampler(engine, law_of(sources), repeatable=False)
+            yield EngineSampler(engine, law_of(sources, engine_settings.sampling), repeatable=False)
 
 
-def law_of(sources: SourceSettings) -> Law:
+def law_of(sources: SourceSettings, sampling: SamplingSettings) -> Law:
     """What the trainer can compute of the engine's distribution: that of the pushed weights in its own arithmetic,
     where it can round them so. What the engine rounds besides, activations and cache, is in the measured mismatch only.
     """
-    if sources.engine != "llama_cpp":
+    if sources.engine != "llama_cpp" or sampling.truncated:
         return Law(known=False)
     known = {"F32": Law(known=True), "BF16": Law(known=True, weights=bf16_weights)}
     return known.get(sources.sync_dtype, Law(known=False))
