@@ -324,7 +324,7 @@ class _Run:
         if batch.log_prob_behaviour is not None:
             device = mismatch_metrics(rows(batch.log_prob_old), rows(batch.log_prob_behaviour), mask)
         every = self.settings.update.bounds_every
-        if every and index % every == 0:
+        if (every and index % every == 0) or self.writes_episodes(index):
             with self.clock.phase("bounds"):
                 shift = jax.tree.map(rows, self.trainer.compare(self.state, prepared))
                 reward_range = (self.settings.reward_low, self.settings.reward_high)
@@ -378,10 +378,14 @@ class _Run:
         for sample in experience.samples:
             self.files["samples.jsonl"].append({"step": self.progress.step, **sample})
 
+    def writes_episodes(self, index: int) -> bool:
+        """Whether the batch of this step is written down whole."""
+        every = self.settings.episodes_every
+        return bool(every) and (index + 1) % every == 0
+
     def write_episodes(self, index: int, experience: Experience, prepared: Prepared, shift: Shift) -> None:
         """Write a whole batch down with its advantages and divergences, where one is due."""
-        every = self.settings.episodes_every
-        if not every or (index + 1) % every:
+        if not self.writes_episodes(index):
             return
         kl = prepared.gather(shift.kl)
         texts = text_stretches(experience.trajectories, self.decode)

@@ -25,8 +25,8 @@ class UpdateSettings:
         remat: recompute activations in the backward pass instead of keeping them.
         share_prompts: compute a prompt once for all its answers where that is cheaper; False repeats it.
         stop_after_skipped: stop the run after this many updates in a row whose loss or gradient is not finite.
-        bounds_every: compare the policy before and after the update on the sampled contexts every so many steps; 0
-            never.
+        bounds_every: compare the policy before and after the update on the sampled contexts every so many steps, and
+            where a batch is written down whole (`episodes_every`); 0 for those alone.
         score_rows: rows scored at a time; 0 scores the batch at once.
     """
 
