@@ -154,8 +154,14 @@ class RunSettings:
         """What the sampler does differently from the model.
 
         Raises:
-            UserError: there is none of that name, it has no strength, or not that one.
+            UserError: there is none of that name, it has no strength, or not that one; or the built-in sampler, which
+                alone is perturbed, does not sample.
         """
+        if self.mismatch != "none" and (self.sources.engine != "jax" or self.sources.from_file):
+            raise UserError(
+                f"Field --mismatch is {self.mismatch!r}, which only the built-in sampler can do, and another "
+                "engine or a file brings the experience; leave one of them out."
+            )
         if self.mismatch_strength is not None and self.mismatch in STRENGTHS:
             check_number("mismatch-strength", self.mismatch_strength, STRENGTHS[self.mismatch])
         if self.mismatch == "top_k" and self.mismatch_strength is not None and self.mismatch_strength % 1:

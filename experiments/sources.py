@@ -31,6 +31,7 @@ from jaxrl_llm.rollouts.engines import EngineSettings
 from jaxrl_llm.rollouts.engines import LlamaCppEngine
 from jaxrl_llm.rollouts.engines import OpenAIEngine
 from jaxrl_llm.rollouts.perturb import bf16_weights
+from jaxrl_llm.rollouts.sampling import SamplingSettings
 from jaxrl_llm.training import Parts
 from jaxrl_llm.training import TrainSettings
 from jaxrl_llm.training import end_tokens
@@ -208,15 +209,14 @@ def open_sampler(sources: SourceSettings, parts: Parts, settings: TrainSettings)
         except (EngineError, ModuleNotFoundError, ValueError) as error:
             raise UserError(f"Field --engine: {error}") from error
         with engine:
-            law = law_of(sources, truncated=engine_settings.sampling.truncated)
-            yield EngineSampler(engine, law, repeatable=False)
+            yield EngineSampler(engine, law_of(sources, engine_settings.sampling), repeatable=False)
 
 
-def law_of(sources: SourceSettings, *, truncated: bool = False) -> Law:
+def law_of(sources: SourceSettings, sampling: SamplingSettings) -> Law:
     """What the trainer can compute of the engine's distribution: that of the pushed weights in its own arithmetic,
     where it can round them so. What the engine rounds besides, activations and cache, is in the measured mismatch only.
     """
-    if sources.engine != "llama_cpp" or truncated:
+    if sources.engine != "llama_cpp" or sampling.truncated:
         return Law(known=False)
     known = {"F32": Law(known=True), "BF16": Law(known=True, weights=bf16_weights)}
     return known.get(sources.sync_dtype, Law(known=False))

@@ -23,8 +23,8 @@ class ReplayCollector:
     """The new batch and the `size - 1` before it, newest first; groups of different batches stay different.
 
     Batches are kept on disk, since a run that was stopped needs them again, until `forget` says up to where. While
-    there are fewer than `size`, those that there are stand in for the missing ones, so that the shape stays; a mean is
-    not changed by equal shares.
+    there are fewer than `size`, those that there are stand in for the missing ones, newest first, so that the shape
+    stays: of two batches in three places the newer one counts twice.
     """
 
     def __init__(self, collector: Collector, store: Store, *, size: int) -> None:

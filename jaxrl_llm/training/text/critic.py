@@ -49,7 +49,9 @@ class CriticSettings:
 
 
 class Critic:
-    """What is static about a critic. Its parameters are float32 and start at value 0."""
+    """What is static about a critic. Its linear map is float32 and starts at value 0; a transformer of its own has the
+    dtypes of the policy's.
+    """
 
     def __init__(self, settings: CriticSettings, model: Transformer) -> None:
         """Read the structure of the policy's model; its weights are copied by `initial`."""

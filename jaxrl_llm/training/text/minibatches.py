@@ -28,8 +28,8 @@ class UpdateSettings:
         pack_answers: put answers side by side without their padding where that is cheaper; False gives every batch of
             prompts and answers the same rows, for which one program is compiled.
         stop_after_skipped: stop the run after this many updates in a row whose loss or gradient is not finite.
-        bounds_every: compare the policy before and after the update on the sampled contexts every so many steps; 0
-            never.
+        bounds_every: compare the policy before and after the update on the sampled contexts every so many steps, and
+            where a batch is written down whole (`episodes_every`); 0 for those alone.
         score_rows: rows scored at a time; 0 scores the batch at once.
     """
 

@@ -195,13 +195,26 @@ def _fields_read(function: Callable[[Batch], Any], name: str, batch: Batch) -> f
         raise TypeError(f"The objective {name!r}: {_first_line(error)}") from error
     except Exception as error:
         raise ValueError(f"The objective {name!r} cannot be compiled; it says: {_first_line(error)}") from error
-    needed = {var for var in closed.jaxpr.outvars if not isinstance(var, Literal)}
-    # Backwards, so that what is computed and thrown away needs nothing.
-    for equation in reversed(closed.jaxpr.eqns):
-        if equation.effects or needed.intersection(equation.outvars):
-            needed.update(var for var in equation.invars if not isinstance(var, Literal))
     present = [field for field in batch._fields if getattr(batch, field) is not None]
-    return frozenset(field for field, var in zip(present, closed.jaxpr.invars, strict=True) if var in needed)
+    reads = _inputs_read(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    return frozenset(field for field, read in zip(present, reads, strict=True) if read)
+
+
+def _inputs_read(jaxpr: Any, wanted: list[bool]) -> list[bool]:
+    """Which inputs of a trace its wanted outputs depend on; into functions that are jitted, which are given a whole
+    batch even where they read one field of it.
+    """
+    needed = {var for var, want in zip(jaxpr.outvars, wanted, strict=True) if want and not isinstance(var, Literal)}
+    # Backwards, so that what is computed and thrown away needs nothing.
+    for equation in reversed(jaxpr.eqns):
+        used = [var in needed for var in equation.outvars]
+        if not equation.effects and not any(used):
+            continue
+        jitted = equation.primitive.name in ("jit", "pjit") and not equation.effects
+        reads = _inputs_read(equation.params["jaxpr"].jaxpr, used) if jitted else [True] * len(equation.invars)
+        pairs = zip(equation.invars, reads, strict=True)
+        needed.update(var for var, read in pairs if read and not isinstance(var, Literal))
+    return [var in needed for var in jaxpr.invars]
 
 
 def _first_line(error: Exception) -> str:

@@ -54,7 +54,7 @@ class Teacher:
         """Take the model as it is, adapters merged; rows have up to `width` tokens.
 
         Raises:
-            ValueError: its vocabulary has another size, or it reads fewer positions than a row can have.
+            ValueError: its vocabulary has another size.
         """
         sizes = teacher.config.vocab_size, student.config.vocab_size
         if sizes[0] != sizes[1]:
