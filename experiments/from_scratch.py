@@ -121,6 +121,23 @@ TINY = dataclasses.replace(
     train=dataclasses.replace(SETTINGS.train, steps=3, prompts=4, group_size=4, checkpoint_every=1, evaluate_every=0),
 )
 
+RAW = {"recipe_settings.entropy_coefficient": 0.01}
+"""With advantages in units of reward. Without a bonus these recipes decide for two digits out of four and stay there:
+their entropy is gone after a hundred steps, and then all answers of a group earn the same."""
+
+UNIT = {"recipe_settings.entropy_coefficient": 0.05}
+"""With advantages of size 1, whatever the rewards are."""
+
+BY_RECIPE = {
+    **dict.fromkeys(("reinforce", "rloo", "dr_grpo", "dvp"), RAW),
+    **dict.fromkeys(("reinforce_plus_plus", "reinforce_plus_plus_baseline", "dapo", "gspo", "cispo", "empg"), UNIT),
+    **dict.fromkeys(("trm", "trm_max", "trm_avg", "divergence_augmented"), UNIT),
+    "ppo": UNIT | {"recipe_settings.trace": 1.0},
+    # Its reference is the policy before training, from which one nat costs as much as a hundredth of the reward.
+    "hybrid": {"recipe_settings.reward_weight": 100.0},
+}
+"""What each recipe needs to learn this task in 300 steps; GRPO has its KL term and needs nothing."""
+
 EXPERIMENT = Experiment(
     name="from_scratch",
     claim="Reinforcement learning alone teaches a small transformer with random weights to copy digits.",
@@ -129,6 +146,7 @@ EXPERIMENT = Experiment(
     tiny=TINY,
     expectation=Expectation("accuracy_gain", at_least=0.5),
     build=build,
+    by_recipe=BY_RECIPE,
     ranges=RANGES,
     check=check,
 )

@@ -6,10 +6,12 @@ sample them anywhere, so sampler, scorer, reference, update and engines agree on
 """
 
 from dataclasses import replace
+from typing import cast
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 
 from jaxrl_llm.models.sharding import shardings
@@ -59,7 +61,7 @@ def _crop(parameter: nnx.Param, axis: int, size: int) -> None:
         parameter.set_value(kept(array))
         return
     shape = jax.ShapeDtypeStruct(jax.eval_shape(kept, array).shape, array.dtype)
-    placement = shardings({"it": parameter.replace(shape)}, array.sharding.mesh)["it"].get_value()
+    placement = shardings({"it": parameter.replace(shape)}, cast(Mesh, array.sharding.mesh))["it"].get_value()
     parameter.set_value(jax.jit(kept, out_shardings=placement)(array))
 
 

@@ -1,7 +1,9 @@
 """Checks of texts before they reach a compiled function, which cannot see their values."""
 
-import jax
+from typing import Any
+
 import numpy as np
+from jax.core import Tracer
 
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Bool
@@ -11,7 +13,7 @@ from jaxrl_llm.typing import Int
 def _known(*arrays: Array) -> bool:
     # Values of a tracer are not known, nor those of an array of which other hosts hold a part.
     def here(x: Array) -> bool:
-        return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
+        return not isinstance(x, Tracer) and getattr(x, "is_fully_addressable", True)
 
     return all(here(x) for x in arrays)
 
@@ -57,8 +59,8 @@ def check_left_padded(name: str, mask: Bool[Array, "B P"], *, rows: Bool[Array, 
     raise ValueError(f"{name}[{row}] {what}; a prompt must be left-padded, its last token in the last column.")
 
 
-def check_texts(tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], *, response_width: int, vocabulary: int) -> None:
-    """`check_tokens` of whole texts, `check_left_padded` of their prompts: all columns but the last `response_width`.
+def check_texts(tokens: Any, mask: Any, *, response_width: int, vocabulary: int) -> None:
+    """`check_tokens` of whole texts `[B, T]`, `check_left_padded` of their prompts: all but the last `response_width`.
 
     Arguments whose shapes do not fit each other are left to those who read them.
     """

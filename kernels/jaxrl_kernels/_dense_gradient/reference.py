@@ -39,8 +39,9 @@ def _forward_rule(z: Array, z_ref: Array):
     return kl(z, z_ref), (z, z_ref)
 
 
-def _backward_rule(residuals, cotangent: Array):
-    return kl_and_gradient(*residuals, cotangent)[1], None
+def _backward_rule(residuals: tuple[Array, Array], cotangent: Array):
+    z, z_ref = residuals
+    return kl_and_gradient(z, z_ref, cotangent)[1], None
 
 
 kl_of_rows.defvjp(_forward_rule, _backward_rule)
