@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import jax.numpy as jnp
 import pytest
 
 from jaxrl_llm.training import NonFiniteError
@@ -236,9 +236,9 @@ def test_a_policy_that_is_not_finite_is_never_saved(tiny_run, tmp_path, bounds_e
 
 
 def test_log_probs_count_where_the_mask_says_so():
-    mask = np.array([[True, False]])
-    assert finite_at(mask, np.array([[1.0, np.nan]]), None)
-    assert not finite_at(mask, np.array([[1.0, 0.0]]), np.array([[np.inf, 0.0]]))
+    mask = jnp.array([[True, False]])
+    assert finite_at(mask, jnp.array([[1.0, jnp.nan]]), None)
+    assert not finite_at(mask, jnp.array([[1.0, 0.0]]), jnp.array([[jnp.inf, 0.0]]))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
