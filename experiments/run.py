@@ -379,8 +379,8 @@ def _write_down(run: RunFolder, config: Mapping[str, Any], command: Sequence[str
         environment = {**environment, **first, "continued": starts}
     write_json(run.config, config)
     write_json(run.environment, environment)
-    if run.summary.exists():
-        # Only a change of settings leads here: the old summary is not of this run any more.
+    if run.summary.is_file():
+        # A change of settings or damage leads here: the old summary is not of this run any more.
         run.summary.unlink()
 
 

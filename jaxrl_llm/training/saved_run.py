@@ -140,7 +140,9 @@ def load_run(run: str | Path, *, step: int | None = None) -> SavedRun:
         )
     settings = _settings(folder, step)
     if step:
-        params = _restored((folder / "checkpoints").absolute() / str(step), params)
+        place = (folder / "checkpoints").absolute()
+        _require_sound(place, step)
+        params = _restored(place / str(step), params)
     return SavedRun(nnx.merge(policy.graphdef, combine(params, frozen)), tokenizer, settings, step)
 
 
@@ -198,13 +200,12 @@ def _trainable(fields: Mapping[str, Any]) -> Trainable:
 
 
 def _chosen(folder: Path, step: int | None) -> int:
-    """The step whose checkpoint is read, sound as a whole; 0 for the model before training.
+    """The step whose checkpoint is read; 0 for the model before training.
 
     Raises:
-        StorageError: there is none, or it is not as it was written.
+        StorageError: there is none.
     """
-    place = (folder / "checkpoints").absolute()
-    steps = checkpoint_steps(place)[::-1]
+    steps = checkpoint_steps(folder / "checkpoints")[::-1]
     if step == 0:
         return step
     if not steps:
@@ -214,15 +215,28 @@ def _chosen(folder: Path, step: int | None) -> int:
             f"{folder} has no checkpoint of step {step}; there are those of {', '.join(map(str, steps))} "
             "(keep_checkpoints says how many are kept), and step 0, the model before training."
         )
-    step = steps[-1] if step is None else step
+    return steps[-1] if step is None else step
+
+
+def _require_sound(place: Path, step: int) -> None:
+    """Raise unless a checkpoint is as it was written, naming one that is.
+
+    Args:
+        place: of all checkpoints.
+        step: of the one that is asked for.
+
+    Raises:
+        StorageError: it is not.
+    """
     reason = what_is_broken(place / str(step))
-    if reason:
-        sound = [str(other) for other in steps if other != step and not what_is_broken(place / str(other))]
-        instead = (
-            f"step={sound[-1]} is sound" if sound else "no other one is sound; step=0 is the model before training"
-        )
-        raise StorageError(f"Checkpoint {place / str(step)} cannot be read: {reason}; {instead}.")
-    return step
+    if not reason:
+        return
+    others = (other for other in checkpoint_steps(place) if other != step)
+    sound = next((other for other in others if not what_is_broken(place / str(other))), None)
+    instead = (
+        "no other one is sound; step=0 is the model before training" if sound is None else f"step={sound} is sound"
+    )
+    raise StorageError(f"Checkpoint {place / str(step)} cannot be read: {reason}; {instead}.")
 
 
 def _settings(folder: Path, step: int) -> dict[str, Any]:

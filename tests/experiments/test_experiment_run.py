@@ -15,7 +15,7 @@ from experiments.run_folder import find_run
 from experiments.run_folder import open_folder
 from experiments.run_folder import read_rows
 from experiments.run_folder import unfinished_twin
-from jaxrl_llm.training import loop
+from jaxrl_llm.training.text import loop
 
 
 def run_tiny(runs: Path, *words: str) -> int:

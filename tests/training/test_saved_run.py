@@ -144,7 +144,7 @@ def test_what_is_missing_or_damaged_is_said(folder: Path, tmp_path: Path) -> Non
     refused("nowhere is not a folder", tmp_path / "nowhere")
     refused(r"empty has no model\.json; it is not the folder of a run", tmp_path / "empty")
     shutil.rmtree(folder / "checkpoints" / "3" / "state" / "d")
-    refused(r"Checkpoint .*3 cannot be read")
+    refused(r"Checkpoint .*3 cannot be read: state/d/\w+ is missing; step=2 is sound\.")
     assert load_run(folder, step=2).step == 2
     described = json.loads((folder / "model.json").read_text())
 

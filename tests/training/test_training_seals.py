@@ -148,6 +148,18 @@ def test_the_newest_sound_one_is_taken_and_the_others_are_set_aside(folder: Path
     assert what_is_broken(taken) is None
 
 
+def test_a_checkpoint_of_the_same_policy_is_not_named_good(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    assert checkpoints.last_good(0) == "no checkpoint was saved yet"
+    for step, updates in ((1, 4), (2, 8), (3, 8)):
+        checkpoints.save(
+            make_state(step), Progress(step=step, settings={}, frozen_hash="", file_bytes={}, updates=updates)
+        )
+    assert checkpoints.last_good(9) == f"the last good checkpoint is {tmp_path / '3'}"
+    assert checkpoints.last_good(8).startswith(f"the last good checkpoint is {tmp_path / '1'} (newer ones hold")
+    assert checkpoints.last_good(4) == "no checkpoint was saved before that policy"
+
+
 def test_where_none_is_sound_nothing_is_moved(folder: Path) -> None:
     for step in ("2", "4"):
         (folder / step / SEAL).unlink()
