@@ -24,6 +24,7 @@ from jaxrl_llm.models import Transformer
 from jaxrl_llm.models.tokenizers import Tokenizer
 from jaxrl_llm.rollouts import SamplingSettings
 from jaxrl_llm.rollouts import make_generate
+from jaxrl_llm.rollouts import response_columns
 from jaxrl_llm.training import Parts
 from jaxrl_llm.training import TrainSettings
 from jaxrl_llm.training import end_tokens
@@ -65,7 +66,7 @@ class HeldOutSampler:
         end_ids: Sequence[int] = (),
         decode_dtype: Any = None,
     ) -> None:
-        self._tokenizer, self._stop, self._width, self._samples = tokenizer, task.stop, prompt_length, samples
+        self._tokenizer, self._stop, self._width, self._samples = tokenizer, task.stop, response_length, samples
         self._batch = ROWS if samples == 1 else max(1, SAMPLED_ROWS // samples)
         self._generate = make_generate(
             nnx.split(model)[0],
@@ -99,8 +100,8 @@ class HeldOutSampler:
     def _answer(self, model_state: nnx.State, chosen: np.ndarray, seed: int) -> list[list[str]]:
         prompts = (jnp.asarray(self._tokens[chosen]), jnp.asarray(self._mask[chosen]))
         rollout = self._generate(model_state, *prompts, jax.random.key(seed), 0, jnp.asarray(chosen))
-        answers = np.asarray(rollout.tokens)[:, self._width :]
-        texts = self._tokenizer.decode_batch(answers, np.asarray(rollout.response_mask)[:, self._width :])
+        answers = (np.asarray(array) for array in (rollout.tokens, rollout.response_mask))
+        texts = self._tokenizer.decode_batch(*(response_columns(array, self._width) for array in answers))
         texts = [before_stop(text, self._stop) for text in texts]
         return [texts[row : row + self._samples] for row in range(0, len(texts), self._samples)]
 

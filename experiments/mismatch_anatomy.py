@@ -54,6 +54,7 @@ from jaxrl_llm.models.pretrained import smollm2_path
 from jaxrl_llm.models.tokenizers import ByteTokenizer
 from jaxrl_llm.models.tokenizers import Tokenizer
 from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.rollouts import response_columns
 from jaxrl_llm.rollouts.engines import EngineSettings
 from jaxrl_llm.rollouts.engines import JaxEngine
 from jaxrl_llm.rollouts.engines import LlamaCppEngine
@@ -173,7 +174,7 @@ def _measured(
     made = {
         "full_log_mu": pick(np.asarray(jax.nn.log_softmax(log_mu)), drawn[:full, :, None], axis=-1)[..., 0],
         "full_log_pi": pick(log_pi, drawn[:full, :, None], axis=-1)[..., 0],
-        "full_mask": mask[:full, -width:],
+        "full_mask": response_columns(mask[:full], width),
     }
     proper = [~(np.isnan(side) | np.isposinf(side)).any(axis=-1) for side in (log_mu, log_pi)]
     sound = (proper[0] & proper[1] | ~made["full_mask"]).all(axis=1)
@@ -219,9 +220,9 @@ def _engine(name: str, settings: MismatchSettings) -> Mapping[str, Any]:
         full = settings.full_sequences
         log_mu = engine.distributions(tokens[:full], mask[:full], response_width=width)
     log_pi = _trainer(settings).score(tokens, mask, response_width=width)
-    sampled_here = {"log_mu": np.asarray(rollout.log_prob_behaviour)[:, -width:], "log_pi": log_pi}
-    measured, sound = _measured(settings, tokens, mask, tokens[:, -width:], log_mu)
-    return kept_responses(name, sampled_here | {"mask": mask[:, -width:]} | measured, sound)
+    sampled_here = {"log_mu": response_columns(np.asarray(rollout.log_prob_behaviour), width), "log_pi": log_pi}
+    measured, sound = _measured(settings, tokens, mask, response_columns(tokens, width), log_mu)
+    return kept_responses(name, sampled_here | {"mask": response_columns(mask, width)} | measured, sound)
 
 
 def _perturbed(name: str, settings: MismatchSettings) -> Mapping[str, Any]:

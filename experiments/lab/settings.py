@@ -15,8 +15,8 @@ from experiments.lab.arms import PRUNING
 from experiments.lab.arms import arm
 from experiments.lab.ladder import ladder
 from experiments.lab.sums import sums
+from experiments.lab.train import ArmScan
 from experiments.lab.train import Mismatch
-from experiments.lab.train import Trainer
 from experiments.lab.world import World
 from experiments.ranges import POSITIVE
 from experiments.ranges import RATE
@@ -178,7 +178,7 @@ def make_world(name: str, settings: LabSettings) -> World:
 
 
 @functools.lru_cache(maxsize=8)
-def trainer(world: str, settings: LabSettings) -> Trainer:
+def trainer(world: str, settings: LabSettings) -> ArmScan:
     """What trains every arm in that world; kept, because it is compiled once for all of them.
 
     Raises:
@@ -189,7 +189,7 @@ def trainer(world: str, settings: LabSettings) -> Trainer:
     recipes = [arm(name, mask_maximum=own.mask_maximum, mask_average=own.mask_average) for name in names]
     noise = perturbation("gaussian_noise", own.noise).logits
     assert noise is not None
-    return Trainer(
+    return ArmScan(
         make_world(world, settings),
         Mismatch(noise, own.lag),
         recipes,

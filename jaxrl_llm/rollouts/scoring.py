@@ -1,8 +1,15 @@
-"""Statistics of sampled tokens under a model: the teacher-forced pass over whole texts."""
+"""Statistics of sampled tokens under a model: the teacher-forced pass over whole texts.
+
+In a text of T = P + R columns the last R are the response. `response_columns` cuts them out, `predicting` takes the
+states that predict them, `align` puts their numbers back; nothing else counts columns.
+"""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrl_kernels import Reference
 from jaxrl_kernels import TokenStatistics
@@ -13,6 +20,13 @@ from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Bool
 from jaxrl_llm.typing import Float
 from jaxrl_llm.typing import Int
+
+Columns = TypeVar("Columns", np.ndarray, jax.Array)
+
+
+def response_columns(values: Columns, response_width: int) -> Columns:
+    """The columns of the response, `[B, R, ..]`, of a whole text's, `[B, T, ..]`."""
+    return values[:, values.shape[1] - response_width :]
 
 
 def predicting(hidden: Float[Array, "B T D"], response_width: int) -> Float[Array, "B R D"]:
@@ -82,7 +96,7 @@ def score(
     return score_hidden(
         hidden,
         head,
-        tokens,
+        response_columns(tokens, response_width),
         vocabulary_axis=axis,
         reference=reference_states,
         temperature=temperature,
@@ -93,9 +107,9 @@ def score(
 
 
 def score_hidden(
-    hidden: Float[Array, "B R D"],
+    hidden: Float[Array, "*shape D"],
     head: Float[Array, "_ _"],
-    tokens: Int[Array, "B T"],
+    targets: Int[Array, "*shape"],
     *,
     vocabulary_axis: int,
     reference: Reference | None = None,
@@ -104,27 +118,31 @@ def score_hidden(
     statistics: Sequence[str] | None = None,
     implementation: str | None = None,
 ) -> TokenStatistics:
-    """`score` for hidden states that exist already, such as those that follow a frozen trunk.
+    """Statistics of tokens whose predicting states exist already, such as those that follow a frozen trunk.
 
     Args:
-        hidden: of `predicting`.
+        hidden: of `predicting`, or of any other tokens.
         head: of `Transformer.head`.
-        tokens: whole texts, or just their last R columns.
+        targets: the token that each state predicts.
         vocabulary_axis: of `Transformer.head`.
-        reference: hidden states [B, R, D'] and head of the distribution to compare with, the head in the same layout.
+        reference: hidden states [*shape, D'] and head of the distribution to compare with, the head in the same layout.
         temperature, log_min_p, statistics, implementation: as for `score`.
+
+    Returns:
+        TokenStatistics of arrays of the shape of `targets`.
+
+    Raises:
+        ValueError: there is not one target for every state.
     """
-    rows, width = hidden.shape[:2]
-    if tokens.ndim != 2 or tokens.shape[0] != rows or tokens.shape[1] < width:
-        raise ValueError(
-            f"tokens must have {rows} rows and at least {width} columns as hidden has, got shape {tokens.shape}"
-        )
+    shape = hidden.shape[:-1]
+    if targets.shape != shape:
+        raise ValueError(f"targets has shape {targets.shape}; it must be {shape}, one for each of the hidden states.")
     if reference is not None:
-        reference = Reference(reference.hidden.reshape(rows * width, -1), reference.head)
+        reference = Reference(reference.hidden.reshape(-1, reference.hidden.shape[-1]), reference.head)
     flat = token_statistics(
-        hidden.reshape(rows * width, -1),
+        hidden.reshape(-1, hidden.shape[-1]),
         head,
-        tokens[:, tokens.shape[1] - width :].reshape(-1),
+        targets.reshape(-1),
         vocabulary_axis=vocabulary_axis,
         reference=reference,
         temperature=temperature,
@@ -132,4 +150,4 @@ def score_hidden(
         statistics=statistics,
         implementation=implementation,
     )
-    return TokenStatistics(*(None if value is None else value.reshape(rows, width) for value in flat))
+    return TokenStatistics(*(None if value is None else value.reshape(shape) for value in flat))

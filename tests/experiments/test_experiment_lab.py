@@ -21,8 +21,8 @@ from experiments.lab.settings import LabSettings
 from experiments.lab.settings import check
 from experiments.lab.sums import sums
 from experiments.lab.train import NO_PRUNING
+from experiments.lab.train import ArmScan
 from experiments.lab.train import Mismatch
-from experiments.lab.train import Trainer
 from experiments.lab.train import on_tokens
 from experiments.lab.train import sampled_error
 from experiments.lab.world import Sampled
@@ -73,7 +73,7 @@ def trained():
     world = ladder(jax.random.key(0), horizon=12, rungs=RUNGS, vocabulary=VOCABULARY, traps=1, answers=32)
     noise = perturbation("gaussian_noise", 1.0).logits
     recipes = [arm(name, mask_maximum=0.3, mask_average=0.2) for name in LABELS]
-    trainer = Trainer(world, Mismatch(noise, 2), recipes, steps=25, learning_rate=0.1)
+    trainer = ArmScan(world, Mismatch(noise, 2), recipes, steps=25, learning_rate=0.1)
 
     @functools.cache
     def run(name: str, log_min_p: float | None = None):
@@ -159,7 +159,7 @@ def test_a_pruned_token_has_the_ratio_zero():
     """The sampled error of the surrogate is that of enumeration where the trainer does not keep what was sampled."""
     world = ladder(jax.random.key(0), horizon=3, rungs=RUNGS, vocabulary=VOCABULARY, traps=1, answers=20_000)
     noise = perturbation("gaussian_noise", 0.5).logits
-    trainer = Trainer(
+    trainer = ArmScan(
         world, Mismatch(noise, 0), [arm("dvp", mask_maximum=1.0, mask_average=1.0)], steps=1, learning_rate=0.1
     )
     part = jax.device_get(trainer.train("dvp", log_min_p=-0.2, seeds=2, key=jax.random.key(5)))

@@ -86,12 +86,14 @@ def test_hidden_states_score_as_the_model_does(model):
     hidden = predicting(model(rollout.tokens, rollout.token_mask), NEW)
     head, axis = model.head()
     arguments = {"vocabulary_axis": axis, "reference": Reference(hidden[..., ::-1], head)}
-    whole = score_hidden(hidden, head, rollout.tokens, **arguments)
-    part = score_hidden(hidden, head, rollout.tokens[:, WIDTH:], **arguments)
+    targets = rollout.tokens[:, WIDTH:]
+    whole = score_hidden(hidden, head, targets, **arguments)
+    flat = {"vocabulary_axis": axis, "reference": Reference(hidden[..., ::-1].reshape(-1, 32), head)}
+    part = score_hidden(hidden.reshape(-1, 32), head, targets.reshape(-1), **flat)
     plain = score(model, rollout.tokens, rollout.token_mask, response_width=NEW)
-    np.testing.assert_array_equal(whole.kl, part.kl)
+    np.testing.assert_array_equal(whole.kl, part.kl.reshape(targets.shape))
     np.testing.assert_allclose(whole.log_prob, plain.log_prob, atol=1e-5)
-    only = score_hidden(hidden, head, rollout.tokens, vocabulary_axis=axis, statistics=("entropy",))
+    only = score_hidden(hidden, head, targets, vocabulary_axis=axis, statistics=("entropy",))
     assert only.log_prob is None
     np.testing.assert_allclose(only.entropy, plain.entropy, atol=1e-5)
 
@@ -108,7 +110,7 @@ def test_impossible_widths_are_refused_by_name(model):
         with pytest.raises(ValueError, match=f"response_width must leave .* 1 .. 10 of 11, got {width}"):
             score(model, rollout.tokens, rollout.token_mask, response_width=width)
     hidden = jnp.zeros((6, NEW, 32))
-    with pytest.raises(ValueError, match="tokens must have 6 rows and at least 6 columns"):
+    with pytest.raises(ValueError, match=r"targets has shape \(6, 3\); it must be \(6, 6\)"):
         score_hidden(hidden, model.head()[0], rollout.tokens[:, :3], vocabulary_axis=0)
 
 

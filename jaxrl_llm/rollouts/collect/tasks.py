@@ -22,6 +22,7 @@ from jaxrl_llm.rollouts.collect.protocol import Experience
 from jaxrl_llm.rollouts.collect.protocol import PolicySnapshot
 from jaxrl_llm.rollouts.collect.samplers import Sampler
 from jaxrl_llm.rollouts.generate import Rollout
+from jaxrl_llm.rollouts.scoring import response_columns
 from jaxrl_llm.trajectory import single_step
 from jaxrl_llm.typing import Bool
 from jaxrl_llm.typing import PRNGKey
@@ -152,9 +153,8 @@ class TaskCollector:
 
     def _score(self, task: Task, problems: Sequence[Problem], rollout: Rollout) -> tuple[list[Score], Sequence[str]]:
         """Decode the answers and score them."""
-        width = self._shape.prompt_length
-        tokens, mask = np.asarray(rollout.tokens)[:, width:], np.asarray(rollout.response_mask)[:, width:]
-        texts = self._tokenizer.decode_batch(tokens, mask)
+        answers = (np.asarray(array) for array in (rollout.tokens, rollout.response_mask))
+        texts = self._tokenizer.decode_batch(*(response_columns(array, self._shape.actions) for array in answers))
         asked = [problem for problem in problems for _ in range(self._shape.group_size)]
         scores = [task.score(problem, text) for problem, text in zip(asked, texts, strict=True)]
         low, high = self._reward_range

@@ -12,6 +12,7 @@ from jaxrl_llm.rollouts.engines.protocol import Stoppable
 from jaxrl_llm.rollouts.generate import Rollout
 from jaxrl_llm.rollouts.generate import make_generate
 from jaxrl_llm.rollouts.scoring import predicting
+from jaxrl_llm.rollouts.scoring import response_columns
 from jaxrl_llm.rollouts.scoring import score
 from jaxrl_llm.rollouts.texts import check_texts
 from jaxrl_llm.typing import Array
@@ -67,7 +68,7 @@ class JaxEngine(Stoppable):
         """See `Engine.score`."""
         check_texts(tokens, token_mask, response_width=response_width, vocabulary=self._vocabulary)
         values = self._score(self._state, jnp.asarray(tokens), jnp.asarray(token_mask), response_width=response_width)
-        return np.where(np.asarray(token_mask)[:, -response_width:], np.asarray(values), 0)
+        return np.where(response_columns(np.asarray(token_mask), response_width), np.asarray(values), 0)
 
     def distributions(
         self, tokens: Int[np.ndarray, "B T"], token_mask: Bool[np.ndarray, "B T"], *, response_width: int

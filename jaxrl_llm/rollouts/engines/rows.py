@@ -12,6 +12,7 @@ from jaxrl_llm.rollouts.engines.protocol import EngineSettings
 from jaxrl_llm.rollouts.generate import Rollout
 from jaxrl_llm.rollouts.grouping import group_ids
 from jaxrl_llm.rollouts.sampling import rollout_keys
+from jaxrl_llm.rollouts.scoring import response_columns
 from jaxrl_llm.typing import Bool
 from jaxrl_llm.typing import Float
 from jaxrl_llm.typing import Int
@@ -75,7 +76,8 @@ def texts_of(
             f"got {response_width}"
         )
     prompts = prompts_of(tokens[:, :width], mask[:, :width], vocab_size=vocab_size)
-    responses = [row[keep].tolist() for row, keep in zip(tokens[:, width:], mask[:, width:], strict=True)]
+    answers = (response_columns(array, response_width) for array in (tokens, mask))
+    responses = [row[keep].tolist() for row, keep in zip(*answers, strict=True)]
     return [Text(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
 
 

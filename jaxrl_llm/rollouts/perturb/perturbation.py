@@ -23,6 +23,7 @@ from jaxrl_llm.rollouts.perturb.weights import chain_weights
 from jaxrl_llm.rollouts.perturb.weights import fp8_weights
 from jaxrl_llm.rollouts.perturb.weights import int8_weights
 from jaxrl_llm.rollouts.scoring import predicting
+from jaxrl_llm.rollouts.scoring import response_columns
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Bool
 from jaxrl_llm.typing import Float
@@ -158,4 +159,4 @@ def perturbed_logits(
     if perturbation.logits is None:
         return logits
     keys = context_keys(jax.random.key(0) if key is None else key, tokens, token_mask)
-    return perturbation.logits(logits, keys[:, -response_width:])
+    return perturbation.logits(logits, response_columns(keys, response_width))

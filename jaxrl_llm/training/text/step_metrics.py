@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_llm.bounds import BoundInputs
+from jaxrl_llm.bounds import SurrogateErrorBounds
 from jaxrl_llm.bounds import bound_inputs_from_tokens
 from jaxrl_llm.bounds import sampled_gain
 from jaxrl_llm.bounds import sampled_sequence_tv
@@ -190,6 +191,17 @@ def shift_metrics(
     return {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
 
 
+def unified_bounds(bounds: SurrogateErrorBounds) -> dict[str, Array]:
+    """What all bounds together say, by the names that metrics have."""
+    return {
+        "unified_printed": bounds.unified_printed,
+        "unified_sharp": bounds.unified_sharp,
+        "dominating": bounds.dominating,
+        "threshold": bounds.threshold,
+        "vacuous": bounds.vacuous,
+    }
+
+
 def _bounds(
     inputs: BoundInputs,
     log_ratio: Float[Array, "B R"],
@@ -214,11 +226,7 @@ def _bounds(
     values: dict[str, Any] = {
         "shift/sequence_kl": inputs.sequence_kl,
         "shift/sequence_tv": inputs.sequence_tv,
-        "bounds/unified_printed": bounds.unified_printed,
-        "bounds/unified_sharp": bounds.unified_sharp,
-        "bounds/dominating": bounds.dominating,
-        "bounds/threshold": bounds.threshold,
-        "bounds/vacuous": bounds.vacuous,
+        **{f"bounds/{name}": value for name, value in unified_bounds(bounds).items()},
     }
     values |= {f"bounds/printed/{name}": value for name, value in bounds.printed.items()}
     values |= {f"bounds/sharp/{name}": value for name, value in bounds.sharp.items()}

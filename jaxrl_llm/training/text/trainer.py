@@ -222,7 +222,7 @@ class Trainer:
         trajectories = experience.trajectories
         actions = Actions.of(trajectories, width=self.shape.actions)
         self._require_recorded(trajectories.log_prob_behaviour)
-        arrangement = self._arrange(experience, actions)
+        arrangement = self.arrange(experience, actions)
         rows = self._place(arrangement.rows)
 
         def placed(values: np.ndarray) -> Array:
@@ -278,7 +278,8 @@ class Trainer:
                     "does not have; use one that does not, such as nll."
                 )
 
-    def _arrange(self, experience: Experience, actions: Actions) -> Arrangement:
+    def arrange(self, experience: Experience, actions: Actions) -> Arrangement:
+        """The rows in which the update reads a batch with these chosen tokens."""
         trajectories = experience.trajectories
         config, update = self.parts.model.config, self.settings.update
         rewards = np.asarray(trajectories.returns).reshape(self.shape.groups, -1)

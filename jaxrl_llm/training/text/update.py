@@ -11,12 +11,12 @@ import optax
 
 from jaxrl_kernels import Reference
 from jaxrl_kernels import TokenStatistics
-from jaxrl_kernels import token_statistics
 from jaxrl_llm.masked import safe_divide
 from jaxrl_llm.models.sharding import constrain
 from jaxrl_llm.models.sharding import partition_specs
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.objectives import LossTerms
+from jaxrl_llm.rollouts import score_hidden
 from jaxrl_llm.testing import Batch
 from jaxrl_llm.training.run.state import TrainState
 from jaxrl_llm.training.text.critic import Critic
@@ -116,20 +116,18 @@ def statistics(
     reference, with `log_min_p` those of the policy pruned to its safe set.
     """
     head, axis = model.head()
-    reference = None
-    if hidden_ref is not None:
-        reference = Reference(hidden_ref.reshape(-1, hidden_ref.shape[-1]), head if head_ref is None else head_ref)
-    flat = token_statistics(
-        hidden.reshape(-1, hidden.shape[-1]),
+    reference = None if hidden_ref is None else Reference(hidden_ref, head if head_ref is None else head_ref)
+    found = score_hidden(
+        hidden,
         head,
-        rows.targets.reshape(-1),
+        rows.targets,
         vocabulary_axis=axis,
         reference=reference,
         temperature=temperature,
         log_min_p=log_min_p,
         statistics=names,
     )
-    return jax.tree.map(lambda leaf: by_sequence(leaf, rows), flat)
+    return jax.tree.map(lambda leaf: by_sequence(leaf, rows), found)
 
 
 def micro_batch_loss(
