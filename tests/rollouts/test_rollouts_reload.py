@@ -39,9 +39,9 @@ def test_sglang_is_told_the_folder(end, server) -> None:
     ],
 )
 def test_what_a_server_does_not_take_is_one_sentence(status, text, reason, server) -> None:
-    with server(lambda number, body: (status, text)) as (url, _):
-        with pytest.raises(EngineError, match=rf"127\.0\.0\.1:\d+ did not take the weights of weights/3: .*{reason}"):
-            sglang_reload(url)("weights/3")
+    sentence = rf"127\.0\.0\.1:\d+ did not take the weights of weights/3: .*{reason}"
+    with server(lambda number, body: (status, text)) as (url, _), pytest.raises(EngineError, match=sentence):
+        sglang_reload(url)("weights/3")
 
 
 def test_a_server_that_is_not_there_and_an_address_that_cannot_be() -> None:
