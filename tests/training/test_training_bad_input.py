@@ -174,7 +174,7 @@ class Bad:
         (lambda t, c, g, n: (t, c & False, g, n), "rows in which the policy chose no token; it promised 1 to 2"),
         (lambda t, c, g, n: (t, c, g, {"batches": np.int64(1)}), "The cursor of Bad must be JSON"),
         (lambda t, c, g, n: {}["row"], "Step 3 failed, KeyError: 'row'"),
-        (lambda t, c, g, n: t + "a", "ufunc"),
+        (lambda t, c, g, n: t + None, "Step 3 failed, TypeError: unsupported operand"),
     ],
 )
 def test_a_collector_that_breaks_its_promise_loses_nothing(wrong, sentence, tiny_run, tmp_path) -> None:
@@ -210,12 +210,8 @@ def test_rows_without_a_chosen_token_are_only_empty(tiny_run, tmp_path) -> None:
 
 
 def test_a_signal_that_turns_out_not_finite_loses_nothing(tiny_run, tmp_path) -> None:
-    calls = []
-
     def mine(x):
-        calls.append(1)
-        broken = len(x.rewards) == 16 and len([c for c in calls if c]) > 0 and mine.broken
-        return jnp.where(x.rewards >= 0, jnp.nan, 0.0) if broken else x.rewards - x.rewards.mean()
+        return x.rewards - (jnp.nan if mine.broken else x.rewards.mean())
 
     mine.broken = False
 
