@@ -287,7 +287,7 @@ class _Run:
         except (StorageError, NonFiniteError, MemoryError, jax.errors.JaxRuntimeError):
             raise
         except Exception as error:
-            sentence = isinstance(error, CollectError | EngineError | TrainingError | ValueError | TypeError)
+            sentence = isinstance(error, CollectError | EngineError | TrainingError | ValueError)
             if self.changed_since(done) or (not done and isinstance(error, ValueError | TypeError)):
                 raise
             said = str(error) if sentence else f"Step {index + 1} failed, {type(error).__name__}: {error}."

@@ -92,7 +92,7 @@ def test_an_answer_ends_where_the_stop_text_does(at_version) -> None:
     # The reward stands at the last token that is left, and nothing else of the answer has a log-prob.
     assert [int(np.flatnonzero(row)[-1]) for row in t.rewards[[0, 3, 4]]] == [4, 4, 4]
     assert t.log_prob_behaviour[0].tolist() == [0, 0, -1, -2, -3, 0, 0, 0]
-    assert experience.per_row["task/strict"].tolist() == [True, False, False, True, True, False, False]
+    assert experience.per_row["task/strict"].tolist() == [True, False, False, True, True, False, True]
     assert (t.versions[t.action_mask] == 3).all()
 
 
