@@ -25,6 +25,7 @@ from jaxrl_llm.training.text.layout import Packed
 from jaxrl_llm.training.text.objective import OBJECTIVES
 from jaxrl_llm.training.text.objective import Extras
 from jaxrl_llm.trajectory import Actions
+from tests.glossary import unexplained
 
 
 def my_loss(batch: Batch):
@@ -196,6 +197,7 @@ def test_three_steps_learn_something_and_go_on_where_they_stopped(name, tiny_run
     assert state_hash(again.state) == state_hash(whole_run.state)
     for file in ("metrics.jsonl", "samples.jsonl"):
         assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    assert not unexplained(tmp_path / "whole")
     rows = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
     assert all(np.isfinite(row["actor/loss"]) for row in rows if "actor/loss" in row)
     if trainer_has_critic(name):
