@@ -36,11 +36,14 @@ def my_loss(batch: Batch):
 
 NAMES = (*RECIPES, *OBJECTIVES, "callable")
 QUICK = ("ppo", "hybrid", "trm", "dpo", "distil_forward", "callable")
-"""Those that run in every `make test`; the others are slow together."""
+"""Those whose gradients are in every `make test`; the others are slow together."""
+
+QUICK_RUNS = ("ppo", "dpo", "callable")
+"""Those that are trained there, three times each: with a critic, on pairs, with a loss of one's own."""
 
 
-def marked(names):
-    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
+def marked(names, quick=QUICK):
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +185,7 @@ class StopsAfter(Quiet):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("name", marked(NAMES))
+@pytest.mark.parametrize("name", marked(NAMES, QUICK_RUNS))
 def test_three_steps_learn_something_and_go_on_where_they_stopped(name, tiny_run, files, tmp_path):
     def run(folder, **options):
         parts, settings = made(tiny_run, files, name)
