@@ -42,6 +42,7 @@ from jaxrl_llm.models.pretrained import load_pretrained
 from jaxrl_llm.models.tokenizers import Tokenizer
 from jaxrl_llm.models.tokenizers import byte_alphabet
 from jaxrl_llm.models.weights import build_model
+from jaxrl_llm.models.weights import load_hf
 from jaxrl_llm.models.weights import model_tensors
 from jaxrl_llm.models.weights import save_gguf
 from jaxrl_llm.models.weights import save_hf
@@ -120,7 +121,7 @@ def make_sources(folder: Path) -> dict[str, Path]:
     settings |= {"added_tokens_decoder": {"259": {"content": "<|eos|>", "special": True}}}
     settings |= {"additional_special_tokens": ["<think>"]}
     (split / "tokenizer_config.json").write_text(json.dumps(settings))
-    tensors = model_tensors(load_pretrained(folder / "qwen2_biases")[0])
+    tensors = model_tensors(load_hf(folder / "qwen2_biases"))
     names = sorted(tensors)
     parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
     for file, held in parts.items():

@@ -25,6 +25,7 @@ from jaxrl_llm.training.text.layout import Packed
 from jaxrl_llm.training.text.objective import OBJECTIVES
 from jaxrl_llm.training.text.objective import Extras
 from jaxrl_llm.trajectory import Actions
+from tests.glossary import unexplained
 
 
 def my_loss(batch: Batch):
@@ -35,11 +36,14 @@ def my_loss(batch: Batch):
 
 NAMES = (*RECIPES, *OBJECTIVES, "callable")
 QUICK = ("ppo", "hybrid", "trm", "dpo", "distil_forward", "callable")
-"""Those that run in every `make test`; the others are slow together."""
+"""Those whose gradients are in every `make test`; the others are slow together."""
+
+QUICK_RUNS = ("ppo", "dpo", "callable")
+"""Those that are trained there, three times each: with a critic, on pairs, with a loss of one's own."""
 
 
-def marked(names):
-    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
+def marked(names, quick=QUICK):
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +185,7 @@ class StopsAfter(Quiet):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("name", marked(NAMES))
+@pytest.mark.parametrize("name", marked(NAMES, QUICK_RUNS))
 def test_three_steps_learn_something_and_go_on_where_they_stopped(name, tiny_run, files, tmp_path):
     def run(folder, **options):
         parts, settings = made(tiny_run, files, name)
@@ -196,6 +200,7 @@ def test_three_steps_learn_something_and_go_on_where_they_stopped(name, tiny_run
     assert state_hash(again.state) == state_hash(whole_run.state)
     for file in ("metrics.jsonl", "samples.jsonl"):
         assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    assert not unexplained(tmp_path / "whole")
     rows = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
     assert all(np.isfinite(row["actor/loss"]) for row in rows if "actor/loss" in row)
     if trainer_has_critic(name):

@@ -32,6 +32,7 @@ from jaxrl_llm.training import TrainingError
 from jaxrl_llm.training import UpdateSettings
 from jaxrl_llm.training import state_hash
 from jaxrl_llm.training import train
+from tests.glossary import unexplained
 
 FILES = ("metrics.jsonl", "samples.jsonl")
 """What must be equal byte for byte between an interrupted and an uninterrupted run."""
@@ -70,6 +71,7 @@ def uninterrupted(tiny_run, tmp_path_factory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("uninterrupted")
     outcome = train(tiny_run.make_parts(), tiny_run.SETTINGS, folder)
     assert outcome.finished
+    assert not unexplained(folder)
     return folder, state_hash(outcome.state)
 
 
@@ -228,6 +230,7 @@ def test_a_curriculum_moves_up_and_goes_on_where_it_was(tiny_run, tmp_path):
     train(tiny_run.make_parts(task=curriculum), settings, tmp_path)
     longer = dataclasses.replace(settings, steps=3)
     train(tiny_run.make_parts(task=curriculum), longer, tmp_path, allow_changed_settings=True)
+    assert not unexplained(tmp_path)
     assert [row["curriculum/level"] for row in read(tmp_path)] == [0, 1, 1]
 
 

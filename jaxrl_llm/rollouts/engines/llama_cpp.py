@@ -67,7 +67,8 @@ class LlamaCppEngine(Stoppable):
     """A llama.cpp server with weights of ours, or with those of a GGUF file.
 
     Args:
-        weights: a model to push, or the path of a GGUF file to serve as it is.
+        weights: a model to push, or the path of a GGUF file to serve as it is, with the padding of its vocabulary;
+            `load_pretrained` takes that away, so where its model is trained, give the engine the model.
         settings: of the responses; one to three end tokens.
         sync_dtype: precision in which pushed matrices are written. llama.cpp multiplies Q8_0 with activations in 8
             bits, BF16 and F16 with activations in that format.
