@@ -297,6 +297,8 @@ def open_doors(experiment: Experiment, settings: RunSettings) -> Doors:
     settings.check_schedule()
     objective, signal = settings.get_objective(), settings.get_signal()
     settings.sources.check()
+    if settings.sources.from_file and settings.train.sampling.temperature != 1:
+        raise UserError("Field --temperature belongs to sampling; what a file brings is learned at temperature 1.")
     if (
         settings.sources.preferences
         and settings.objective not in ("dpo", "ipo")

@@ -14,6 +14,11 @@ from experiments.named import load_function
 from experiments.run_folder import UserError
 from jaxrl_llm.environments import Curriculum
 from jaxrl_llm.models import Transformer
+from jaxrl_llm.models.chat import CHATML
+from jaxrl_llm.models.chat import QWEN2
+from jaxrl_llm.models.chat import QWEN2_5
+from jaxrl_llm.models.chat import SMOLLM2
+from jaxrl_llm.models.chat import ChatFormat
 from jaxrl_llm.models.lora import merge_lora
 from jaxrl_llm.models.pretrained import load_pretrained
 from jaxrl_llm.models.pretrained import smollm2_135m
@@ -57,6 +62,7 @@ class SourceSettings:
             the server load them.
         demonstrations: a file of demonstrations to learn from instead of a task's answers (JSON lines or Parquet).
         preferences: a file of preference pairs to learn from.
+        chat_format: how the turns of a file are written; "none" joins a prompt and a response as they are.
         teacher: the reference of divergences, imitation, preferences and distillation: "smollm2_135m", a Hugging Face
             folder, a GGUF file, or the folder of a run; the policy before training where None.
     """
@@ -70,6 +76,7 @@ class SourceSettings:
     reload: str | None = None
     demonstrations: str | None = None
     preferences: str | None = None
+    chat_format: Literal["none", "chatml", "smollm2", "qwen2", "qwen2_5"] = "none"
     teacher: str | None = None
 
     def check(self) -> None:
@@ -109,12 +116,21 @@ def open_collector(sources: SourceSettings, tokenizer: Tokenizer, settings: Trai
     """
     width = settings.prompt_length + settings.response_length
     common: dict[str, Any] = {"width": width, "seed": settings.seed, "samples": settings.samples}
+    common["chat_format"] = CHAT_FORMATS[sources.chat_format]
     if sources.demonstrations:
         return DemonstrationCollector(sources.demonstrations, tokenizer, rows=settings.prompts, **common)
     if sources.preferences:
         return PreferenceCollector(sources.preferences, tokenizer, pairs=settings.prompts, **common)
     return None
 
+
+CHAT_FORMATS: dict[str, ChatFormat | None] = {
+    "none": None,
+    "chatml": CHATML,
+    "smollm2": SMOLLM2,
+    "qwen2": QWEN2,
+    "qwen2_5": QWEN2_5,
+}
 
 PROBE = "Sum: 12 + 7 = 19\nWhy? Because 12 + 7 is 19; é中."
 """A text on which tokenizers that differ are apart."""

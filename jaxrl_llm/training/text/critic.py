@@ -31,13 +31,13 @@ class CriticSettings:
     Attributes:
         critic: "head" is a linear map of the policy's own states, whose gradient ends there; "model" is a transformer
             of its own that starts as the policy does.
-        critic_learning_rate: of Adam on the critic.
+        critic_learning_rate: of Adam on the critic; None takes 1e-3 for a head and 1e-4 for a model.
         value_clip: how far a value may move from the one before the update before its loss has no gradient; None does
             not clip. [units of reward]
     """
 
     critic: Literal["head", "model"] = "head"
-    critic_learning_rate: float = 1e-3
+    critic_learning_rate: float | None = None
     value_clip: float | None = None
 
     def __post_init__(self) -> None:
@@ -58,7 +58,8 @@ class Critic:
         self.settings = settings
         self._width = model.config.hidden_size
         self._graphdef = nnx.graphdef(merge_lora(model)) if settings.critic == "model" else None
-        self._optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(settings.critic_learning_rate))
+        rate = settings.critic_learning_rate or (1e-3 if settings.critic == "head" else 1e-4)
+        self._optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
 
     def initial(self, model: Transformer) -> tuple[PyTree, PyTree]:
         """Parameters and optimiser state before the first update."""

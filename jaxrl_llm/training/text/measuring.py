@@ -39,7 +39,7 @@ def step_metrics(
     metrics |= group_metrics(np.where(sound, experience.trajectories.returns, 0), prepared.kept, sound)
     metrics |= update_metrics(updates) | staleness_metrics(experience, prepared.mask, version)
     metrics |= {
-        "actor/entropy": float(prepared.entropy[prepared.mask].mean()),
+        "actor/entropy": float(prepared.entropy[prepared.mask].mean()) if prepared.mask.any() else 0.0,
         "rollout/dropped_nonfinite": float(prepared.finite.dropped),
         "layout/padded_share": prepared.padded_share,
     }

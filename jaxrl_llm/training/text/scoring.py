@@ -3,6 +3,7 @@ moved the policy.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 from typing import NamedTuple
 
@@ -106,6 +107,10 @@ class Scorer:
     def shift(self, params: PyTree, frozen: PyTree, batch: UpdateBatch, heads: Heads) -> Shift:
         """Compare the policy with these parameters to the one that sampled, whose states `batch` and `heads` hold."""
         return self._shift(params, frozen, batch, heads)
+
+    def in_chunks(self, values: Callable[[PyTree, Array, Rows], Array]) -> Callable[[PyTree, Array, Rows], Array]:
+        """(parameters, states, rows) -> numbers of the chosen tokens: compiled, a few rows at a time as in scoring."""
+        return jax.jit(lambda params, hidden, rows: self._in_chunks(lambda some: values(params, *some), (hidden, rows)))
 
     def _in_chunks(self, function: Any, arguments: Any) -> Any:
         count = jax.tree.leaves(arguments)[0].shape[0]

@@ -78,7 +78,7 @@ def user_signal(function: UserSignal, recipe: Recipe) -> Signal:
         returned(function(example), example.response_mask.shape)
     except Exception as error:
         raise ValueError(f"The signal {name!r} fails on a small batch: {in_words(error)}") from error
-    needs = _inputs_read(function, example) & {"entropy", "collision", "values", *OF_REFERENCE}
+    needs = _inputs_read(function, example)
     targets = None
     if "values" in needs:
         # Monte Carlo returns by GAE: with the recipe's own numbers, whatever the signal makes of the values.
@@ -98,7 +98,7 @@ def _inputs_read(function: UserSignal, example: SignalInputs) -> frozenset[str]:
             return ()
 
     before, read = outcome(example), []
-    for name in ("entropy", "collision", "values", *OF_REFERENCE):
+    for name in ("log_prob_behaviour", "entropy", "collision", "values", *OF_REFERENCE):
         value = vars(example)[name]
         for other in (None, value * 3 + 1):
             after = outcome(dataclasses.replace(example, **{name: other}))

@@ -151,15 +151,19 @@ class Trainer:
             log_min_p=self.objective.log_min_p,
             collision="collision" in self.signal.needs,
         )
-        self._values = None if self.critic is None else jax.jit(self.critic.values)
+        self._values = None if self.critic is None else self.scorer.in_chunks(self.critic.values)
         self.reference = self._reference()
 
     def _signal(self) -> Signal:
         parts = self.parts
-        if parts.signal is not None:
-            return user_signal(parts.signal, parts.recipe)
         # A recipe's loss always takes advantages; other objectives say whether they do.
         reads = parts.objective is None or "advantages" in self.objective.needs
+        if parts.signal is not None:
+            if not reads:
+                raise ValueError(
+                    f"a signal is given, but the objective {self.objective.name!r} reads no advantages; leave it out."
+                )
+            return user_signal(parts.signal, parts.recipe)
         return recipe_signal(parts.recipe) if reads else NO_SIGNAL
 
     def _refuse_unknown_law(self) -> None:
@@ -186,6 +190,11 @@ class Trainer:
     def _reference(self) -> FrozenPolicy | None:
         if not (self.objective.reads_reference or self.signal.needs.intersection(OF_REFERENCE)):
             return None
+        if self.objective.log_min_p is not None:
+            raise ValueError(
+                f"recipe {self.objective.name!r} prunes the policy and compares it with a reference, which has mass "
+                "where the policy has none; leave out log_min_p or the terms of the reference."
+            )
         if self.parts.teacher is not None:
             return Teacher(self.parts.teacher, self.parts.model, self.settings, self.shape.width)
         # A copy, as the first update takes the buffers of the initial parameters over.
