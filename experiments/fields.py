@@ -7,6 +7,7 @@ of two fields that would otherwise have the same name.
 
 import dataclasses
 import re
+import types
 import typing
 from collections.abc import Mapping
 from typing import Annotated
@@ -76,10 +77,36 @@ def with_values(settings: Any, values: Mapping[str, Any]) -> Any:
     """The settings with these values, by name; what is not among them keeps its value.
 
     Raises:
-        ValueError: the settings do not allow a value.
+        ValueError: the settings do not allow a value, or it is of another kind than the field.
     """
+    for leaf in leaves(settings):
+        if leaf.name in values and not _is_kind(values[leaf.name], _kind(settings, leaf.path)):
+            raise ValueError(f"{leaf.name} is {str(values[leaf.name])[:80]!r}, which is not what that field holds.")
     changes = {leaf.path: values[leaf.name] for leaf in leaves(settings) if leaf.name in values}
     return _changed(settings, changes, ())
+
+
+def _kind(settings: Any, path: Path) -> Any:
+    """The annotation of a field."""
+    for name in path[:-1]:
+        settings = getattr(settings, name)
+    return typing.get_type_hints(type(settings))[path[-1]]
+
+
+def _is_kind(value: Any, kind: Any) -> bool:
+    """Whether a JSON value is one of a field that is annotated so; annotations of other things allow everything."""
+    origin, members = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return any(type(value) is type(member) and value == member for member in members)
+    if origin in (typing.Union, types.UnionType):
+        return any(_is_kind(value, member) for member in members)
+    if origin is tuple:
+        return isinstance(value, (list, tuple)) and all(
+            any(_is_kind(item, member) for member in members if member is not ...) for item in value
+        )
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(value) is kind if kind in (str, int, bool, type(None)) else True
 
 
 def from_tyro(start: Any, parsed: Any) -> Any:

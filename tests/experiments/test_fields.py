@@ -1,6 +1,7 @@
 """Flat names of nested settings: which they are, and that they go there and back."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -11,6 +12,7 @@ from experiments.fields import attribute_sentences
 from experiments.fields import flat_values
 from experiments.fields import leaves
 from experiments.fields import with_values
+from experiments.registry import NAMES
 from experiments.registry import get_experiment
 from experiments.settings import RecipeSettings
 from experiments.settings import RunSettings
@@ -124,3 +126,13 @@ def test_a_recipe_that_cannot_be_is_refused(changes, sentence) -> None:
 def test_nearest_names_are_found_without_their_group(capsys) -> None:
     assert main(["run", "from_scratch", "--mask-maximum", "1"]) == 2
     assert "Did you mean --recipe-settings.mask-maximum?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_value_of_another_kind_than_its_field_is_refused(name) -> None:
+    settings = get_experiment(name).settings
+    saved = json.loads(json.dumps(flat_values(settings)))
+    assert flat_values(with_values(settings, saved)) == flat_values(settings)
+    for key in saved:
+        with pytest.raises(ValueError, match=rf"^{key} is .*, which is not what that field holds\.$"):
+            with_values(settings, saved | {key: {"a": [1]}})

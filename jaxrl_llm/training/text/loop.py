@@ -100,7 +100,8 @@ def train(
         how_to_resume: sentence that ends the message of an interrupted run.
 
     Raises:
-        StorageError: a file or folder cannot be written, or already holds a run.
+        StorageError: a file or folder cannot be written, already holds a run, is in use by another process, or has
+            finished steps and no sound checkpoint of them.
         ChangedSettingsError: the settings differ from those of the run in `folder`.
         NonFiniteError: too many updates in a row were not finite; names the last good checkpoint.
         TrainingError, ValueError: the parts or settings do not fit each other.
