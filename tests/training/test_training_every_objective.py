@@ -64,7 +64,7 @@ def made(tiny_run, files, name: str):
         steps=3,
         prompts=4,
         group_size=4,
-        prompt_length=8,
+        prompt_length=24,
         response_length=3,
         update=UpdateSettings(minibatches=2, micro_batch=1),
         checkpoint_every=1,
