@@ -8,6 +8,7 @@ import pytest
 from experiments.cli import main
 from experiments.sources import SourceSettings
 from experiments.sources import law_of
+from jaxrl_llm.rollouts import SamplingSettings
 
 
 @pytest.fixture
@@ -98,7 +99,8 @@ def test_a_teacher_with_other_tokens_is_refused(files, capsys, finished_runs) ->
 
 
 def test_a_truncated_engine_has_no_law_that_the_trainer_knows() -> None:
-    assert law_of(SourceSettings(engine="llama_cpp")).known
-    assert not law_of(SourceSettings(engine="llama_cpp"), truncated=True).known
-    assert not law_of(SourceSettings(engine="llama_cpp", sync_dtype="Q8_0")).known
-    assert not law_of(SourceSettings(engine="openai")).known
+    whole = SamplingSettings()
+    assert law_of(SourceSettings(engine="llama_cpp"), whole).known
+    assert not law_of(SourceSettings(engine="llama_cpp"), SamplingSettings(top_p=0.9)).known
+    assert not law_of(SourceSettings(engine="llama_cpp", sync_dtype="Q8_0"), whole).known
+    assert not law_of(SourceSettings(engine="openai"), whole).known

@@ -82,7 +82,7 @@ def test_one_page_for_any_number_of_runs(runs, capsys) -> None:
     assert text.count("<figure>") == 6
     assert "of several seeds" in text.lower()
     assert main(["compare", "slow0", "--runs-folder", str(runs)]) == 2
-    assert "compare needs two runs or more, got 1" in capsys.readouterr().err
+    assert "compare was given 1 run; it must be at least two" in capsys.readouterr().err
 
 
 def test_a_groups_number_is_the_mean_over_seeds_with_students_interval(runs) -> None:

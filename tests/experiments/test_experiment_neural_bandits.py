@@ -31,7 +31,7 @@ def test_settings_that_cannot_be_are_refused(capsys, tmp_path):
         (["--agents", "greedy"], "hyperagent"),
         (["--bandits", "neural"], "vector_quadratic among them"),
         (["--prior-scale", "0"], "prior_scale is 0.0; it must be a positive number"),
-        (["--noise-scale", "-1"], "noise_scale is -1.0; it must be a positive number"),
+        (["--noise-scale", "-1"], "--noise-scale is -1.0; it must be at least 0"),
     ):
         assert main([*run, *words]) == 2
         assert sentence in capsys.readouterr().err

@@ -217,14 +217,14 @@ def test_damaged_parts_are_said_to_be_so_and_computed_again(tmp_path, monkeypatc
     contents = bad_archives(tmp_path) | {"without seconds": zipped({"final.npy": npy(ARRAY)})}
     contents |= {"other seconds": zipped({"seconds.npy": npy(np.array([1, 2]))})}
     parts = {f"part {number}": part(name) for number, name in enumerate(contents)}
-    assert study.run_parts(run, {**parts, "whole": part("whole")})
+    assert study.run_parts(run, {**parts, "whole": part("whole")}) is None
     for path, content in zip([run.path / "parts" / f"{name}.npz" for name in parts], contents.values(), strict=True):
         path.write_bytes(content)
     with pytest.raises(UserError, match=r"Cannot read .*part 0\.npz: .*--resume study/first: it is computed again"):
         study.read_results(run)
     computed.clear()
     capsys.readouterr()
-    assert study.run_parts(run, {**parts, "whole": part("whole")})
+    assert study.run_parts(run, {**parts, "whole": part("whole")}) is None
     assert computed == list(contents)
     shown = capsys.readouterr().out
     assert shown.count("It is set aside and computed again.") == len(contents)

@@ -12,6 +12,29 @@ from experiments.benchmarks.memory import clear_peak
 from experiments.benchmarks.memory import resident
 
 
+class Given:
+    """The prompts of the work; an answer earns 1 if its bytes add up to an odd number, as half of all answers do."""
+
+    name, stop = "given", ""
+
+    def __init__(self, prompts):
+        self.prompts = prompts
+
+    def train(self, seed, step, count):
+        from jaxrl_llm.environments import Problem
+
+        return [Problem(prompt, "", prompt) for prompt in self.prompts]
+
+    def held_out(self):
+        return []
+
+    def score(self, problem, text):
+        from jaxrl_llm.environments import Score
+
+        odd = sum(text.encode()) % 2 == 1
+        return Score(float(odd), odd, odd)
+
+
 def matmul_rate(rows: int, width: int, columns: int, repeats: int = 5) -> float:
     """Best float32 matrix-product rate of this process at the model's own shapes [FLOP/s of wall time]."""
     import jax
@@ -45,6 +68,7 @@ def main() -> None:
     from jaxrl_llm.training import Parts
     from jaxrl_llm.training import TrainSettings
     from jaxrl_llm.training import UpdateSettings
+    from jaxrl_llm.training import make_collector
     from jaxrl_llm.training.text.policy import parameter_count
     from jaxrl_llm.training.text.trainer import Trainer
 
@@ -57,9 +81,11 @@ def main() -> None:
         # Two prompts' gradients at a time: a quarter of the activations at the same speed.
         update=UpdateSettings(minibatches=1, micro_batch=2, skip_equal_groups=False, bounds_every=0),
     )  # fmt: skip
-    parts = Parts(model, full(), tokenizer, task=None, recipe=get_recipe("dapo"))  # pyright: ignore[reportArgumentType]
     # An end token that is never sampled fixes the length of every answer, as min_new_tokens does for the peers.
-    trainer = Trainer(parts, settings, end_ids=(work["unused_token"],))
+    end_ids = (work["unused_token"],)
+    parts = Parts(model, full(), tokenizer, Given(prompts), get_recipe("dapo"), end_ids=end_ids)
+    collection = make_collector(parts, settings, Path("nowhere"))
+    trainer = Trainer(parts, settings, collection.collector.shape, collection.law)
     state = trainer.initial_state()
     parameters = parameter_count(state.params)
     del model, parts
@@ -68,21 +94,21 @@ def main() -> None:
         if index == 1:
             clear_peak()
         times, cpu = [time.perf_counter()], time.process_time()
-        rollout = trainer.sample(state, index, prompts)
+        experience = collection.collector.collect(trainer.snapshot(state), state.key, index, {})
         times.append(time.perf_counter())
-        rewards = (np.asarray(rollout.tokens)[:, -new:].sum(axis=1) % 2).astype(np.float32)
-        prepared = trainer.prepare(state, index, rollout, rewards)
+        prepared = trainer.prepare(state, index, experience)
         times.append(time.perf_counter())
         state, _ = trainer.improve(state, prepared)
         times.append(time.perf_counter())
-        assert int(rollout.response_mask.sum()) == len(prompts) * group * new
+        assert int(experience.trajectories.action_mask.sum()) == len(prompts) * group * new
         phases = dict(zip(("rollout", "score", "update"), np.diff(times).tolist(), strict=True))
         steps.append({"seconds": times[-1] - times[0], "cpu_seconds": time.process_time() - cpu, **phases})
     config = trainer.parts.model.config
     head = config.vocab_size * config.hidden_size
     body = parameters - head
     rows = len(prompts) * group
-    width = trainer.layout.width * rows // trainer.layout.slots
+    layout = prepared.batch.rows.layout
+    width = layout.width * rows // layout.sequences
     flops = {
         "rollout": 2 * (body * (sum(lengths) + rows * (new - 1)) + head * rows * new),
         "score": 2 * (body * width + head * rows * new),

@@ -12,6 +12,7 @@ from jaxrl_llm.models.tokenizers import Tokenizer
 from jaxrl_llm.models.trainable import Trainable
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.objectives import Recipe
+from jaxrl_llm.objectives import get_recipe
 from jaxrl_llm.rollouts import SamplingSettings
 from jaxrl_llm.rollouts.collect import Collector
 from jaxrl_llm.rollouts.collect import Sampler
@@ -104,10 +105,10 @@ class Parts:
         model: the policy before training, with its adapters if only those learn (`trainable.prepare`). Training takes
             its trained parameters over: their buffers are reused, so clone a model that is needed afterwards.
         trainable: which of its parameters learn.
-        recipe: the objective as data, with its rule for advantages.
         tokenizer: of the model.
         task: where problems come from and how answers are scored; or tasks in order of difficulty. None where a
             `collector` brings the experience.
+        recipe: the objective as data, with its rule for advantages; GRPO's where another objective is given.
         collector: brings the experience; None samples answers to the task.
         objective: what is minimised: a callable of `jaxrl_llm.testing.Batch`, or a name of `OBJECTIVES`; None takes the
             recipe's loss.
@@ -123,9 +124,9 @@ class Parts:
 
     model: Transformer
     trainable: Trainable
-    recipe: Recipe
     tokenizer: Tokenizer
     task: Task | Curriculum | None = None
+    recipe: Recipe = dataclasses.field(default_factory=lambda: get_recipe("grpo"))
     collector: Collector | None = None
     objective: Callable[[Batch], Any] | Objective | str | None = None
     signal: UserSignal | None = None
