@@ -18,17 +18,21 @@ class Given:
     name, stop = "given", ""
 
     def __init__(self, prompts):
+        """Ask these."""
         self.prompts = prompts
 
     def train(self, seed, step, count):
+        """The prompts, in every step."""
         from jaxrl_llm.environments import Problem
 
         return [Problem(prompt, "", prompt) for prompt in self.prompts]
 
     def held_out(self):
+        """Nothing is measured but time."""
         return []
 
     def score(self, problem, text):
+        """By the parity of its bytes."""
         from jaxrl_llm.environments import Score
 
         odd = sum(text.encode()) % 2 == 1
