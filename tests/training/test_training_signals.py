@@ -108,7 +108,7 @@ def test_what_cannot_be_advantages_is_refused_before_anything_is_computed(functi
 
 
 def test_what_goes_wrong_later_names_the_signal_and_the_row() -> None:
-    with pytest.raises(ValueError, match=r"the signal 'fails_later' fails on 4 rows: KeyError: 'letters'"):
+    with pytest.raises(ValueError, match=r"the signal 'fails_later' fails on a batch of 4 rows: KeyError: 'letters'"):
         advantages(fails_later)
     with pytest.raises(
         ValueError, match=r"the signal 'broken_later' gave row 2 an advantage that is not finite \(3 tok"
@@ -139,7 +139,7 @@ def test_a_loss_of_sequences_takes_no_signal_of_tokens() -> None:
         (lambda x: x.log_prob_old - x.log_prob_ref, {"log_prob_ref"}),
         (lambda x: -x.kl_ref_t, {"kl_ref_t"}),
         (lambda x: x.rewards[:, None] * x.entropy / x.collision, {"entropy", "collision"}),
-        (lambda x: x.values * 0 + x.log_prob_behaviour, {"values"}),
+        (lambda x: x.values * 0 + x.log_prob_behaviour, {"values", "log_prob_behaviour"}),
     ],
 )
 def test_what_a_signal_reads_is_seen(function, needs) -> None:
