@@ -1,6 +1,8 @@
 """Settings of every test process: shape checks at run time, strict promotion in the mathematics, no silent skips."""
 
+import contextlib
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,6 +54,11 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "requires_jax(version): skip below this jax version (Python 3.11 ends at 0.10.2)"
     )
     config.addinivalue_line("markers", "aot: compiles for hardware that is not here; run by `make aot`")
+    # Whoever started the tests in the background had these ignored, and the runs that they stop would inherit that.
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        with contextlib.suppress(ValueError):  # not the main thread
+            if signal.getsignal(number) is signal.SIG_IGN:
+                signal.signal(number, handler)
     config.addinivalue_line("markers", "slow: more than six seconds; named in tests/slow.txt, run by `make test-slow`")
 
 
