@@ -108,7 +108,7 @@ def test_what_cannot_be_advantages_is_refused_before_anything_is_computed(functi
 
 
 def test_what_goes_wrong_later_names_the_signal_and_the_row() -> None:
-    with pytest.raises(ValueError, match=r"the signal 'fails_later' fails on 4 rows: KeyError: 'letters'"):
+    with pytest.raises(ValueError, match=r"the signal 'fails_later' fails on a batch of 4 rows: KeyError: 'letters'"):
         advantages(fails_later)
     with pytest.raises(
         ValueError, match=r"the signal 'broken_later' gave row 2 an advantage that is not finite \(3 tok"
