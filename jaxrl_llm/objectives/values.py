@@ -41,8 +41,9 @@ def squared_value_loss(
         ValueError, TypeError: if the arrays are not [B, T] of one shape, floating, floating and boolean.
     """
     _check(response_mask, values=values, targets=targets)
-    error = values - jax.lax.stop_gradient(jnp.where(response_mask, targets, jnp.zeros((), targets.dtype)))
-    return masked_sum_count(jnp.square(error) / 2, response_mask)
+    # Before any arithmetic: 0 times what stands outside the mask would be NaN in the gradient, where that is none.
+    value, goal = (jnp.where(response_mask, x, jnp.zeros((), x.dtype)) for x in (values, targets))
+    return masked_sum_count(jnp.square(value - jax.lax.stop_gradient(goal)) / 2, response_mask)
 
 
 @checked
@@ -72,9 +73,10 @@ def clipped_value_loss(
     """
     _check(response_mask, values=values, targets=targets, values_old=values_old)
     zero = jnp.zeros((), values.dtype)
+    value = jnp.where(response_mask, values, zero)
     goal, old = (jax.lax.stop_gradient(jnp.where(response_mask, x, zero)) for x in (targets, values_old))
-    near = old + jnp.clip(values - old, jnp.negative(clip), clip)
-    worse = jnp.maximum(jnp.square(values - goal), jnp.square(near - goal))
+    near = old + jnp.clip(value - old, jnp.negative(clip), clip)
+    worse = jnp.maximum(jnp.square(value - goal), jnp.square(near - goal))
     return masked_sum_count(worse / 2, response_mask)
 
 

@@ -57,11 +57,11 @@ def test_squared_loss_and_its_gradient(arrays) -> None:
 def test_clipped_loss_is_the_larger_of_the_two(clip, arrays) -> None:
     values, targets, mask, old = arrays
     total, count = clipped_value_loss(values, targets, mask, old, clip=clip)
-    assert count == np.asarray(mask).sum()
-    assert total == pytest.approx(written_out(values, targets, mask, old, clip), rel=1e-12)
+    assert int(count) == np.asarray(mask).sum()
+    assert float(total) == pytest.approx(written_out(values, targets, mask, old, clip), rel=1e-12)
     if clip < 1:
-        assert total != pytest.approx(written_out(values, targets, mask, old, clip, sign=-1.0), rel=1e-3)
-        assert total != pytest.approx(written_out(values, targets, mask, old, clip, take=min), rel=1e-3)
+        assert float(total) != pytest.approx(written_out(values, targets, mask, old, clip, sign=-1.0), rel=1e-3)
+        assert float(total) != pytest.approx(written_out(values, targets, mask, old, clip, take=min), rel=1e-3)
     else:
         np.testing.assert_allclose(total, squared_value_loss(values, targets, mask)[0], rtol=1e-13)
 
