@@ -67,6 +67,8 @@ OTHERS = {
     "slope": 0.1,
     "rank": 2,
     "smallest_kept_mass": 0.9,
+    "clip": 0.2,
+    "means": {"target": 0.5, "target_squared": 0.5, "error": 0.1, "error_squared": 0.2},
 }
 """What the arguments that are not arrays are in a call without mistakes."""
 
