@@ -17,6 +17,10 @@ from tests.mutants.mutations import mutants
 ROOT = Path(__file__).parents[2]
 ROOMS = ("objectives", "bounds")
 ALSO = {
+    "objectives.recipe_fields": ["tests/objectives/test_rules.py"],
+    "objectives.distillation": ["tests/exact/test_objectives_losses.py"],
+    "objectives.likelihood": ["tests/exact/test_objectives_losses.py"],
+    "objectives.preferences": ["tests/exact/test_objectives_losses.py"],
     "objectives.policy_loss": ["tests/objectives/test_recipes.py"],
     "objectives.loss_metrics": ["tests/objectives/test_policy_loss.py"],
     "objectives.ratios": ["tests/objectives/test_ratios_and_corrections.py"],
