@@ -5,6 +5,14 @@ Command    python -m experiments run from_scratch
 Cost       about a minute on two cores of an AMD EPYC, half of it compilation the first time
 Expected   accuracy_gain >= 0.5 in summary.json
 
+Held-out accuracy after 300 steps with other recipes (`--recipe NAME`, with what `BY_RECIPE` says), from 0 before; seed
+0, Intel Xeon, 2 cores; the recipes that are not in the table were not measured with their settings:
+
+    recipe     grpo   rloo   dr_grpo   ppo (a critic on the policy's states)   hybrid
+    accuracy   0.69   1.00   1.00      1.00                                    0.55
+
+Without the entropy bonus rloo ends at 0.02 and ppo at 0.00: their entropy is gone after a hundred steps.
+
 The model reads and writes bytes. The reward is the share of places that are right, so there is something to follow from
 the first step. A third of the 10,000 strings is never trained on; 128 of that third are the held-out problems.
 """
