@@ -126,7 +126,16 @@ TINY = dataclasses.replace(
     width=16,
     layers=1,
     heads=2,
-    train=dataclasses.replace(SETTINGS.train, steps=3, prompts=4, group_size=4, checkpoint_every=1, evaluate_every=0),
+    train=dataclasses.replace(
+        SETTINGS.train,
+        steps=3,
+        prompts=4,
+        group_size=4,
+        # So few answers may all earn nothing, and the optimiser is to be seen at work.
+        update=dataclasses.replace(SETTINGS.train.update, skip_equal_groups=False),
+        checkpoint_every=1,
+        evaluate_every=0,
+    ),
 )
 
 RAW = {"recipe_settings.entropy_coefficient": 0.01}
