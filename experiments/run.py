@@ -15,10 +15,9 @@ from experiments.arguments import RUNS
 from experiments.arguments import RunArguments
 from experiments.held_out import HeldOutAnswerer
 from experiments.held_out import HeldOutEvaluation
-from experiments.named import is_own
 from experiments.objective_check import FILE
-from experiments.objective_check import examine
 from experiments.objective_check import sentences
+from experiments.open_doors import open_doors
 from experiments.progress import progress
 from experiments.registry import Experiment
 from experiments.report import write_report
@@ -51,10 +50,7 @@ from experiments.study import run_parts
 from experiments.study import write_study_summary
 from experiments.summary import write_summary
 from jaxrl_llm.environments import Task
-from jaxrl_llm.models.trainable import Trainable
 from jaxrl_llm.models.trainable import combine
-from jaxrl_llm.objectives import Recipe
-from jaxrl_llm.rollouts.perturb import Perturbation
 from jaxrl_llm.training import MetricWriter
 from jaxrl_llm.training import Parts
 from jaxrl_llm.training import StorageError
@@ -261,66 +257,6 @@ def _choose_folder(arguments: RunArguments, config: Mapping[str, Any]) -> RunFol
             "Leave them as they were, give the run another --id, or go on all the same with --allow-changed-config."
         )
     return run
-
-
-@dataclasses.dataclass(frozen=True)
-class Doors:
-    """What settings name, found and checked; no model was needed for it.
-
-    Attributes:
-        task: where problems come from.
-        recipe: the recipe.
-        trainable: which parameters learn.
-        perturbation: of the sampler.
-        objective: instead of the recipe's loss, or None.
-        signal: instead of the recipe's rule, or None.
-        check: what was found about an objective of the user's own, or None.
-    """
-
-    task: Task
-    recipe: Recipe
-    trainable: Trainable
-    perturbation: Perturbation
-    objective: Callable[..., Any] | str | None
-    signal: Callable[..., Any] | None
-    check: dict[str, Any] | None
-
-
-def open_doors(experiment: Experiment, settings: RunSettings) -> Doors:
-    """Find and check all that the settings name.
-
-    Raises:
-        UserError: something is not there, is broken, or does not fit.
-    """
-    experiment.check(settings)
-    settings.check_mesh()
-    settings.check_schedule()
-    objective, signal = settings.get_objective(), settings.get_signal()
-    settings.sources.check()
-    if settings.sources.from_file and settings.train.sampling.temperature != 1:
-        raise UserError("Field --temperature belongs to sampling; what a file brings is learned at temperature 1.")
-    if (
-        settings.sources.preferences
-        and settings.objective not in ("dpo", "ipo")
-        and not is_own(settings.objective or "")
-    ):
-        raise UserError("Field --preferences: pairs are learned by --objective dpo or ipo, or one of your own.")
-    if settings.sources.demonstrations and objective is None:
-        raise UserError("Field --demonstrations: they are learned by --objective nll, distil_forward, ... or your own.")
-    if settings.mismatch != "none" and (settings.sources.from_file or settings.sources.engine != "jax"):
-        raise UserError("Field --mismatch: it is the built-in sampler that is perturbed, which does not sample here.")
-    check = None
-    if callable(objective) and settings.objective is not None:
-        check = examine(settings.objective, objective)
-    return Doors(
-        task=settings.get_task(),
-        recipe=settings.get_recipe(),
-        trainable=settings.get_trainable(),
-        perturbation=settings.get_perturbation(),
-        objective=objective,
-        signal=signal,
-        check=check,
-    )
 
 
 def _prepare(

@@ -4,9 +4,9 @@ Command: python -m experiments.benchmarks.packing [--prompts 8] [--group-size 8]
 Cost:    not measured; four models of 2 to 3 M parameters are compiled and trained for a few steps each.
 
 Answers have 1 to 64 tokens, geometric with a mean near 8; the eight of a group stand behind one prompt of 16 to 24
-tokens. Both trainers have the same model, settings and batches, and take turns; the grid is the one that training takes
-with `pack_answers=False`. A batch is run once before it is timed, so nothing is compiled within a measured turn; the
-last column counts the layouts of the packed rows. Speed is chosen tokens by seconds, so that padding earns nothing:
+tokens. Both trainers have the same model, settings and batches, and take turns; the grid is what training takes where
+packing is not worth it. A batch is run once before it is timed, so nothing is compiled within a measured turn; the last
+column counts the layouts of the packed rows. Speed is chosen tokens by seconds, so that padding earns nothing:
 medians over the turns, and the ratio of the medians. `planning` is what packing takes on the host of that.
 
 No table yet: it has not been run where a time would mean anything. By count of products (`packing.multiply_adds`), over
@@ -19,6 +19,7 @@ import argparse
 import platform
 import statistics
 import time
+from unittest import mock
 
 import jax
 import numpy as np
@@ -35,7 +36,7 @@ from jaxrl_llm.training import Parts
 from jaxrl_llm.training import Trainer
 from jaxrl_llm.training import TrainSettings
 from jaxrl_llm.training import TrainState
-from jaxrl_llm.training import UpdateSettings
+from jaxrl_llm.training.text import layout
 from jaxrl_llm.training.text.policy import parameter_count
 from jaxrl_llm.trajectory import Actions
 from jaxrl_llm.trajectory import single_step
@@ -67,6 +68,15 @@ def experience(seed: int, prompts: int, group_size: int) -> Experience:
     )
 
 
+class InGrid(Trainer):
+    """A trainer to which no packing is worth its program."""
+
+    def arrange(self, experience: Experience, actions: Actions) -> layout.Arrangement:
+        """The one grid."""
+        with mock.patch.object(layout, "WORTH_PACKING", 0.0):
+            return super().arrange(experience, actions)
+
+
 def make_trainer(size: str, prompts: int, group_size: int, *, packs: bool) -> Trainer:
     """GRPO on a model of random weights."""
     vocabulary, width, layers = SIZES[size]
@@ -90,9 +100,10 @@ def make_trainer(size: str, prompts: int, group_size: int, *, packs: bool) -> Tr
         group_size=group_size,
         prompt_length=PROMPT,
         response_length=RESPONSE,
-        update=UpdateSettings(pack_answers=packs),
     )
-    return Trainer(parts, settings, BatchShape(prompts * group_size, group_size, PROMPT + RESPONSE, RESPONSE, PROMPT))
+    return (Trainer if packs else InGrid)(
+        parts, settings, BatchShape(prompts * group_size, group_size, PROMPT + RESPONSE, RESPONSE, PROMPT)
+    )
 
 
 def turn(trainer: Trainer, state: TrainState, batch: Experience) -> tuple[TrainState, float]:

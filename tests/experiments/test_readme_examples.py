@@ -44,6 +44,8 @@ def test_the_section_has_these_blocks() -> None:
 def test_a_command_trains(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
+    # Other tests of the same process have a module of that name too.
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
     words = shlex.split(line.removeprefix(PROGRAM))
     name = str(COMMANDS.splitlines().index(line))
     assert main([*words, "--tiny", "--runs-folder", "runs", "--id", name]) == 0

@@ -13,6 +13,7 @@ from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.rollouts.collect import BatchShape
 from jaxrl_llm.rollouts.collect import Experience
 from jaxrl_llm.training import Trainer
+from jaxrl_llm.training.text import layout
 from jaxrl_llm.training.text.layout import Arrangement
 from jaxrl_llm.training.text.layout import Grid
 from jaxrl_llm.training.text.layout import Packed
@@ -315,10 +316,10 @@ def answers(lengths: np.ndarray, seed: int = 0) -> Trajectories:
     return single_step(tokens, real, real & (np.arange(20) >= 4), group_ids=groups, outcomes=zeros, ended=ended)
 
 
-def form_of(batch: Trajectories, grid: Grid = GRID, **options) -> type:
+def form_of(batch: Trajectories, grid: Grid = GRID) -> type:
     actions = Actions.of(batch, width=16)
     everyone = np.ones(len(actions.mask), bool)
-    return type(arrange(batch, actions, MODEL, grid=grid, first=everyone, **options).rows.layout)
+    return type(arrange(batch, actions, MODEL, grid=grid, first=everyone).rows.layout)
 
 
 def test_full_answers_stay_in_the_grid_and_short_ones_are_packed():
@@ -327,7 +328,6 @@ def test_full_answers_stay_in_the_grid_and_short_ones_are_packed():
     assert form_of(answers(np.full(32, 15))) is Grid
     short = answers(np.minimum(rng.geometric(0.25, 32), 16))
     assert form_of(short) is Packed
-    assert form_of(short, packs=False) is Grid
 
 
 def test_rows_that_are_no_grid_are_packed_whoever_promised_one():
@@ -354,7 +354,7 @@ def test_the_head_of_a_large_vocabulary_is_part_of_the_cost():
     assert costs[49_152] < 0.55
 
 
-def test_a_training_step_is_the_same_in_both_forms(tiny_run):
+def test_a_training_step_is_the_same_in_both_forms(tiny_run, monkeypatch):
     """One optimiser step on all answers: loss, gradient, signal and scores do not say how the rows were made."""
     lengths = np.minimum(np.random.default_rng(0).geometric(0.25, 32), 16)
     batch = answers(lengths)
@@ -363,7 +363,8 @@ def test_a_training_step_is_the_same_in_both_forms(tiny_run):
     settings = dataclasses.replace(tiny_run.SETTINGS, prompts=8, group_size=4, response_length=16)
     found = []
     for packs in (True, False):
-        update = dataclasses.replace(settings.update, minibatches=1, micro_batch=0, pack_answers=packs)
+        update = dataclasses.replace(settings.update, minibatches=1, micro_batch=0)
+        monkeypatch.setattr(layout, "WORTH_PACKING", float(packs))
         trainer = Trainer(
             tiny_run.make_parts("grpo", layers=2),
             dataclasses.replace(settings, update=update),

@@ -39,7 +39,8 @@ from jaxrl_llm.typing import Float
 from jaxrl_llm.typing import Int
 
 WORTH_PACKING = 0.8
-"""Packed rows are taken where they cost less than this share of a grid: then another program is worth compiling."""
+"""Packed rows are taken where they cost less than this share of a grid: then another program is worth compiling. At 0
+whatever fits the grid stays in it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +163,6 @@ def arrange(
     *,
     grid: Grid | None,
     first: Bool[np.ndarray, " B"],
-    packs: bool = True,
     share_prompts: bool = True,
     whole_groups: bool = False,
     least_rows: int = 1,
@@ -177,15 +177,12 @@ def arrange(
         grid: the grid that every batch of the collector fits, or None where its rows have another form. A batch that
             does not fit it is packed.
         first: rows of the batch that are packed before the others: those that will be learned from.
-        packs: whether a batch that fits the grid may be packed.
         share_prompts: whether answers of a group share their prompt.
         whole_groups: whether a group must stand in one packed row, since the loss compares its members.
         least_rows: packed rows that there must be, as far as there are blocks to put there.
         multiple: the number of packed rows is a multiple of this one, so that they are dealt out evenly.
     """
     grid = grid if grid is not None and _fits(trajectories, actions, grid) else None
-    if grid is not None and not packs:
-        return _in_grid(trajectories, grid)
     texts, dear = texts_of(trajectories, share_prompts=share_prompts), np.inf
     if grid is not None:
         dear = WORTH_PACKING * multiply_adds(config, len(texts) // grid.slots, grid.width, grid.chosen)

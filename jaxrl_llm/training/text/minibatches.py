@@ -25,8 +25,6 @@ class UpdateSettings:
             KL and entropy terms, if the recipe has any, are left out with them. False keeps every prompt.
         remat: recompute activations in the backward pass instead of keeping them.
         share_prompts: compute a prompt once for all its answers where that is cheaper; False repeats it.
-        pack_answers: put answers side by side without their padding where that is cheaper; False gives every batch of
-            prompts and answers the same rows, for which one program is compiled.
         stop_after_skipped: stop the run after this many updates in a row whose loss or gradient is not finite.
         bounds_every: compare the policy before and after the update on the sampled contexts every so many steps, and
             where a batch is written down whole (`episodes_every`); 0 for those alone.
@@ -39,7 +37,6 @@ class UpdateSettings:
     skip_equal_groups: bool = True
     remat: bool = False
     share_prompts: bool = True
-    pack_answers: bool = True
     stop_after_skipped: int = 5
     bounds_every: int = 1
     score_rows: int = 0

@@ -82,7 +82,7 @@ class Objective(NamedTuple):
 
 def recipe_objective(recipe: Recipe) -> Objective:
     """The loss of a recipe."""
-    needs = {"log_prob_old"}
+    needs = {"advantages", "log_prob_old"}
     if "kl_t" in SURROGATES[recipe.surrogate].needs or (recipe.mask != "none" and "kl_t" in MASKS[recipe.mask].needs):
         needs.add("kl_t")
     if recipe.correction != "none" or recipe.denominator == "behaviour" or recipe.mask != "none":

@@ -16,6 +16,7 @@ from jaxrl_llm.objectives import SignalInputs
 from jaxrl_llm.objectives import advantages_of
 from jaxrl_llm.objectives.signals import VALUE_TARGETS
 from jaxrl_llm.objectives.signals import value_targets
+from jaxrl_llm.training.text.objective import Objective
 from jaxrl_llm.trajectory import Actions
 from jaxrl_llm.trajectory import Trajectories
 from jaxrl_llm.typing import Array
@@ -85,6 +86,34 @@ def user_signal(function: UserSignal, recipe: Recipe) -> Signal:
         critic = dataclasses.replace(recipe, advantage="gae")
         targets = jax.jit(lambda x: value_targets(critic, x))
     return Signal(name, needs, function, targets)
+
+
+def choose_signal(given: UserSignal | None, recipe: Recipe, objective: Objective) -> Signal:
+    """The signal that was given; else the recipe's rule, where the objective reads advantages.
+
+    Raises:
+        ValueError: one is given to an objective that reads none, or it fails, or the recipe has no rule.
+    """
+    reads = "advantages" in objective.needs
+    if given is None:
+        return recipe_signal(recipe) if reads else NO_SIGNAL
+    if not reads:
+        raise ValueError(f"a signal is given, but the objective {objective.name!r} reads no advantages; leave it out.")
+    return user_signal(given, recipe)
+
+
+def refuse_unrecorded(objective: Objective, signal: Signal) -> None:
+    """Nothing may read the sampler's log-probs where nobody recorded them.
+
+    Raises:
+        ValueError: objective or signal does.
+    """
+    for what, reader in (("objective", objective), ("signal", signal)):
+        if "log_prob_behaviour" in reader.needs:
+            raise ValueError(
+                f"the {what} {reader.name!r} reads the log-probs of the policy that sampled, which this experience "
+                "does not have; use one that does not, such as nll."
+            )
 
 
 def _inputs_read(function: UserSignal, example: SignalInputs) -> frozenset[str]:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 from typing import Any
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,13 +31,14 @@ from jaxrl_llm.training.text.layout import Arrangement
 from jaxrl_llm.training.text.layout import Grid
 from jaxrl_llm.training.text.layout import arrange
 from jaxrl_llm.training.text.layout import choose_slots
-from jaxrl_llm.training.text.minibatches import Minibatch
-from jaxrl_llm.training.text.minibatches import plan_minibatches
 from jaxrl_llm.training.text.objective import get_objective
 from jaxrl_llm.training.text.policy import head_copy
 from jaxrl_llm.training.text.policy import require_positions
 from jaxrl_llm.training.text.policy import require_vocabulary
 from jaxrl_llm.training.text.policy import split_policy
+from jaxrl_llm.training.text.prepared import Prepared
+from jaxrl_llm.training.text.prepared import deal
+from jaxrl_llm.training.text.prepared import group_rows
 from jaxrl_llm.training.text.reference import FrozenPolicy
 from jaxrl_llm.training.text.reference import InitialPolicy
 from jaxrl_llm.training.text.reference import Teacher
@@ -49,10 +49,9 @@ from jaxrl_llm.training.text.settings import Parts
 from jaxrl_llm.training.text.settings import TrainSettings
 from jaxrl_llm.training.text.signals import NO_SIGNAL
 from jaxrl_llm.training.text.signals import OF_REFERENCE
-from jaxrl_llm.training.text.signals import Signal
-from jaxrl_llm.training.text.signals import recipe_signal
+from jaxrl_llm.training.text.signals import choose_signal
+from jaxrl_llm.training.text.signals import refuse_unrecorded
 from jaxrl_llm.training.text.signals import sound_advantages
-from jaxrl_llm.training.text.signals import user_signal
 from jaxrl_llm.training.text.update import Heads
 from jaxrl_llm.training.text.update import Update
 from jaxrl_llm.training.text.update import UpdateBatch
@@ -64,37 +63,6 @@ from jaxrl_llm.typing import SumCount
 
 ORDER = 1
 """What the run's key is folded with for the order of minibatches."""
-
-
-class Prepared(NamedTuple):
-    """A batch of experience ready for its optimiser steps.
-
-    arrangement: where the rows of the batch stand. batch, heads: for `Update`; the response mask is false throughout
-    rows that are not finite. plan: its minibatches. kept: which groups take part. finite: which rows of the batch are
-    sound. Of each chosen token, in the order of the batch, `[B, R]`: mask, true where the row is sound; advantages;
-    entropy of the policy before the update [nats]. counted: the chosen tokens of sound rows where they stand in
-    `batch`, learned from or not.
-    """
-
-    arrangement: Arrangement
-    batch: UpdateBatch
-    heads: Heads
-    plan: list[Minibatch]
-    kept: Bool[np.ndarray, " groups"]
-    finite: Finite
-    mask: Bool[np.ndarray, "B R"]
-    advantages: Float[np.ndarray, "B R"]
-    entropy: Float[np.ndarray, "B R"]
-    counted: Bool[Array, "n S R"]
-
-    @property
-    def padded_share(self) -> float:
-        """Share of the computed tokens that are padding."""
-        return self.arrangement.padded_share
-
-    def gather(self, values: Array) -> np.ndarray:
-        """Numbers that stand as `batch` does, in the order of the batch."""
-        return self.arrangement.gather(values)
 
 
 def _above_clamp(log_prob_old: Float[Array, "*shape"], log_prob_behaviour: Float[Array, "*shape"]):
@@ -121,7 +89,7 @@ class Trainer:
         """
         self.parts, self.settings, self.shape, self.law = parts, settings, shape, law
         self.objective = get_objective(parts.objective, parts.recipe)
-        self.signal = self._signal()
+        self.signal = choose_signal(parts.signal, parts.recipe, self.objective)
         self._refuse_unknown_law()
         require_positions(parts.model, shape.width, "policy")
         require_vocabulary(parts.tokenizer, parts.model)
@@ -153,18 +121,6 @@ class Trainer:
         )
         self._values = None if self.critic is None else self.scorer.in_chunks(self.critic.values)
         self.reference = self._reference()
-
-    def _signal(self) -> Signal:
-        parts = self.parts
-        # A recipe's loss always takes advantages; other objectives say whether they do.
-        reads = parts.objective is None or "advantages" in self.objective.needs
-        if parts.signal is not None:
-            if not reads:
-                raise ValueError(
-                    f"a signal is given, but the objective {self.objective.name!r} reads no advantages; leave it out."
-                )
-            return user_signal(parts.signal, parts.recipe)
-        return recipe_signal(parts.recipe) if reads else NO_SIGNAL
 
     def _refuse_unknown_law(self) -> None:
         """The exact divergence from the policy that sampled needs its whole law.
@@ -230,7 +186,8 @@ class Trainer:
         """
         trajectories = experience.trajectories
         actions = Actions.of(trajectories, width=self.shape.actions)
-        self._require_recorded(trajectories.log_prob_behaviour)
+        if trajectories.log_prob_behaviour is None:
+            refuse_unrecorded(self.objective, self.signal)
         arrangement = self.arrange(experience, actions)
         rows = self._place(arrangement.rows)
 
@@ -248,7 +205,7 @@ class Trainer:
         batch = UpdateBatch(
             rows=rows,
             response_mask=placed(actions.mask & finite.rows[:, None]),
-            group_ids=self._place(jnp.asarray(self._groups(experience, arrangement))),
+            group_ids=self._place(jnp.asarray(group_rows(trajectories.group_ids, arrangement))),
             step_ids=placed(actions.take(trajectories.step_ids, fill=-1)),
             rewards=placed(np.where(finite.rows, trajectories.returns, 0).astype(np.float32)),
             advantages=jnp.zeros(()),
@@ -272,20 +229,12 @@ class Trainer:
         if states.any() and not states.all():
             batch = self._place(without_broken_rows(batch, states))
         kept = self._kept(advantages * weights)
-        batch, plan = self._deal(state, index, batch, arrangement, kept)
+        order = jax.random.fold_in(jax.random.fold_in(state.key, ORDER), index)
+        mask, plan = deal(order, batch, arrangement, kept, self.shape, self.settings.update)
+        batch = dataclasses.replace(batch, response_mask=self._place(mask))
         entropy = arrangement.gather(scores.entropy)
         mask = actions.mask & finite.rows[:, None]
         return Prepared(arrangement, batch, heads, plan, kept, finite, mask, advantages, entropy, counted)
-
-    def _require_recorded(self, log_prob_behaviour: Any) -> None:
-        if log_prob_behaviour is not None:
-            return
-        for what, needs in (("objective", self.objective), ("signal", self.signal)):
-            if "log_prob_behaviour" in needs.needs:
-                raise ValueError(
-                    f"the {what} {needs.name!r} reads the log-probs of the policy that sampled, which this experience "
-                    "does not have; use one that does not, such as nll."
-                )
 
     def arrange(self, experience: Experience, actions: Actions) -> Arrangement:
         """The rows in which the update reads a batch with these chosen tokens."""
@@ -301,7 +250,6 @@ class Trainer:
             config,
             grid=self._grid,
             first=np.repeat(signal, self.shape.group_size),
-            packs=update.pack_answers,
             share_prompts=update.share_prompts,
             whole_groups=self.objective.compares_rows,
             # So that every optimiser step has rows of its own, and as many on every device.
@@ -314,11 +262,6 @@ class Trainer:
         # Only where advantages are the whole signal can a group without any be left out; a critic learns from it.
         reads = self.signal is not NO_SIGNAL and self.critic is None
         return self.settings.update.skip_equal_groups and reads
-
-    def _groups(self, experience: Experience, arrangement: Arrangement) -> np.ndarray:
-        groups = np.unique(np.asarray(experience.trajectories.group_ids), return_inverse=True)[1].astype(np.int32)
-        alone = -1 - np.arange(arrangement.sequences.size, dtype=np.int32).reshape(arrangement.sequences.shape)
-        return np.where(arrangement.sequences >= 0, arrangement.spread(groups), alone)
 
     def _find_finite(
         self,
@@ -369,23 +312,6 @@ class Trainer:
     def _kept(self, advantages: Float[np.ndarray, "B R"]) -> Bool[np.ndarray, " groups"]:
         per_group = np.abs(advantages).reshape(self.shape.groups, -1)
         return (per_group > 0).any(axis=1) | (not self._skips)
-
-    def _deal(
-        self, state: TrainState, index: int, batch: UpdateBatch, arrangement: Arrangement, kept: np.ndarray
-    ) -> tuple[UpdateBatch, list[Minibatch]]:
-        """The minibatches; in packed rows, groups that are left out lose their tokens instead of their rows."""
-        key = jax.random.fold_in(jax.random.fold_in(state.key, ORDER), index)
-        settings, layout = self.settings.update, batch.rows.layout
-        if isinstance(layout, Grid):
-            each = self.shape.group_size // layout.slots
-            return batch, plan_minibatches(key, kept, rows_per_prompt=each, settings=settings)
-        used = arrangement.spread(np.repeat(kept, self.shape.group_size))
-        mask = batch.response_mask & self._place(jnp.asarray(used))[:, :, None]
-        if settings.micro_batch:
-            tokens = settings.micro_batch * self.shape.group_size * self.shape.width
-            settings = dataclasses.replace(settings, micro_batch=max(tokens // layout.width, 1))
-        plan = plan_minibatches(key, used.any(axis=1), rows_per_prompt=1, settings=settings)
-        return dataclasses.replace(batch, response_mask=mask), plan
 
     def improve(self, state: TrainState, prepared: Prepared) -> tuple[TrainState, list[dict[str, SumCount]]]:
         """Take the optimiser steps of one batch; the given state is donated. Returns the metrics of each step."""
