@@ -48,12 +48,16 @@ CURVES = {
     names.HELD_OUT: ("Held-out accuracy", "share right"),
     names.LENGTH: ("Length of the answers", "tokens per answer"),
     names.ENTROPY: ("Entropy", "nats per token"),
+    names.MISMATCH: ("Mismatch of sampler and trainer, KL per token (k3)", "nats"),
+    names.ACCEPTED: ("Accepted by the trust region", "share of answers"),
     names.KL_MEAN: ("KL of one update, per token", "nats"),
+    names.ERROR: ("Error of the surrogate, measured", "units of reward"),
     names.UNIFIED_SHARP: ("Smallest bound, sharp", "units of reward"),
+    names.UNIFIED_PRINTED: ("Smallest bound, with the paper's constants", "units of reward"),
 }
 COLOURS = (style.BLUE, style.VERMILION, style.GREEN, style.PURPLE, style.ORANGE, style.SKY)
 DASHES = ("-", "--", "-.", ":")
-LOGARITHMIC = (names.KL_MEAN, names.UNIFIED_SHARP)
+LOGARITHMIC = (names.MISMATCH, names.KL_MEAN, names.UNIFIED_SHARP, names.UNIFIED_PRINTED)
 
 NUMBERS = {
     "accuracy_before": "held-out accuracy before",
