@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 from typing import Any
 
+from experiments.fields import leaves
 from experiments.ranges import Ranges
 from experiments.run_folder import UserError
 from experiments.settings import RUN_RANGES
@@ -77,6 +78,13 @@ class Experiment:
     by_recipe: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     ranges: Ranges = dataclasses.field(default_factory=lambda: RUN_RANGES)
     check: Callable[[RunSettings], None] = lambda settings: None
+
+    def __post_init__(self) -> None:
+        """Refuse settings of a recipe that are no fields."""
+        names = {leaf.name for leaf in leaves(self.settings)}
+        for recipe, values in self.by_recipe.items():
+            if unknown := sorted(set(values) - names):
+                raise ValueError(f"by_recipe[{recipe!r}] has {', '.join(unknown)}, which is no field of the settings.")
 
 
 def get_experiment(name: str) -> "Experiment | Study":

@@ -136,3 +136,8 @@ def test_a_value_of_another_kind_than_its_field_is_refused(name) -> None:
     for key in saved:
         with pytest.raises(ValueError, match=rf"^{key} is .*, which is not what that field holds\.$"):
             with_values(settings, saved | {key: {"a": [1]}})
+
+
+def test_a_setting_of_a_recipe_that_is_no_field_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"by_recipe\['rloo'\] has train.seed, which is no field of the settings\."):
+        dataclasses.replace(get_experiment("from_scratch"), by_recipe={"rloo": {"train.seed": 1, "steps": 2}})
