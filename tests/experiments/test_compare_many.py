@@ -80,7 +80,7 @@ def test_one_page_for_any_number_of_runs(runs, capsys) -> None:
     text = page.read_text()
     assert "paired by seed, 3 seeds" in text
     assert text.count("<figure>") == 9
-    assert "Mismatch of sampler and trainer" in text
+    assert "Accepted by the trust region" in text
     assert "of several seeds" in text.lower()
     assert main(["compare", "slow0", "--runs-folder", str(runs)]) == 2
     assert "compare was given 1 run; it must be at least two" in capsys.readouterr().err
