@@ -20,8 +20,6 @@ from jaxrl_llm.training.run.state import TrainState as TrainState
 from jaxrl_llm.training.run.state import state_hash as state_hash
 from jaxrl_llm.training.text.collection import make_collector as make_collector
 from jaxrl_llm.training.text.critic import CriticSettings as CriticSettings
-from jaxrl_llm.training.text.collection import make_collector as make_collector
-from jaxrl_llm.training.text.critic import CriticSettings as CriticSettings
 from jaxrl_llm.training.text.loop import Evaluate as Evaluate
 from jaxrl_llm.training.text.loop import Outcome as Outcome
 from jaxrl_llm.training.text.loop import train as train

@@ -2,8 +2,6 @@
 
 import dataclasses
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -10,7 +10,6 @@ from jaxrl_llm.models import trainable
 from jaxrl_llm.models.config import tiny
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.rollouts.collect import Experience
-from jaxrl_llm.rollouts.collect import Experience
 from jaxrl_llm.training.text.diagnostics import mismatch_metrics
 from jaxrl_llm.training.text.layout import Grid
 from jaxrl_llm.training.text.layout import pack
@@ -21,11 +20,9 @@ from jaxrl_llm.training.text.step_metrics import group_metrics
 from jaxrl_llm.training.text.step_metrics import sequence_metrics
 from jaxrl_llm.training.text.step_metrics import shift_metrics
 from jaxrl_llm.training.text.step_metrics import staleness_metrics
-from jaxrl_llm.training.text.step_metrics import staleness_metrics
 from jaxrl_llm.training.text.step_metrics import update_metrics
 from jaxrl_llm.training.text.update import Heads
 from jaxrl_llm.training.text.update import UpdateBatch
-from jaxrl_llm.trajectory import single_step
 from jaxrl_llm.trajectory import single_step
 
 MASK = np.array([[True, True, False], [True, False, False], [True, True, True]])

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import numpy as np
 from flax import nnx
 
 from jaxrl_llm.environments import Problem
@@ -24,15 +23,12 @@ from jaxrl_llm.objectives import Recipe
 from jaxrl_llm.objectives import get_recipe
 from jaxrl_llm.rollouts.collect import Collector
 from jaxrl_llm.rollouts.collect import Experience
-from jaxrl_llm.rollouts.collect import Collector
-from jaxrl_llm.rollouts.collect import Experience
 from jaxrl_llm.training import OptimizerSettings
 from jaxrl_llm.training import Parts
 from jaxrl_llm.training import Trainer
 from jaxrl_llm.training import TrainSettings
 from jaxrl_llm.training import TrainState
 from jaxrl_llm.training import UpdateSettings
-from jaxrl_llm.training import make_collector
 from jaxrl_llm.training import make_collector
 from jaxrl_llm.training import state_hash
 from jaxrl_llm.training import train
@@ -78,32 +74,6 @@ def make_parts(recipe: str | Recipe = "dapo", choice: Trainable | None = None, *
     model = choice.prepare(model, rngs=nnx.Rngs(1))
     parts = Parts(model=model, trainable=choice, tokenizer=tokenizer, task=SayTheDigit(), recipe=recipe)
     return dataclasses.replace(parts, **changes)
-
-
-def make_trainer(parts: Parts, settings: TrainSettings = SETTINGS) -> tuple[Trainer, Collector]:
-    """What a run is made of, without a run."""
-    collection = make_collector(parts, settings, Path("nowhere"))
-    return Trainer(parts, settings, collection.collector.shape, collection.law), collection.collector
-
-
-def collected(trainer: Trainer, collector: Collector, state: TrainState, step: int = 0) -> Experience:
-    return collector.collect(trainer.snapshot(state), state.key, step, {})
-
-
-def with_outcomes(experience: Experience, outcomes: np.ndarray, **columns: np.ndarray) -> Experience:
-    """The same texts, with these rewards, and other columns of the trajectories."""
-    trajectories = dataclasses.replace(experience.trajectories, **columns)
-    again = single_step(
-        trajectories.tokens,
-        trajectories.token_mask,
-        trajectories.action_mask,
-        group_ids=trajectories.group_ids,
-        outcomes=outcomes,
-        ended=trajectories.ended,
-        log_prob_behaviour=trajectories.log_prob_behaviour,
-        version=0,
-    )
-    return dataclasses.replace(experience, trajectories=again)
 
 
 def make_trainer(parts: Parts, settings: TrainSettings = SETTINGS) -> tuple[Trainer, Collector]:
