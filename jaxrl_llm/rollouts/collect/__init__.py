@@ -1,5 +1,7 @@
 """Collectors: who acted, and what came of it."""
 
+from jaxrl_llm.rollouts.collect.agents import AgentCollector as AgentCollector
+from jaxrl_llm.rollouts.collect.agents import ExpertCollector as ExpertCollector
 from jaxrl_llm.rollouts.collect.ahead import AheadCollector as AheadCollector
 from jaxrl_llm.rollouts.collect.demonstrations import DemonstrationCollector as DemonstrationCollector
 from jaxrl_llm.rollouts.collect.preferences import PreferenceCollector as PreferenceCollector

@@ -1,0 +1,11 @@
+"""Worlds that are acted in over many turns: what one is, frozen panels of their tasks, and one of our own."""
+
+from jaxrl_llm.environments.worlds.panels import Panel
+from jaxrl_llm.environments.worlds.panels import split_panels
+from jaxrl_llm.environments.worlds.protocol import Answer
+from jaxrl_llm.environments.worlds.protocol import ArrayWorld
+from jaxrl_llm.environments.worlds.protocol import check_world
+from jaxrl_llm.environments.worlds.rooms import Rooms
+from jaxrl_llm.environments.worlds.rooms import RoomsState
+
+__all__ = ["Answer", "ArrayWorld", "Panel", "Rooms", "RoomsState", "check_world", "split_panels"]

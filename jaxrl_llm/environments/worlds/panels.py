@@ -1,0 +1,45 @@
+"""Frozen panels: which tasks of a world are trained on and which are measured on, the same for all that is compared."""
+
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxrl_llm.environments.splits import is_held_out
+from jaxrl_llm.environments.worlds.protocol import ArrayWorld
+from jaxrl_llm.typing import Int
+
+
+class Panel(NamedTuple):
+    """Tasks of one world.
+
+    Attributes:
+        world: its name.
+        seeds: the tasks, in order.
+    """
+
+    world: str
+    seeds: Int[np.ndarray, " M"]
+
+    @property
+    def sha256(self) -> str:
+        """Of the world's name and the seeds: two runs with the same hash were measured on the same tasks."""
+        text = f"{self.world}/{','.join(map(str, self.seeds.tolist()))}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def split_panels(world: ArrayWorld) -> tuple[Panel, Panel]:
+    """Every task of a world, on one of two panels: (to train on, to measure on, a fixed third).
+
+    The side of a task is a hash of the world's name and its seed: no setting of a run moves it.
+
+    Raises:
+        ValueError: the world has so few tasks that a panel would be empty.
+    """
+    held_out = np.array([is_held_out(f"{world.name}/{seed}") for seed in range(world.tasks)])
+    if held_out.all() or not held_out.any():
+        raise ValueError(
+            f"{world.name} has {world.tasks} tasks, too few for a panel to train on and one to measure on."
+        )
+    seeds = np.arange(world.tasks)
+    return Panel(world.name, seeds[~held_out]), Panel(world.name, seeds[held_out])
