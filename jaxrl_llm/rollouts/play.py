@@ -291,30 +291,29 @@ def as_trajectories(
         version: updates of the weights that acted.
         recorded: whether somebody sampled the actions, so that their log-probs mean something.
     """
-    rows, observed = len(prompt), turns.observations.shape[2]
-    # [B, K, 1 + O]: after the last action of a row nothing is shown any more.
-    last = np.zeros(turns.acted.shape, bool)
-    last[-1] = True
-    ends = turns.acted & (last | ~np.concatenate([turns.acted[1:], np.zeros_like(turns.acted[:1])]))
-    shown = np.repeat((turns.acted & ~ends)[:, :, None], observed, axis=2)
+    acted, actions, observations = (np.asarray(x) for x in (turns.acted, turns.actions, turns.observations))
+    rows, observed = len(prompt), observations.shape[2]
+    # After the last action of a row nothing is shown any more.
+    goes_on = acted & np.concatenate([acted[1:], np.zeros_like(acted[:1])])
+    shown = np.repeat(goes_on[:, :, None], observed, axis=2)
 
     def row(first: np.ndarray, others: np.ndarray, before: np.ndarray) -> np.ndarray:
+        """[B, T] from [K, B], [K, B, O] and [B, P]; the last turn shows nothing."""
         each = np.concatenate([first[:, :, None], others], axis=2).swapaxes(0, 1).reshape(rows, -1)
-        return np.concatenate([before, each], axis=1)[:, : before.shape[1] + each.shape[1] - observed]
-
-    nothing = np.zeros(turns.observations.shape)
+        return np.concatenate([before, each], axis=1)[:, :-observed]
 
     def chosen(values: np.ndarray, outside: int) -> np.ndarray:
-        values = np.where(turns.acted, values, outside)
-        return row(values, np.full_like(nothing, outside), np.full(prompt.shape, outside)).astype(values.dtype)
+        """The column of numbers that only actions have."""
+        others, before = (np.full(like.shape, outside, values.dtype) for like in (observations, prompt))
+        return row(np.where(acted, values, outside).astype(values.dtype), others, before)
 
-    step = np.broadcast_to(np.arange(len(turns.acted))[:, None], turns.acted.shape).astype(np.int32)
+    step = np.broadcast_to(np.arange(len(acted), dtype=np.int32)[:, None], acted.shape)
     return Trajectories(
-        tokens=row(turns.actions, turns.observations, prompt).astype(np.int32),
-        token_mask=row(turns.acted, shown, np.ones(prompt.shape, bool)).astype(bool),
-        action_mask=row(turns.acted, np.zeros_like(shown), np.zeros(prompt.shape, bool)).astype(bool),
+        tokens=row(actions, observations, prompt).astype(np.int32),
+        token_mask=row(acted, shown, np.ones(prompt.shape, bool)),
+        action_mask=row(acted, np.zeros_like(shown), np.zeros(prompt.shape, bool)),
         group_ids=np.asarray(group_ids),
-        rewards=chosen(np.asarray(turns.rewards, np.float32), 0).astype(np.float32),
+        rewards=chosen(np.asarray(turns.rewards, np.float32), 0),
         log_prob_behaviour=chosen(np.asarray(turns.log_probs, np.float32), 0) if recorded else None,
         step_ids=chosen(step, OUTSIDE),
         actor_ids=chosen(np.zeros_like(step), OUTSIDE),

@@ -120,8 +120,7 @@ def check_world(world: ArrayWorld, *, seeds: int = 64) -> None:
 
 
 def _check_symbols(world: ArrayWorld, what: str, shown: Int[Array, "B X"], length: int) -> None:
-    shown = np.asarray(shown)
     if shown.ndim != 2 or shown.shape[1] != length:
         raise ValueError(f"the {what} of {world.name} has shape {shown.shape}; it must have {length} columns.")
-    if shown.min() < 0 or shown.max() >= len(world.symbols):
+    if int(shown.min()) < 0 or int(shown.max()) >= len(world.symbols):
         raise ValueError(f"the {what} of {world.name} has symbols outside 0 .. {len(world.symbols) - 1}.")
