@@ -143,5 +143,7 @@ def test_noise_whose_exponential_overflows_has_the_bound_of_its_limit(p):
         exact = np.logaddexp(np.log(p) if p else -np.inf, (np.log1p(-p) if p < 1 else -np.inf) + 2 * e)
         np.testing.assert_allclose(-low, exact, rtol=1e-12, atol=1e-15)
         np.testing.assert_array_equal(mismatch.uniform_log_prob_change(jnp.array(p), max_noise=e), -low)
+        exact = np.logaddexp(np.log(p) if p else -np.inf, (np.log1p(-p) if p < 1 else -np.inf) - 2 * e)
+        np.testing.assert_allclose(high, -exact, rtol=1e-12, atol=1e-15)
         assert 0 <= high <= 2 * e * (1 + 1e-15)
         assert -low <= 2 * e * (1 + 1e-15)
