@@ -1,11 +1,11 @@
 """Secrets taken out of what is printed, raised or written: the one place that knows what a secret looks like."""
 
 import base64
-import json
 import re
 import urllib.parse
 from collections.abc import Iterable
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 HIDDEN = "***"
@@ -24,9 +24,10 @@ _NAME = (
 _VALUE = r"(?:\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|[^\s,;&\"'}\])]+)"
 
 _PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = (
-    # user:password@ in an address; a password may hold a slash or an @ itself. The bounds keep the search linear.
-    (re.compile(r"(?<=://)[^\s\"'<>/:@]{0,200}:[^\s\"'<>]{0,200}@"), f"{HIDDEN}@"),
-    (re.compile(r"(?<=://)[^\s\"'<>/:@]{1,200}@"), f"{HIDDEN}@"),
+    # user:password@ in an address; a password may hold an @, a quote or a slash itself. The bounds keep the search
+    # linear.
+    (re.compile(r"(?<=://)[^\s/]{0,4000}@"), f"{HIDDEN}@"),
+    (re.compile(r"(?<=://)[^\s\"'<>/:@]{0,200}:[^\s\"'<>]{0,4000}@"), f"{HIDDEN}@"),
     (re.compile(r"(?i:\b(bearer))\s+(?!\*\*\*)[\w.~+/=:-]{4,}"), rf"\1 {HIDDEN}"),
     (re.compile(r"\b(Basic|Digest)\s+[\w.~+/=:-]{8,}"), rf"\1 {HIDDEN}"),
     # Keys that say whose they are.
@@ -48,30 +49,49 @@ def _hide_value(found: re.Match[str]) -> str:
     return f"{found.group(1)}{quote}{HIDDEN}{quote}"
 
 
-def _forms(secret: str) -> set[str]:
-    """How a secret may come back: as it is, in JSON, in an address, in base64 (alone)."""
-    encoded = secret.encode(errors="surrogatepass")
-    return {
-        secret,
-        json.dumps(secret)[1:-1],
-        json.dumps(secret, ensure_ascii=False)[1:-1],
-        repr(secret)[1:-1],
-        urllib.parse.quote(secret, safe=""),
-        urllib.parse.quote(secret),
-        urllib.parse.quote_plus(secret),
-        urllib.parse.unquote(secret),
-        base64.b64encode(encoded).decode().rstrip("="),
-        base64.urlsafe_b64encode(encoded).decode().rstrip("="),
-    }
+def _letter(letter: str) -> str:
+    """A pattern of the ways in which one letter may come back: as it is, escaped for JSON, an address or HTML."""
+    ways = [rf"\\{{0,8}}{re.escape(letter)}", rf"&#0*{ord(letter)};", rf"&#[xX]0*(?i:{ord(letter):x});"]
+    ways.append("".join(f"%(?:25)*(?i:{byte:02x})" for byte in letter.encode(errors="surrogatepass")))
+    units = letter.encode("utf-16-be", "surrogatepass").hex()
+    ways.append("".join(rf"\\{{1,8}}u(?i:{units[place : place + 4]})" for place in range(0, len(units), 4)))
+    if ord(letter) < 256:
+        ways.append(rf"\\{{1,8}}x(?i:{ord(letter):02x})")
+    ways += [re.escape(name) for name in _NAMED.get(letter, ())]
+    return f"(?:{'|'.join([*ways, *([r'[+]'] if letter == ' ' else [])])})"
+
+
+_NAMED = {"&": ("&amp;",), "<": ("&lt;",), ">": ("&gt;",), '"': ("&quot;",), "'": ("&apos;",)}
+"""Letters with a name in HTML."""
+
+
+def _encodings(secret: str) -> set[str]:
+    """A secret in hexadecimal and in base64, there alone or as a part of more, which begins at any of three places."""
+    content = secret.encode(errors="surrogatepass")
+    found = {content.hex(), content.hex().upper()}
+    for before, start in ((0, 0), (1, 2), (2, 3)):
+        letters = base64.b64encode(bytes(before) + content).decode()[start : (before + len(content)) * 8 // 6]
+        found |= {letters, letters.translate(str.maketrans("+/", "-_"))}
+    return {form for form in found if len(form) >= SHORTEST_SUBSTRING}
+
+
+@lru_cache(maxsize=64)
+def _forms(secret: str) -> re.Pattern[str]:
+    """How a secret may come back: as it is, escaped letter by letter, in base64 or hexadecimal."""
+    spelled = {"".join(map(_letter, text)) for text in (secret, urllib.parse.unquote(secret))}
+    if len(secret) < SHORTEST_SUBSTRING:
+        spelled = {rf"(?<!\w){form}(?!\w)" for form in spelled}
+    encoded = sorted(map(re.escape, _encodings(secret)), key=len, reverse=True)
+    return re.compile("|".join([*sorted(spelled), *encoded]))
 
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
     """The text without secrets: `***` stands in their places.
 
-    Two kinds are taken out: the given ones, in every form in which they may come back (JSON, percent and base64
-    encoding), and whatever looks like one: user and password in an address, what follows Bearer, keys with a known
-    beginning (sk-, hf_, ghp_, ...), and the values of options, variables, query and JSON fields named key, token,
-    password and the like.
+    Two kinds are taken out: the given ones, in every form in which they may come back (escaped for JSON, an address or
+    HTML, in base64 or hexadecimal), and whatever looks like one: user and password in an address, what follows Bearer,
+    keys with a known beginning (sk-, hf_, ghp_, ...), and the values of options, variables, query and JSON fields named
+    key, token, password and the like.
 
     Args:
         text: any text.
@@ -80,12 +100,8 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
     Returns:
         the text; it is unchanged where there is nothing to hide, and a second call changes nothing more.
     """
-    forms = {form for secret in secrets if secret for form in _forms(secret)}
-    for form in sorted(forms, key=len, reverse=True):
-        if len(form) >= SHORTEST_SUBSTRING:
-            text = text.replace(form, HIDDEN)
-        elif form:
-            text = re.sub(rf"(?<!\w){re.escape(form)}(?!\w)", HIDDEN, text)
+    for secret in sorted(filter(None, secrets), key=len, reverse=True):
+        text = _forms(secret).sub(HIDDEN, text)
     for pattern, replacement in _PATTERNS:
         text = pattern.sub(replacement, text)
     return _FIELD.sub(_hide_value, _OPTION.sub(_hide_value, text))

@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import html
 import json
 import time
 import types
@@ -31,6 +32,9 @@ SECRET = 'hunter2/"pass"+word\''
         ("http://me:hunter2@host:80/v1", "http://***@host:80/v1"),
         ("see https://me:hun/ter@2@host/v1 now", "see https://***@host/v1 now"),
         ("https://token@host/v1", "https://***@host/v1"),
+        ("https://me@work:hun@ter2@host/v1", "https://***@host/v1"),
+        ("https://me:hun'te\"r<2@host/v1", "https://***@host/v1"),
+        (f"https://me:{'hunter2' * 100}@host/v1", "https://***@host/v1"),
         ("http://host/v1?api_key=hunter2&x=1", "http://host/v1?api_key=***&x=1"),
         ("Authorization: Bearer hunter2hunter2", "Authorization: Bearer ***"),
         ("bearer hunter2", "bearer ***"),
@@ -78,12 +82,28 @@ def test_what_does_not_is_left_alone(text):
         urllib.parse.quote_plus,
         lambda text: base64.b64encode(text.encode()).decode(),
         lambda text: base64.urlsafe_b64encode(text.encode()).decode(),
+        lambda text: text.encode().hex(),
+        lambda text: json.dumps(json.dumps(text)),
+        lambda text: text.replace("/", "\\/"),
+        lambda text: "".join(f"\\u{ord(letter):04x}" for letter in text),
+        lambda text: urllib.parse.quote(text, safe="").replace("%2F", "%2f"),
+        lambda text: urllib.parse.quote(urllib.parse.quote(text, safe=""), safe=""),
+        html.escape,
+        lambda text: "".join(f"&#{ord(letter)};" for letter in text),
     ],
 )
 def test_a_known_secret_is_hidden_in_every_form(form):
     shown = redact(f"It said: {form(SECRET)}.", [SECRET, ""])
     assert HIDDEN in shown
     assert form(SECRET)[3:9] not in shown
+
+
+@pytest.mark.parametrize("before", ["m", "m:", "Bearer ", "abc "])
+def test_a_known_secret_is_hidden_inside_of_base64(before):
+    whole = base64.b64encode(f"{before}{SECRET} and more".encode()).decode()
+    shown = redact(whole, [SECRET])
+    assert HIDDEN in shown
+    assert not any(whole[place : place + 4] in shown for place in range(12, 26))
 
 
 def test_short_secrets_are_hidden_as_words():

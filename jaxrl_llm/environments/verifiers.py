@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 Entry = Mapping[str, Any]
@@ -160,7 +161,6 @@ def _known_atoms(answer: str, entry: Entry) -> bool:
 
 
 GUARDED: Mapping[str, Callable[[str, Entry], bool]] = {
-    "coin_flip": _plain_fraction,
     "complex_arithmetic": _plain_complex,
     "propositional_logic": _known_atoms,
     "rubiks_cube": _few_digits,
@@ -192,17 +192,24 @@ def _same_order(answer: str, entry: Entry) -> float:
     return float(close and numbers == sorted(numbers, reverse=falling))
 
 
+def _same_fraction(answer: str, entry: Entry) -> float:
+    """Up to 1e-4, as in the library, which calls "0" right too: it counts the letters that two numbers begin with."""
+    given, right = (float(Fraction(text.replace(",", ""))) for text in (answer, entry["answer"]))
+    return float(abs(given - right) <= 1e-4)
+
+
 OWN: Mapping[str, Verifier] = {
     "binary_matrix": _same_text,
     "bitwise_arithmetic": _same_integer,
+    "coin_flip": lambda answer, entry: _same_fraction(answer, entry) if _plain_fraction(answer, entry) else 0.0,
     "game_of_life_halting": _same_text,  # the library's calls every text right
     "n_queens": _listed,
     "number_sorting": _same_order,
     "spiral_matrix": _same_text,
     "string_insertion": _same_text,
 }
-"""Comparisons made here, of datasets whose score_answer has an `eval`. What it gave to a Python list of the right
-answer, a reward below 1, counts as wrong here as it did before."""
+"""Comparisons made here, of datasets whose score_answer has an `eval` or calls wrong answers right. What it gave to a
+Python list of the right answer, a reward below 1, counts as wrong here as it did before."""
 
 
 def require_scorable(dataset: str) -> None:

@@ -9,10 +9,14 @@ in it reaches Python's own objects.
 import datetime
 import json
 import threading
+import time
+from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from functools import lru_cache
+from functools import wraps
 from typing import Any
 
 from jinja2 import nodes
@@ -26,13 +30,19 @@ from jaxrl_llm.models.files import ModelFileError
 from jaxrl_llm.models.files import one_line
 
 LETTER_LIMIT = 2**20
-"""Most letters of a text or elements of a list that a template makes."""
+"""Most letters of a text that a template makes."""
+ELEMENT_LIMIT = 2**16
+"""Most elements of a list that a template makes, with those of the lists in it."""
 STEP_LIMIT = 50_000
 """Most rounds of loops and calls of a render."""
 SOURCE_LIMIT = 2**18
 """Longest source of a template [letters]; the longest in use have 20,000."""
+SECOND_LIMIT = 5.0
+"""Most seconds of a render."""
 
-PADDING_METHODS = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs", "format", "format_map", "translate"})
+PADDING_METHODS = frozenset(
+    {"center", "ljust", "rjust", "zfill", "expandtabs", "format", "format_map", "translate", "encode"}
+)
 PADDING_FILTERS = ("center", "format", "wordwrap", "batch", "slice", "pprint", "urlize", "xmlattr", "filesizeformat")
 """What makes long texts of short ones by a number; templates in use have no need of it."""
 
@@ -68,15 +78,28 @@ class _RefusedError(Exception):
 
 
 class _Budget:
-    """How many steps a render has left."""
+    """How many steps and how much time a render has left."""
 
     def __init__(self) -> None:
-        self.left = STEP_LIMIT
+        self.left, self.end = STEP_LIMIT, time.monotonic() + SECOND_LIMIT
 
     def spend(self, steps: int) -> None:
         self.left -= steps
         if self.left < 0:
             raise ModelFileError(f"the chat template takes more than {STEP_LIMIT} steps.")
+        if time.monotonic() > self.end:
+            raise ModelFileError(f"the chat template takes more than {SECOND_LIMIT:g} seconds.")
+
+
+class _Rounds(list[Any]):
+    """What a loop goes over, which looks at the clock in every round."""
+
+    budget: _Budget
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in super().__iter__():
+            self.budget.spend(0)
+            yield item
 
 
 def _bounded(length: int) -> None:
@@ -86,8 +109,45 @@ def _bounded(length: int) -> None:
         )
 
 
+def _whole(value: Any) -> Any:
+    """A value whose texts and elements are few, however often it holds the same list: a list of twice a list of twice
+    a list is written out in full when it becomes a text, or is compared.
+    """
+    length, elements, waiting = 0, 0, [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, str):
+            length += len(part)
+            _bounded(length)
+        elif isinstance(part, Mapping | list | tuple | set | frozenset):
+            elements += len(part)
+            if elements > ELEMENT_LIMIT:
+                raise ModelFileError(
+                    f"the chat template makes a list of {elements} elements; at most {ELEMENT_LIMIT} are expected."
+                )
+            waiting += [*part.keys(), *part.values()] if isinstance(part, Mapping) else part
+    return value
+
+
 class _Generator(CodeGenerator):
-    """Jinja's compiler, whose `~` asks the environment."""
+    """Jinja's compiler, whose `~` and whose lists, tuples and dicts ask the environment."""
+
+    def visit_List(self, node: nodes.List, frame: Any) -> None:
+        self._whole(super().visit_List, node, frame)
+
+    def visit_Dict(self, node: nodes.Dict, frame: Any) -> None:
+        self._whole(super().visit_Dict, node, frame)
+
+    def visit_Tuple(self, node: nodes.Tuple, frame: Any) -> None:
+        if node.ctx == "load":
+            self._whole(super().visit_Tuple, node, frame)
+        else:
+            super().visit_Tuple(node, frame)
+
+    def _whole(self, visit: Callable[[Any, Any], None], node: nodes.Expr, frame: Any) -> None:
+        self.write("environment.whole(")
+        visit(node, frame)
+        self.write(")")
 
     def visit_Concat(self, node: nodes.Concat, frame: Any) -> None:
         self.write("environment.joined((")
@@ -121,7 +181,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         for name in PADDING_FILTERS:
             self.filters.pop(name, None)
         self.filters |= {"tojson": _tojson, "counted": self.counted, "replace": _replaced, "join": self.glued}
-        self.filters["indent"] = _indented
+        self.filters |= {"indent": _indented, "sum": _summed}
+        self.filters = {name: self.measured(filter_) for name, filter_ in self.filters.items()}
         self.globals |= {"raise_exception": _refuse, "strftime_now": _now, "range": self.counted_range}
         self.globals.pop("lipsum", None)
 
@@ -133,7 +194,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def counted(self, items: Iterable[Any]) -> list[Any]:
         """What a loop goes over; its rounds are spent."""
-        found = []
+        found = _Rounds()
+        found.budget = self.budget
         for item in items:
             self.budget.spend(1)
             found.append(item)
@@ -144,6 +206,32 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         numbers = range(*arguments)
         self.budget.spend(len(numbers))
         return numbers
+
+    def whole(self, value: Any) -> Any:
+        """A list, tuple or dict that the template made."""
+        self.budget.spend(1)
+        return _whole(value)
+
+    def measured(self, filter_: Callable[..., Any]) -> Callable[..., Any]:
+        """A filter that looks at the clock, and at the size of what it made."""
+
+        @wraps(filter_)
+        def measured(*arguments: Any, **named: Any) -> Any:
+            self.budget.spend(0)
+            made = filter_(*arguments, **named)
+            # What `map` and `select` make bit by bit is made here, so that it can be measured.
+            return _whole(list(self.timed(made)) if isinstance(made, Iterator) else made)
+
+        return measured
+
+    def timed(self, parts: Iterator[Any]) -> Iterator[Any]:
+        """The parts, of which there are few letters together, each after a look at the clock."""
+        length = 0
+        for part in parts:
+            self.budget.spend(0)
+            length += 1 + (len(part) if isinstance(part, str) else 0)
+            _bounded(length)
+            yield part
 
     def joined(self, parts: Iterable[Any]) -> str:
         """The texts of the parts as one."""
@@ -160,8 +248,10 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return str(between).join(self.joined([part]) for part in found)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """Texts have no methods that pad."""
-        return super().is_safe_attribute(obj, attr, value) and not (isinstance(obj, str) and attr in PADDING_METHODS)
+        """Texts have no methods that pad, and numbers none at all."""
+        if isinstance(obj, str) and attr in PADDING_METHODS:
+            return False
+        return super().is_safe_attribute(obj, attr, value) and not isinstance(obj, int | float | bytes | bytearray)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """The operators that make things longer."""
@@ -177,7 +267,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             raise ModelFileError("the chat template multiplies numbers beyond 32 bits.")
         if operator == "**" and isinstance(right, int) and right > 64:
             raise ModelFileError(f"the chat template raises a number to the power {right}.")
-        return super().call_binop(context, operator, left, right)
+        self.budget.spend(1)
+        return _whole(super().call_binop(context, operator, left, right))
 
     def call(self, context: Any, called: Any, *arguments: Any, **named: Any) -> Any:
         """A call, counted; `replace` and `join` of texts bounded."""
@@ -187,7 +278,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             return _replaced(owner, *arguments, **named)
         if isinstance(owner, str) and name == "join":
             return self.glued(arguments[0] if arguments else (), owner)
-        return super().call(context, called, *arguments, **named)
+        return _whole(super().call(context, called, *arguments, **named))
 
 
 class _Program:
@@ -212,6 +303,7 @@ class _Program:
                 for piece in self.template.generate(**variables):
                     length += len(piece)
                     _bounded(length)
+                    self.sandbox.budget.spend(0)
                     pieces.append(piece)
             except ModelFileError:
                 raise
@@ -251,6 +343,14 @@ def _tojson(
     if indent is not None and not 0 <= indent <= 16:
         raise ModelFileError(f"the chat template indents by {indent}.")
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _summed(numbers: Iterable[Any], attribute: str | int | None = None, start: float = 0) -> Any:
+    """The filter `sum`, of numbers only: a sum of lists is a list of all that they hold."""
+    found = [number if attribute is None else number[attribute] for number in numbers]
+    if not all(isinstance(number, int | float) for number in [start, *found]):
+        raise ModelFileError("the chat template sums what is no number, which is not supported.")
+    return sum(found, start)
 
 
 def _indented(text: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:

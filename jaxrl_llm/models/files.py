@@ -27,7 +27,15 @@ JSON_LIMIT = 16 * 2**20
 
 
 class ModelFileError(ValueError):
-    """A file of a model cannot be used as it is: damaged, of another kind, inconsistent, or of a kind not read here."""
+    """A file of a model cannot be used as it is: damaged, of another kind, inconsistent, or of a kind not read here.
+
+    Its sentence is one line that can be printed, whatever names and texts of others it quotes.
+    """
+
+    def __str__(self) -> str:
+        """The sentence; what cannot be printed (line ends, commands to terminals, half letters) stands as an escape."""
+        text = super().__str__()
+        return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 class MissingModelFileError(ModelFileError, FileNotFoundError):

@@ -28,6 +28,8 @@ HEADER_LIMIT = 128 * 2**20
 """Largest header [bytes]; one with a vocabulary of 256,000 tokens has 16 MB."""
 ARRAY_LIMIT = 2**20
 """Most elements of an array; the longest in use are lists of merges, with half a million."""
+TOGETHER_LIMIT = 2**21
+"""Most elements of all arrays together; a vocabulary of 256,000 tokens and its merges have 1.3 million."""
 ENTRY_LIMIT = 2**16
 """Most entries, and most tensors."""
 SPARE_LIMIT = 2**20
@@ -105,6 +107,7 @@ class _Cursor:
 
     def __init__(self, data: np.memmap, path: Path, size: int) -> None:
         self.data, self.path, self.size, self.place = memoryview(data), path, size, 0
+        self.elements = 0
 
     def fault(self, reason: str) -> ModelFileError:
         return _damaged(self.path, self.size, reason)
@@ -166,6 +169,9 @@ def _value(cursor: _Cursor, key: str, kind: int) -> Any:
     smallest = 8 if element == STRING else struct.calcsize(f"<{SCALARS[element]}")
     if count * smallest > cursor.size - cursor.place or count > ARRAY_LIMIT:
         raise cursor.fault(f"the entry {key!r:.80} promises {count} elements")
+    cursor.elements += count
+    if cursor.elements > TOGETHER_LIMIT:
+        raise cursor.fault(f"its arrays promise {cursor.elements} elements; the most that is read is {TOGETHER_LIMIT}")
     if element == STRING:
         return [cursor.text() for _ in range(count)]
     numbers = list(struct.unpack(f"<{count}{SCALARS[element]}", cursor.take(count * smallest)))

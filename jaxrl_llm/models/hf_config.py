@@ -183,16 +183,21 @@ def architecture_of(config: TransformerConfig) -> str:
 
 
 def _model_type(entries: _Entries) -> str:
-    """The `model_type` of a supported architecture."""
+    """The `model_type` of a supported architecture; where both are named they must agree, as transformers goes by the
+    first and we cannot know which is meant.
+    """
     settings, named = entries.settings, entries.settings.get("architectures") or []
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise entries.unexpected("architectures", "a list of names")
     own = settings.get("model_type")
     known = [ARCHITECTURES[name] for name in named if name in ARCHITECTURES]
-    if not named and isinstance(own, str) and own in ARCHITECTURES.values():
+    if own is not None and not (isinstance(own, str) and own in (known if named else ARCHITECTURES.values())):
+        known = []
+    elif own is not None:
         known = [own]
     if not known:
-        found = ", ".join(named) or own or "no architecture"
+        given = [*named, *([f"model_type {own!s:.80}"] if named and own is not None else [])]
+        found = ", ".join(given) or own or "no architecture"
         raise ModelFileError(f"{entries.source} names {found!s:.200}; supported are {', '.join(ARCHITECTURES)}.")
     return known[0]
 

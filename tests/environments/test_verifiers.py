@@ -5,6 +5,7 @@ import os
 import resource
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,18 @@ def test_what_is_compared_here_is_what_the_library_calls_right(name):
                 name in ("spiral_matrix", "binary_matrix", "string_insertion") and answer.strip() == problem.answer
             )
             assert task._verified(problem, answer) == (expected or library(answer, entry) >= 1.0), answer
+
+
+def test_a_probability_is_compared_as_a_number():
+    """The library's verifier calls "0" right for every probability below 1, and the first digits half right."""
+    task = GeneratedTask("coins", "coin_flip", stop="")
+    for problem in task.train(0, 0, 5):
+        if not 0.001 < float(Fraction(problem.answer)) < 0.999:
+            continue
+        assert task.score(problem, problem.answer).strict
+        for wrong in ("0", "0.", "-0", "1", problem.answer[:3], "0/1", "1/0"):
+            same = wrong != "1/0" and abs(Fraction(wrong) - Fraction(problem.answer)) <= 1e-4
+            assert task._verified(problem, wrong) == same, wrong
 
 
 def test_sorted_numbers_are_compared_in_order_and_size():

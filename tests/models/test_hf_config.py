@@ -54,6 +54,11 @@ NAME = "llama_grouped_tied"
         ({"architectures": "LlamaForCausalLM"}, "architectures is 'LlamaForCausalLM'; expected a list of names"),
         ({"architectures": [3]}, r"architectures is \[3\]"),
         ({"architectures": {}, "model_type": ["llama"]}, "supported are"),
+        ({"model_type": "gemma"}, "names LlamaForCausalLM, model_type gemma; supported are"),
+        ({"model_type": "qwen2"}, "names LlamaForCausalLM, model_type qwen2; supported are"),
+        ({"model_type": 5}, "names LlamaForCausalLM, model_type 5; supported are"),
+        ({"architectures": ["a\x1b[2J\nb\ud800"]}, r"names a\\x1b\[2J\\nb\\ud800, model_type llama; supported are"),
+        ({"hidden_act": "x\n\x1b[2J"}, r"hidden_act is x\\n\\x1b\[2J; supported is silu"),
         ({"quantization_config": "fp8"}, "quantization_config is 'fp8'; expected an object"),
         ({"quantization_config": {}}, "quantised by unnamed"),
         ({"hidden_act": ["silu"]}, "hidden_act is"),
@@ -70,7 +75,7 @@ def test_entries_of_config_json_that_no_model_has(changes: dict[str, Any], sente
     start = time.process_time()
     with pytest.raises(ModelFileError, match=sentence) as caught:
         load_hf(tmp_path)
-    assert len(str(caught.value).splitlines()) == 1
+    assert str(caught.value).isprintable()
     assert time.process_time() - start < 5
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.models.tokenizers import ByteTokenizer
+from jaxrl_llm.redaction import quoted
 from jaxrl_llm.rollouts.engines import EngineError
 from jaxrl_llm.rollouts.engines import EngineSettings
 from jaxrl_llm.rollouts.engines import IncompleteRolloutsError
@@ -271,6 +272,39 @@ def test_a_key_in_a_field_is_in_no_error() -> None:
         with raw_server(saying(body)) as (url, _), pytest.raises(EngineError) as caught:
             engine_of(url, api_key=SECRET).generate(*PROMPTS, KEY)
         assert "very" not in whole_trace(caught.value)
+
+
+@pytest.mark.parametrize(
+    "user",
+    [
+        "me@work:hun@ter2",
+        "me:hun'te\"r<2",
+        "me:hun ter2",
+        "me:hun\nter2",
+        "me:" + "hunter2" * 100,
+        "hunter2" * 100,
+        "me:hun/ter2",
+        "me:hun#ter2",
+    ],
+)
+@pytest.mark.parametrize("before", ["http://", "http:///", "", "http:/"])
+def test_the_name_of_an_address_has_no_password(before: str, user: str) -> None:
+    try:
+        shown = Server(f"{before}{user}@host/v1").name
+    except ValueError as error:
+        shown = str(error)
+    assert "ter2" not in shown
+    assert "@host/v1" in shown
+
+
+def test_what_an_address_makes_a_request_say_is_secret() -> None:
+    """A server that sends back the header as it came, without its first word, or the user who is the key."""
+    for address in ("http://me:hunter2@host/v1", "http://hunter2hunter@host/v1"):
+        user = address.removeprefix("http://").partition("@")[0]
+        sent = base64.b64encode((user if ":" in user else f"{user}:").encode()).decode()
+        shown = quoted(f"no such user {sent}, {user}", Server(address).secrets)
+        assert sent not in shown
+        assert "hunter" not in shown
 
 
 def test_user_and_password_of_an_address_are_sent_and_not_said() -> None:

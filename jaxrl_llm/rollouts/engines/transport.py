@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 from typing import NamedTuple
 
+from jaxrl_llm.redaction import HIDDEN
 from jaxrl_llm.redaction import quoted
 from jaxrl_llm.redaction import redact
 
@@ -197,8 +198,7 @@ class Server:
     """
 
     def __init__(self, url: str, *, api_key: str | None = None, direct: bool = False) -> None:
-        # An address that forgot its scheme may hold a password all the same.
-        self.name = redact(url) if "://" in url else redact(f"://{url}").removeprefix("://")
+        self.name = _without_user(url)
         parts, port = _parts(url)
         if parts is None or parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
             raise ValueError(f"the address is {self.name!r}; expected http://host:port/path or https://host/path.")
@@ -207,7 +207,10 @@ class Server:
         user, password = (urllib.parse.unquote(part or "") for part in (parts.username, parts.password))
         self._scheme, self._host, self._port, self._direct = parts.scheme, parts.hostname, port, direct
         self.path = parts.path
-        self.secrets = tuple({part for part in (api_key, password, parts.password) if part and part != "none"})
+        # A user without a password is a key; what both are sent as is no less secret than they are.
+        secret = password or user
+        told = (api_key, secret, parts.password or parts.username, secret and f"{user}:{password}")
+        self.secrets = tuple({part for part in told if part and part != "none"})
         self._authorization: str | None = None
         if api_key is not None and (api_key != "none" or not user):
             self._authorization = f"Bearer {api_key}"
@@ -280,6 +283,16 @@ def _parts(url: str) -> tuple[urllib.parse.SplitResult | None, int | None]:
         return parts, parts.port
     except ValueError:
         return None, None
+
+
+def _without_user(url: str) -> str:
+    """An address as sentences may say it. One that is none, for want of a scheme or for a blank, may hold a password
+    all the same, which may hold an @."""
+    head, found, tail = url.rpartition("@")
+    scheme, separator, _ = head.partition("://")
+    return redact(
+        f"{scheme}{separator}{HIDDEN}@{tail}" if separator and found else f"{HIDDEN}@{tail}" if found else url
+    )
 
 
 def _basic(user: str, password: str) -> str:
