@@ -96,7 +96,8 @@ def dpo(
     """
     require_numbers(LEAST, math.inf, beta=beta)
     pairs = preferred(rewards, group_ids, response_mask)
-    return masked_sum_count(jax.nn.softplus(-beta * _margins(log_prob, log_prob_ref, response_mask, pairs)), pairs)
+    losses = jax.nn.softplus(jnp.negative(beta * _margins(log_prob, log_prob_ref, response_mask, pairs)))
+    return masked_sum_count(losses, pairs)
 
 
 @checked
