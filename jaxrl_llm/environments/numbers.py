@@ -4,8 +4,9 @@ A number is an optional sign and one of
 - digits, grouped by threes or not (1234, 1,234, 1'234, 1_234), with decimals (2.50, .5), an exponent (1e5, 1.5x10^3);
 - a simple fraction (3/4, 3 / 4, \\frac{3}{4}, ¾), or a mixed number (2 1/2, 2½).
 Digits are those of any script (٣ and fullwidth ３ are 3), minus signs those of Unicode as well. A percent sign and a
-unit stay outside: "50%" and "50 km" hold 50. What digits run on into without being a number (1.2.3, 12:30, 3/4/5, 10^2,
-0x1F, 1,23) is none, and no part of it is: it holds no 3, no 30, no 5.
+unit stay outside: "50%", "50 km" and "50 m^2" hold 50. What digits run on into without being a number (1.2.3, 12:30,
+3/4/5, 10^2, 0x1F, 1,23, 12 345, 0.(3)) is none, and no part of it is: it holds no 3, no 30, no 5. Nor is what stands
+under a root, in another fraction of LaTeX, after ± or as the power of brackets.
 
 This serves arithmetic answers at microseconds each. Mathematics (roots, intervals, sets, algebra) needs a parser of
 mathematics: use a library made for it, such as math-verify, in the `score` of a task of your own.
@@ -24,24 +25,44 @@ _ASCII = str.maketrans(
     | {"\uff0b": "+", "\uff0e": ".", "\u066b": ".", "\uff0c": ",", "\u066c": ",", "\uff0f": "/", "\u2044": "/"}
     | {"\u2019": "'", "\u00d7": "x", "\u22c5": "x", "\u00b7": "x", "\uff1a": ":", "\uff05": "%"}
     | {"\u2009": "\u202f", "\u00a0": "\u202f"}
+    | dict.fromkeys("\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u200a\u205f\u3000", " ")
+    | dict.fromkeys("\u00ad\u061c\u200b\u200c\u200d\u200e\u200f\u2060\u2066\u2067\u2068\u2069\ufeff", "")
 )
 _VULGAR = re.compile("[\u00bc-\u00be\u2150-\u215e\u2189]")
-_SUPERSCRIPT = re.compile("[\u00b2\u00b3\u00b9\u2070-\u2079]+")
-_FRAC = re.compile(r"\\[dt]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}")
-_BRACED_COMMA = re.compile(r"(?<=\d)(?:\{,\}|\\[,!])(?=\d{3})")
+_SMALL = re.compile("([\u00b2\u00b3\u00b9\u2070\u2074-\u2079]+)[\u2044/]([\u2080-\u2089]+)")
+_SUPERSCRIPT = re.compile("[\u00b2\u00b3\u00b9\u2070\u2074-\u2079\u207a\u207b]+")
+_FRAC = re.compile(
+    r"((?<=\d)(?:\\[,!;:\s]|\s)*)?\\[dtc]?frac\s*"
+    r"(?:\{\s*([+-]?\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))"
+)
+_BRACED_COMMA = re.compile(r"(?<=\d)(?:\{,\}|\\[,!;:\s])(?=\d{3})")
+_NO_GROUPING = re.compile(r"\u202f(?!\d{3}(?!\d))")
+_PART = re.compile(
+    r"(?:[\u221a\u221b\u221c\u00b1\u2213][ ]?-?|[)\]][ ]?\^[ ]?[{(]?-?"
+    r"|\\(?:[dtc]?frac|[dt]?binom|sqrt|pm|mp)(?![a-zA-Z])\s*(?:\[[^\]]*\]\s*)?(?:\{[^{}]*\}\s*)?\{?\s*[^{}=\s]*)$"
+)
+"""What a number that is only a part of something comes after."""
+_WRAPPED = re.compile(r"(?:\\?[$\u00a3\u20ac\u00a5\u20b9]|\\boxed\{|[({\[*`])+$")
+"""What may stand between a minus sign and its number."""
+_BEFORE = 80
+"""Characters before a number that are looked at."""
 
 _RUN = re.compile(
     r"""
-    (?: \d[\d,]*[ ] (?=\d+/\d) )?               # the whole part of a mixed number
-    (?: 0[xX][\dA-Fa-f]+ | \.?\d )
+    (?<! [A-Za-z}]\^ ) (?<! [A-Za-z}]\^[{(+-] ) (?<! [A-Za-z}]\^[{(][+-] )    # the power of a unit
+    (?: \d{1,3} (?:[ ]\d{3})+ (?!\d)              # grouped, or more than one number
+      | (?: \d[\d,]*[ ]{1,3} (?=\d+/\d) )?       # the whole part of a mixed number
+        (?: 0[xX][\dA-Fa-f]+ | 0[bB][01]+ | 0[oO][0-7]+ | \.?\d )
+    )
     (?: \d
       | [.,:_'^]+ (?=\d)
+      | [.,]\( (?=\d)                             # digits that recur
       | \u202f (?=\d{3}(?!\d))
       | \*\* [+-]? (?=\d)
-      | \^ [{(]? [+-]? (?=\d)
+      | [ ]?\^ [ ]? [{(]? [+-]? (?=\d)
       | [ ]?/[ ]? (?=\d)
       | [eE][+-]? (?=\d)
-      | [ ]? (?:[xX*]|\\times\b|\\cdot\b) [ ]? (?=10\^[{(]?[+-]?\d)
+      | [ ]? (?:[xX*]|\\times\b|\\cdot\b) [ ]? (?=10[ ]?\^[ ]?[{(]?[+-]?\d)
     )*
     """,
     re.VERBOSE,
@@ -50,12 +71,12 @@ _DIGITS = r"(?:\d{1,3}(?:([,'_\u202f])\d{3})(?:\GROUP\d{3})*|\d+)"
 _PARTS = re.compile(
     r"(?:(?P<whole>"
     + _DIGITS.replace("GROUP", "2")
-    + r")[ ](?=\d+/))?"
+    + r")[ ]{1,3}(?=\d+/))?"
     + r"(?P<number>"
     + _DIGITS.replace("GROUP", "4")
     + r"?(?:\.\d+)?)"
     + r"(?:[ ]?/[ ]?(?P<below>\d+)|[eE](?P<exponent>[+-]?\d+)"
-    + r"|[ ]?(?:[xX*]|\\times|\\cdot)[ ]?10\^[{(]?(?P<power>[+-]?\d+))?"
+    + r"|[ ]?(?:[xX*]|\\times|\\cdot)[ ]?10[ ]?\^[ ]?[{(]?(?P<power>[+-]?\d+))?"
 )
 _SEPARATORS = str.maketrans("", "", ",'_\u202f")
 
@@ -63,15 +84,17 @@ _SEPARATORS = str.maketrans("", "", ",'_\u202f")
 def _plain(text: str) -> str:
     """`text` with the signs, digits and fractions of Unicode and LaTeX as ASCII has them."""
     if "\\" in text or "{,}" in text:
-        text = _BRACED_COMMA.sub(",", text)
-        text = _FRAC.sub(lambda m: _after(m, f"{m[1]}/{m[2]}"), text)
+        text = _BRACED_COMMA.sub(",", text.translate(_ASCII))
+        text = _FRAC.sub(lambda m: f"{'' if m[1] is None else ' '}{m[2] or m[3]}/{m[4] or m[5]}", text)
     if text.isascii():
         return text
+    text = _SMALL.sub(lambda m: _after(m, "/".join(unicodedata.normalize("NFKC", part) for part in m.groups())), text)
     text = _VULGAR.sub(lambda m: _after(m, unicodedata.normalize("NFKC", m[0])), text)
     text = _SUPERSCRIPT.sub(lambda m: "^" + unicodedata.normalize("NFKC", m[0]), text)
-    return "".join(
+    text = "".join(
         c if c.isascii() or not c.isdecimal() else str(unicodedata.decimal(c)) for c in text.translate(_ASCII)
     )
+    return _NO_GROUPING.sub(" ", text)
 
 
 def _after(match: re.Match[str], fraction: str) -> str:
@@ -107,18 +130,26 @@ def _last(text: str) -> tuple[str, Fraction] | None:
     value = None if run is None else _value(run[0])
     if run is None or value is None:
         return None
-    number, before = run[0].translate(_SEPARATORS), text[: run.start()]
-    if before.endswith("-"):
-        earlier = before[:-1].rstrip()[-1:]
-        if not (earlier.isdigit() or earlier in tuple(")]}%")):
-            return f"-{number}", -value
-    return number, value
+    before = text[max(0, run.start() - _BEFORE) : run.start()]
+    if _PART.search(before):
+        return None
+    number = run[0].translate(_SEPARATORS)
+    return (f"-{number}", -value) if _negative(_WRAPPED.sub("", before)) else (number, value)
+
+
+def _negative(before: str) -> bool:
+    # Whether what comes before a number ends with a minus sign that is neither a subtraction nor a hyphen.
+    if not before.endswith("-") or (before[-2:-1].isascii() and before[-2:-1].isalpha()):
+        return False
+    earlier = before[:-1].rstrip("$ \t\n")[-1:]
+    return not (earlier.isdigit() or earlier in tuple(")]}%!"))
 
 
 def last_number(text: str) -> str | None:
     """The last number in `text`, grouping removed and in ASCII; None if there is none or what comes last is no number.
 
-    A minus sign counts where it cannot be a subtraction: "= -3" ends in "-3", "7-3" and "7 - 3" in "3".
+    A minus sign counts where it cannot be a subtraction or a hyphen: "= -3" ends in "-3", as does "-$3", and "7-3",
+    "7 - 3" and "x-3" end in "3".
     """
     found = _last(_plain(text))
     return None if found is None else found[0]

@@ -52,10 +52,15 @@ def _same_group(group_ids: Int[Array, " B"], response_mask: Bool[Array, "B R"]) 
 
 
 def _margins(
-    log_prob: Float[Array, "B R"], log_prob_ref: Float[Array, "B R"], response_mask: Bool[Array, "B R"]
+    log_prob: Float[Array, "B R"],
+    log_prob_ref: Float[Array, "B R"],
+    response_mask: Bool[Array, "B R"],
+    pairs: Bool[Array, "B B"],
 ) -> Float[Array, "B B"]:
+    # 0 where there is no pair: an infinite s, less itself, would be NaN in the gradient.
     s = sequence_log_ratio(token_log_ratio(log_prob, log_prob_ref, response_mask), response_mask)
-    return s[:, None] - s[None, :]
+    zero = jnp.zeros((), s.dtype)
+    return jnp.where(pairs, s[:, None], zero) - jnp.where(pairs, s[None, :], zero)
 
 
 @checked
@@ -90,8 +95,9 @@ def dpo(
         ValueError: if beta is not above 0.
     """
     require_numbers(LEAST, math.inf, beta=beta)
-    losses = jax.nn.softplus(jnp.negative(beta * _margins(log_prob, log_prob_ref, response_mask)))
-    return masked_sum_count(losses, preferred(rewards, group_ids, response_mask))
+    pairs = preferred(rewards, group_ids, response_mask)
+    losses = jax.nn.softplus(jnp.negative(beta * _margins(log_prob, log_prob_ref, response_mask, pairs)))
+    return masked_sum_count(losses, pairs)
 
 
 @checked
@@ -124,9 +130,9 @@ def ipo(
         ValueError: if tau is not above 0.
     """
     require_numbers(LEAST, math.inf, tau=tau)
-    margins = _margins(log_prob, log_prob_ref, response_mask)
-    losses = jnp.square(margins - jnp.asarray(1 / (2 * tau), margins.dtype))
-    return masked_sum_count(losses, preferred(rewards, group_ids, response_mask))
+    pairs = preferred(rewards, group_ids, response_mask)
+    margins = _margins(log_prob, log_prob_ref, response_mask, pairs)
+    return masked_sum_count(jnp.square(margins - jnp.asarray(1 / (2 * tau), margins.dtype)), pairs)
 
 
 @checked

@@ -1,5 +1,7 @@
 """Sample a group of responses to every prompt of a batch, in one compiled program."""
 
+import operator
+from collections.abc import Iterable
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -26,6 +28,7 @@ from jaxrl_llm.rollouts.sampling import rollout_keys
 from jaxrl_llm.rollouts.sampling import sample_tokens
 from jaxrl_llm.rollouts.sampling import token_uniforms
 from jaxrl_llm.rollouts.texts import check_left_padded
+from jaxrl_llm.rollouts.texts import check_mask
 from jaxrl_llm.rollouts.texts import check_tokens
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Bool
@@ -141,7 +144,7 @@ def make_generate(
             arguments that do not fit, prompts that are not left-padded or empty, and prompt tokens that are none of the
             vocabulary (these two are values: not seen inside another jit).
     """
-    eos_ids = (eos_id,) if isinstance(eos_id, int) else tuple(int(token) for token in eos_id)
+    eos_ids = tuple(operator.index(token) for token in (eos_id if isinstance(eos_id, Iterable) else (eos_id,)))
     for name, size in (("max_new_tokens", max_new_tokens), ("group_size", group_size)):
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
@@ -152,7 +155,9 @@ def make_generate(
     def compiled(state, prompt_tokens, prompt_mask, key, step, prompt_index, sample_index=None, noise_key=None):
         model = nnx.merge(graphdef, state)
         sample_index = jnp.arange(group_size) if sample_index is None else sample_index
-        _check(model, plan, prompt_tokens, prompt_mask, prompt_index, sample_index)
+        _check(model, plan, prompt_tokens, prompt_mask, step, prompt_index, sample_index)
+        if prompt_tokens.dtype.itemsize < 4:
+            prompt_tokens = prompt_tokens.astype(jnp.int32)  # a narrow type may not hold what is sampled
         keys = rollout_keys(key, step, prompt_index, sample_index).reshape(-1)
         return _generate(model, plan, prompt_tokens, prompt_mask.astype(bool), keys, noise_key)
 
@@ -161,7 +166,8 @@ def make_generate(
     def generate(state, prompt_tokens, prompt_mask, *arguments, **options):
         if not sizes:
             sizes.append(nnx.merge(graphdef, state).config.vocab_size)
-        if prompt_tokens.ndim == 2 and prompt_mask.shape == prompt_tokens.shape:
+        if prompt_tokens.ndim == 2 and prompt_mask.shape == prompt_tokens.shape and prompt_tokens.size:
+            check_mask("prompt_mask", prompt_mask)
             check_tokens("prompt_tokens", prompt_tokens, prompt_mask, vocabulary=sizes[0])
             check_left_padded("prompt_mask", prompt_mask)
         return compiled(state, prompt_tokens, prompt_mask, *arguments, **options)
@@ -169,7 +175,7 @@ def make_generate(
     return generate
 
 
-def _check(model: Transformer, plan: _Plan, prompt_tokens, prompt_mask, prompt_index, sample_index) -> None:
+def _check(model: Transformer, plan: _Plan, prompt_tokens, prompt_mask, step, prompt_index, sample_index) -> None:
     vocabulary = model.config.vocab_size
     for name, token in (("pad_id", plan.pad_id), *(("eos_id", token) for token in plan.eos_ids)):
         if not 0 <= token < vocabulary:
@@ -178,10 +184,14 @@ def _check(model: Transformer, plan: _Plan, prompt_tokens, prompt_mask, prompt_i
         raise ValueError(
             f"prompt_tokens must be integers of shape [N, P], got {prompt_tokens.dtype} of shape {prompt_tokens.shape}"
         )
+    if not prompt_tokens.size:
+        raise ValueError(f"prompt_tokens must hold a prompt, each of one column or more, got {prompt_tokens.shape}")
     if prompt_mask.shape != prompt_tokens.shape:
         raise ValueError(
             f"prompt_mask must have the shape {prompt_tokens.shape} of prompt_tokens, got {prompt_mask.shape}"
         )
+    if not jnp.issubdtype(jnp.asarray(step).dtype, jnp.integer):
+        raise ValueError(f"step must be an integer, got {jnp.asarray(step).dtype}")
     prompts = prompt_tokens.shape[:1]
     indices = (("prompt_index", prompt_index, prompts), ("sample_index", sample_index, (plan.group_size,)))
     for name, array, shape in indices:

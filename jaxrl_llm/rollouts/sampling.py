@@ -37,6 +37,10 @@ SMALLEST_BLOCK = 128
 """Entries per block of a small vocabulary; a larger one gets about as many blocks as entries per block."""
 
 
+SMALLEST_TEMPERATURE = 1e-30
+"""Above 0; far below, it is 0 in float32."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings:
     """How tokens are drawn.
@@ -62,6 +66,8 @@ class SamplingSettings:
         # Compared first: a whole number may be too large for `isfinite`.
         if not (0 <= self.temperature < math.inf and self.temperature <= sys.float_info.max):
             raise ValueError(f"temperature must be finite and not negative (0 is greedy), got {self.temperature}")
+        if 0 < self.temperature < SMALLEST_TEMPERATURE:
+            raise ValueError(f"temperature must be 0 or at least {SMALLEST_TEMPERATURE}, got {self.temperature}")
         if self.top_k is not None and (
             isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 1
         ):
@@ -112,7 +118,12 @@ def sample_tokens(
         The tokens, and their log-probabilities [nats] under the tempered, truncated and renormalised distribution that
         drew them. NaN for logits that are no distribution (a NaN or +inf among them, or all -inf); the token is then
         any.
+
+    Raises:
+        TypeError: for logits of another type.
     """
+    if not jnp.issubdtype(logits.dtype, jnp.floating) or logits.dtype.itemsize < 4:
+        raise TypeError(f"logits must be in float32 or wider, got {logits.dtype}")
     blocks = _in_blocks(logits)
     block_max = jnp.max(blocks, axis=1)
     maximum = jnp.max(block_max, axis=0)

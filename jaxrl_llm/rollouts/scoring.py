@@ -83,6 +83,8 @@ def score(
             left-padded or a real token is none of the vocabulary. Inside jit the log-prob of such a response token is
             NaN.
     """
+    if not tokens.size:
+        raise ValueError(f"tokens has shape {tokens.shape}; it must hold a text")
     check_texts(tokens, token_mask, response_width=response_width, vocabulary=model.config.vocab_size)
     if token_mask.shape == tokens.shape:
         tokens = jnp.where(token_mask, tokens, 0)  # what stands at padding may be no token

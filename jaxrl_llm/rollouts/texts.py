@@ -36,6 +36,21 @@ def check_tokens(name: str, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"],
         )
 
 
+def check_mask(name: str, mask: Bool[Array, "B T"]) -> None:
+    """A mask must be true and false, or 1 and 0: -1e9 is what others add to a score, and 0.5 says nothing.
+
+    Raises:
+        ValueError: naming the first entry that is neither, where the values are known (not inside jit).
+    """
+    if not _known(mask) or mask.dtype == bool:
+        return
+    values = np.asarray(mask)
+    wrong = (values != 0) & (values != 1)
+    if wrong.any():
+        place = tuple(int(i) for i in np.argwhere(wrong)[0])
+        raise ValueError(f"{name}{list(place)} is {values[place]}; a mask must be true or false, or 1 or 0.")
+
+
 def check_left_padded(name: str, mask: Bool[Array, "B P"], *, rows: Bool[Array, " B"] | None = None) -> None:
     """Prompts must be left-padded: real tokens without a gap up to the last column, where sampling goes on.
 
@@ -66,5 +81,6 @@ def check_texts(tokens: Any, mask: Any, *, response_width: int, vocabulary: int)
     """
     if tokens.ndim != 2 or mask.shape != tokens.shape or not 1 <= response_width < tokens.shape[1]:
         return
+    check_mask("token_mask", mask)
     check_tokens("tokens", tokens, mask, vocabulary=vocabulary)
     check_left_padded("token_mask", mask[:, : tokens.shape[1] - response_width], rows=mask.any(axis=1))

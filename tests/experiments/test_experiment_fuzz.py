@@ -149,3 +149,12 @@ def test_a_word_that_names_nothing_is_refused_by_every_command(tmp_path, capsys,
         status = stopped.code
     assert status == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("temperature", "1e-300"), ("beta1", "0.99999999"), ("beta2", "0.9999999999")]
+)
+def test_numbers_that_float32_rounds_to_an_end_are_refused(tmp_path, capsys, field, value):
+    words = ["run", "from_scratch", "--tiny", "--dry-run", "--runs-folder", str(tmp_path), f"--{field}", value]
+    assert main(words) == 2
+    assert f"error: Field --{field} is " in capsys.readouterr().err

@@ -334,7 +334,7 @@ ERRORS = [
         ),
         "kl_reverse is infinite once log_min_p removes a token",
     ),
-    (lambda h, w, t: token_statistics(h, w, t, temperature=0.0), "temperature must be positive, not 0.0"),
+    (lambda h, w, t: token_statistics(h, w, t, temperature=0.0), "temperature must be positive and finite, not 0.0"),
     (lambda h, w, t: token_statistics(h, w, t, temperature=jnp.ones(3)), "temperature has shape \\(3,\\)"),
     (lambda h, w, t: token_statistics(h, w, t, log_min_p=0.5), "log_min_p .* must be <= 0, not 0.5"),
     (

@@ -9,6 +9,7 @@ import pytest
 
 from jaxrl_kernels import Reference
 from jaxrl_kernels import token_statistics
+from jaxrl_kernels._token_statistics import checks
 from tests.kernels import head_oracle as oracle
 
 IMPLEMENTATIONS = ("reference", "xla")
@@ -269,3 +270,13 @@ def test_targets_outside_the_vocabulary(implementation):
     arrays = inputs.arrays()
     with jax.enable_checks(True), pytest.raises(ValueError, match=message):
         token_statistics(arrays[0], arrays[1], inputs.tokens, implementation=implementation)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint64])
+def test_wide_targets_are_not_the_token_of_their_lower_half(dtype):
+    made = checks.tokens(np.array([1, 2**32 + 1, 2**31, 300], dtype), None)
+    assert made[0] == 1
+    assert made[3] == 300
+    assert (made[1:3] >= 2**31 - 1).all()  # of no vocabulary
+    if dtype == np.int64:
+        assert (checks.tokens(np.array([-100, 1 - 2**32]), None) < 0).all()

@@ -139,3 +139,14 @@ def test_a_weight_of_nothing_is_refused():
         preferences.dpo(*batch(), beta=0)
     with pytest.raises(ValueError, match=r"tau is -1.0; it must be at least 1e-30"):
         preferences.ipo(*batch(), tau=-1.0)
+
+
+@pytest.mark.parametrize("name", ["dpo", "ipo"])
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_row_of_no_pair_reaches_no_gradient(name, side, value):
+    given = batch()
+    expected = jax.grad(lambda x: LOSSES[name](x, *given[1:])[0])(given[0])
+    given[side] = given[side].at[5, 0].set(value)  # alone in its group
+    slope = jax.grad(lambda x: LOSSES[name](x, *given[1:])[0])(given[0])
+    np.testing.assert_array_equal(slope, expected)

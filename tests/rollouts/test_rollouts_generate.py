@@ -303,3 +303,32 @@ def test_prompts_that_are_none_are_refused_before_anything_is_compiled(model, pr
         run(model, (tokens, mask.at[2].set(False)))
     rollout = run(model, (jnp.where(mask, tokens, -100), mask))
     np.testing.assert_array_equal(rollout.tokens[:, WIDTH:], run(model, prompts).tokens[:, WIDTH:])
+
+
+def test_prompts_in_a_narrow_type_do_not_narrow_what_is_sampled(model, prompts):
+    tokens, mask = prompts
+    short = jnp.minimum(tokens, 127)
+    wide = run(model, (short, mask))
+    assert wide.tokens.max() > 127
+    np.testing.assert_array_equal(run(model, (short.astype(jnp.int8), mask)).tokens, wide.tokens)
+
+
+@pytest.mark.parametrize("value", [0.5, np.nan, -1e9, 2.0])
+def test_a_mask_of_other_numbers_than_0_and_1_is_refused(model, prompts, value):
+    tokens, mask = prompts
+    numbers = mask.astype(jnp.float32)
+    with pytest.raises(ValueError, match=r"prompt_mask\[1, 0\] is .*; a mask must be true or false, or 1 or 0"):
+        run(model, (tokens, numbers.at[1, 0].set(value)))
+    np.testing.assert_array_equal(run(model, (tokens, numbers)).tokens, run(model, prompts).tokens)
+
+
+def test_no_prompts_and_ends_and_steps_that_are_no_integers_are_refused_by_name(model, prompts):
+    tokens, mask = prompts
+    for none in ((tokens[:, :0], mask[:, :0]), (tokens[:0], mask[:0])):
+        with pytest.raises(ValueError, match="prompt_tokens must hold a prompt"):
+            run(model, none)
+    with pytest.raises(ValueError, match="step must be an integer, got float32"):
+        run(model, prompts, step=1.5)
+    with pytest.raises(TypeError, match="integer"):
+        run(model, prompts, eos=(3.5,))
+    np.testing.assert_array_equal(run(model, prompts, eos=np.int32(NO_END)).tokens, run(model, prompts).tokens)

@@ -215,6 +215,7 @@ def test_keys_are_folded_per_step_prompt_and_sample():
     [
         ("temperature", -0.1),
         ("temperature", float("nan")),
+        ("temperature", 1e-300),
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("min_p", -0.1),
@@ -244,3 +245,10 @@ def test_logits_that_are_no_distribution_show_in_the_log_prob(settings):
     np.testing.assert_array_equal(np.isnan(log_prob), [False, True, True, True, True, False])
     assert log_prob[5] == 0  # one token alone is certain
     assert tokens[5] == 299
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.int32])
+def test_logits_of_a_narrow_type_are_refused_by_name(dtype):
+    for settings in (SamplingSettings(), SamplingSettings(temperature=0), SamplingSettings(top_k=2)):
+        with pytest.raises(TypeError, match=f"logits must be in float32 or wider, got {jnp.dtype(dtype)}"):
+            sample_tokens(jnp.zeros((9, 4), dtype), jnp.zeros((4, 2)), settings)

@@ -149,3 +149,12 @@ def test_a_target_that_is_no_token_is_nan_inside_jit(model):
     bad = found(rollout.tokens.at[1, WIDTH].set(-100))
     assert np.isnan(bad[1, 0])
     assert np.isfinite(bad[0]).all()
+
+
+def test_no_texts_and_masks_of_other_numbers_are_refused_by_name(model):
+    rollout = rollout_of(model, SamplingSettings())
+    with pytest.raises(ValueError, match=r"tokens has shape \(0, 11\); it must hold a text"):
+        score(model, rollout.tokens[:0], rollout.token_mask[:0], response_width=NEW)
+    numbers = rollout.token_mask.astype(jnp.float32).at[1, 2].set(0.5)
+    with pytest.raises(ValueError, match=r"token_mask\[1, 2\] is 0.5; a mask must be true or false, or 1 or 0"):
+        score(model, rollout.tokens, numbers, response_width=NEW)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array
 
@@ -78,8 +79,14 @@ def rows(op: str, mask: Array | None, count: int) -> None:
         raise TypeError(f"{op}: mask must be boolean, not {mask.dtype}.")
 
 
-def tokens(targets: Array, mask: Array | None) -> Array:
+def tokens(targets: Array | np.ndarray, mask: Array | None) -> Array:
     """The targets in integers that hold every token's number; 0 in masked rows."""
+    if isinstance(targets, np.ndarray) and targets.dtype.itemsize > 4:
+        # jax would keep the lower half of each: 2^32 + 1 is not token 1.
+        ends = np.iinfo(np.int32)
+        lowest = 0 if targets.dtype.kind == "u" else -1
+        targets = np.maximum(np.minimum(targets, ends.max), lowest).astype(np.int32)
+    targets = jnp.asarray(targets)
     if targets.dtype.itemsize < jnp.dtype(jnp.int32).itemsize:
         targets = targets.astype(jnp.int32)
     return targets if mask is None else jnp.where(mask, targets, jnp.zeros((), targets.dtype))
@@ -194,8 +201,8 @@ def wanted(
 def inverse_temperature(op: str, temperature, rows: int, dtype: jnp.dtype) -> Array | None:
     """1 / temperature as [N, 1] or [1, 1]; None for 1."""
     if isinstance(temperature, int | float):
-        if not temperature > 0:
-            raise ValueError(f"{op}: temperature must be positive, not {temperature!r}.")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"{op}: temperature must be positive and finite, not {temperature!r}.")
         if temperature == 1:
             return None
     value = jnp.asarray(temperature, dtype)
