@@ -76,6 +76,7 @@ def test_tokens_have_their_own_numbers(run: RunFolder) -> None:
 def test_the_table_and_the_first_row_are_printed(run: RunFolder) -> None:
     text = printed(run)
     assert "step 12 (3 written: 4 to 12)" in text
+    assert "KL [nats]   log-prob [nats]" in text, "units are no markup"
     assert re.search(r" 0 +0 +1 +37 +\+0\.514 +0\.001 +yes", text)
     assert re.search(r" 3 +1 +-0\.25 +8 +-0\.122 +0\.00022 +yes", text)
     assert "Row 0: group 0, return 1" in text
