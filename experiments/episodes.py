@@ -84,7 +84,7 @@ def read_step(run: RunFolder, step: int | None = None) -> tuple[int, list[Episod
     """
     steps = steps_written(run)
     if not steps:
-        raise UserError(f"{run.shown} has no episodes; a run writes them where episodes_every is not 0.")
+        raise UserError(f"{run.shown} has no episodes; a run writes them every --episodes-every steps.")
     step = steps[-1] if step is None else step
     if step not in steps:
         near = min(steps, key=lambda written: abs(written - step))

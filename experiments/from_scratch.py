@@ -118,6 +118,7 @@ SETTINGS = FromScratchSettings(
         update=UpdateSettings(minibatches=4),
         checkpoint_every=50,
         evaluate_every=25,
+        episodes_every=100,
     ),
 )
 
@@ -135,6 +136,7 @@ TINY = dataclasses.replace(
         update=dataclasses.replace(SETTINGS.train.update, skip_equal_groups=False),
         checkpoint_every=1,
         evaluate_every=0,
+        episodes_every=3,
     ),
 )
 

@@ -13,6 +13,8 @@ from jaxrl_llm.environments import Task
 from jaxrl_llm.models.trainable import Trainable
 from jaxrl_llm.objectives import Recipe
 from jaxrl_llm.rollouts.perturb import Perturbation
+from jaxrl_llm.training.text.objective import get_objective
+from jaxrl_llm.training.text.signals import choose_signal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +61,23 @@ def open_doors(experiment: Experiment, settings: RunSettings) -> Doors:
         raise UserError("Field --preferences: pairs are learned by --objective dpo or ipo, or one of your own.")
     if settings.sources.demonstrations and objective is None:
         raise UserError("Field --demonstrations: they are learned by --objective nll, distil_forward, ... or your own.")
+    if settings.train.ahead and settings.sources.engine == "jax":
+        raise UserError(
+            f"Field --ahead is {settings.train.ahead}; the built-in sampler works on the devices that train, and a "
+            "file is sampled by nobody, so there is nothing to gain. Use another engine (--engine), or --ahead 0."
+        )
     if settings.mismatch != "none" and (settings.sources.from_file or settings.sources.engine != "jax"):
         raise UserError("Field --mismatch: it is the built-in sampler that is perturbed, which does not sample here.")
-    check = None
+    check, recipe = None, settings.get_recipe()
     if callable(objective) and settings.objective is not None:
         check = examine(settings.objective, objective)
+    try:
+        choose_signal(signal, recipe, get_objective(objective, recipe))
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from error
     return Doors(
         task=settings.get_task(),
-        recipe=settings.get_recipe(),
+        recipe=recipe,
         trainable=settings.get_trainable(),
         perturbation=settings.get_perturbation(),
         objective=objective,

@@ -2,7 +2,9 @@
 
 import dataclasses
 import shlex
+import shutil
 from collections.abc import Callable
+from collections.abc import Collection
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
@@ -185,6 +187,7 @@ def _train(
 ) -> int:
     """Train, evaluate before and after, and write the report."""
     task, parts, answerer, check = _prepare(experiment, arguments, run)
+    before = {path.name for path in run.path.iterdir()}
     _write_down(run, config | {"trained": _trained(parts)}, command)
     _describe_model(run, parts, arguments.settings)
     if check is not None:
@@ -210,11 +213,13 @@ def _train(
             )
     except TrainingError as error:
         raise UserError(str(error)) from error
-    except ValueError as error:
+    except (UserError, ValueError) as error:
         if any(row["step"] for row in read_rows(run.path / "metrics.jsonl")):
             raise
         # Nothing was learned: the settings do not fit each other, and the sentence says how.
-        raise UserError(str(error)) from error
+        if run.config.name not in before:
+            _forget(run, before)
+        raise error if isinstance(error, UserError) else UserError(str(error)) from error
     except KeyboardInterrupt:
         print(f"\nInterrupted in the middle of a step. Go on from the last checkpoint with: {again}")
         return INTERRUPTED
@@ -293,6 +298,14 @@ def _prepare(
 
 def _remove_if_new(run: RunFolder) -> None:
     remove_if_alone(run.path)
+
+
+def _forget(run: RunFolder, before: Collection[str]) -> None:
+    """Remove what was written into the folder of a new run that learned nothing, and the folder if nothing is left."""
+    for path in run.path.iterdir():
+        if path.name not in before:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    _remove_if_new(run)
 
 
 def _trained(parts: Parts) -> str:

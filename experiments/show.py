@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -80,7 +81,7 @@ def _detail(episode: Episode, scale: float) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("token", overflow="fold")
     for name in ("reward", "advantage", "KL [nats]", "log-prob [nats]"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(escape(name), justify="right", no_wrap=True)
     given = ""
     for token in episode.tokens:
         if not token.chosen:

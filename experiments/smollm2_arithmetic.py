@@ -50,6 +50,7 @@ SETTINGS = RunSettings(
         update=UpdateSettings(minibatches=4),
         checkpoint_every=20,
         evaluate_every=35,
+        episodes_every=35,
     ),
 )
 
@@ -66,6 +67,7 @@ TINY = RunSettings(
         prompt_length=52,
         response_length=3,
         update=UpdateSettings(minibatches=2),
+        episodes_every=2,
     ),
 )
 

@@ -27,6 +27,7 @@ from jaxrl_llm.objectives import divergence_augmented
 from jaxrl_llm.objectives import hybrid
 from jaxrl_llm.objectives import modulation
 from jaxrl_llm.objectives import token_baseline
+from jaxrl_llm.objectives.aggregation import token_weights
 from jaxrl_llm.objectives.ratios import token_log_ratio
 from jaxrl_llm.objectives.ratios import token_ratio
 from jaxrl_llm.objectives.recipe_fields import RecipeFields
@@ -239,8 +240,12 @@ def _optimal_token_baseline(recipe: RecipeFields, x: SignalInputs) -> Array:
 
 
 def _own_token_baseline(recipe: RecipeFields, x: SignalInputs) -> Array:
+    # Every other aggregation weighs all tokens of a batch the same.
+    weights = None
+    if recipe.aggregation == "seq-mean-token-mean":
+        weights, _ = token_weights(x.response_mask, mode=recipe.aggregation)
     return token_baseline.own_token_baseline(
-        x.rewards, present(x.log_prob_old), present(x.collision), x.response_mask, x.group_ids
+        x.rewards, present(x.log_prob_old), present(x.collision), x.response_mask, x.group_ids, token_weights=weights
     )
 
 
@@ -267,10 +272,11 @@ SIGNALS = {
 """Rules of (recipe, `SignalInputs`): advantages, `[B]` or `[B, R]`. Those without needs are functions of `rewards` and
 `group_ids` alone.
 
-sparse_imitation takes l_t = log pi_old - log pi_ref of the tokens, sparse_imitation_exact the KL of their contexts (the
-Rao-Blackwell form); their baseline is `mean_of_others`. divergence_augmented is Q - V of V-trace, scaled by its root
-mean square, minus divergence_coefficient D_t, with ratios and pseudo-rewards of the policy at the start of the update
-to the one that sampled: where a batch is fresh the two are one, and D_t is 0.
+own_token_baseline weighs tokens as the recipe's aggregation does. sparse_imitation takes l_t = log pi_old - log pi_ref
+of the tokens, sparse_imitation_exact the KL of their contexts (the Rao-Blackwell form); their baseline is
+`mean_of_others`. divergence_augmented is Q - V of V-trace, scaled by its root mean square, minus divergence_coefficient
+D_t, with ratios and pseudo-rewards of the policy at the start of the update to the one that sampled: where a batch is
+fresh the two are one, and D_t is 0.
 """
 
 VALUE_TARGETS = {

@@ -22,6 +22,8 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "def off_policy(batch):\n"
         "    losses = -jnp.exp(batch.log_prob - batch.log_prob_behaviour) * batch.response_mask\n"
         "    return losses.sum(), batch.response_mask.sum()\n"
+        "def nan(x): return x.rewards * jnp.nan\n"
+        "def mean(x): return x.rewards - x.rewards.mean()\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -56,6 +58,14 @@ MY_RELOAD = ("--reload", "doors_of_mine:reload")
             "Field --demonstrations: there is no file 'text.jso",
         ),
         (["--demonstrations", "texts.jsonl", "--preferences", "pairs.jsonl"], "one file at a time"),
+        (["--signal", "doors_of_mine:nan", "--dry-run"], "'nan' is not finite on a small batch of ordinary numbers"),
+        (
+            ["--demonstrations", "texts.jsonl", "--objective", "nll", "--signal", "doors_of_mine:mean", "--dry-run"],
+            "a signal is given, but the objective 'nll' reads no advantages; leave it out",
+        ),
+        (["--recipe-settings.advantage", "given", "--dry-run"], "recipe 'grpo' takes advantages as given; pass a sig"),
+        (["--ahead", "2"], "ahead is 2; the built-in sampler works on the devices that train"),
+        (["--ahead", "2", "--dry-run"], "ahead is 2; the built-in sampler works on the devices that train"),
     ],
 )
 def test_what_cannot_be_together_is_said_before_there_is_a_model(words, sentence, files, capsys) -> None:
@@ -69,8 +79,6 @@ def test_what_cannot_be_together_is_said_before_there_is_a_model(words, sentence
 
 
 def test_what_is_found_with_the_model_is_a_sentence_too(files, capsys) -> None:
-    ahead = said(capsys, "--ahead", "2")
-    assert "ahead is 2; the built-in sampler works on the devices that train" in ahead
     url = ("--engine", "openai", "--url", "http://user:s3cret@127.0.0.1:9/v1", *MY_RELOAD)
     unreachable = said(capsys, *url)
     assert "Field --engine: " in unreachable
@@ -79,6 +87,7 @@ def test_what_is_found_with_the_model_is_a_sentence_too(files, capsys) -> None:
     # Found in the first step, after the policy was evaluated.
     needs = said(capsys, "--demonstrations", "texts.jsonl", "--objective", "doors_of_mine:off_policy")
     assert "reads the log-probs of the policy that sampled, which this experience does not have" in needs
+    assert not list(files.glob("runs/*/*")), "what learned nothing does not stand in the way of the next try"
 
 
 def test_a_file_without_responses_names_the_line(files, capsys) -> None:

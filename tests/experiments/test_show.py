@@ -23,6 +23,7 @@ from experiments.episodes import read_step
 from experiments.episodes import steps_written
 from experiments.episodes import visible
 from experiments.records import read
+from experiments.registry import get_experiment
 from experiments.report import render
 from experiments.report import report_context
 from experiments.run_folder import RunFolder
@@ -76,6 +77,7 @@ def test_tokens_have_their_own_numbers(run: RunFolder) -> None:
 def test_the_table_and_the_first_row_are_printed(run: RunFolder) -> None:
     text = printed(run)
     assert "step 12 (3 written: 4 to 12)" in text
+    assert "KL [nats]   log-prob [nats]" in text, "units are no markup"
     assert re.search(r" 0 +0 +1 +37 +\+0\.514 +0\.001 +yes", text)
     assert re.search(r" 3 +1 +-0\.25 +8 +-0\.122 +0\.00022 +yes", text)
     assert "Row 0: group 0, return 1" in text
@@ -127,7 +129,7 @@ def test_the_command(run: RunFolder, capsys) -> None:
 def test_a_run_without_episodes_says_so(tmp_path: Path, capsys) -> None:
     run = write_synthetic_run(tmp_path / "sums" / "none", steps=3)
     assert main(["show", str(run.path)]) == 2
-    assert "has no episodes; a run writes them where episodes_every is not 0." in capsys.readouterr().err
+    assert "has no episodes; a run writes them every --episodes-every steps." in capsys.readouterr().err
     assert "<h2>Episodes</h2>" not in page_of(run)
     (run.path / "episodes" / "latest").mkdir(parents=True)
     assert steps_written(run) == []
@@ -254,3 +256,11 @@ def test_long_episodes_are_cut_in_the_report(tmp_path: Path) -> None:
 def test_a_folder_is_shown_without_a_run(tmp_path: Path) -> None:
     (episode, *_) = episodes_of(read_episodes(write_episodes(tmp_path, 3)))
     assert episode.chosen[0] == Token(" ", True, 0.0, None, episode.chosen[0].advantage, episode.chosen[0].kl)
+
+
+@pytest.mark.parametrize("name", ["from_scratch", "smollm2_arithmetic"])
+def test_every_run_has_episodes_to_show(name: str) -> None:
+    experiment = get_experiment(name)
+    for settings in (experiment.settings, experiment.tiny):
+        assert settings.train.episodes_every, "else `show RUN` has nothing to show"
+        assert not settings.train.steps % settings.train.episodes_every, "the last batch is one of them"

@@ -187,6 +187,8 @@ def divergence_augmented(d):
 
 def baseline(d, *, cumulated):
     norm = np.where(d["response_mask"], 1 - 2 * np.exp(d["log_prob_old"]) + d["collision"], 0.0)
+    # A token weighs 1 / length in the loss of `PLAIN`: its score squared weighs 1 / length^2 (errata F5.4).
+    norm = norm if cumulated else norm / d["response_mask"].sum(axis=1, keepdims=True) ** 2
     spent, out = (np.cumsum(norm, axis=1) if cumulated else norm), np.zeros((B, R))
     for i, s in tokens(d):
         for t in s:
@@ -229,6 +231,17 @@ def test_every_rule_equals_its_transcription(name):
     assert np.abs(np.asarray(result) + expected).max() > 0.1
     if result.ndim == 2:
         assert np.all(np.asarray(result)[~data()["response_mask"]] == 0)
+
+
+def test_the_own_baseline_of_tokens_that_all_weigh_the_same():
+    found = [
+        advantages_of(recipe("own_token_baseline", aggregation=name), inputs())
+        for name in ("token-mean", "token-sum", "seq-mean-token-sum")
+    ]
+    weighed = advantages_of(recipe("own_token_baseline"), inputs())
+    assert np.abs(np.asarray(found[0]) - np.asarray(weighed)).max() > 0.01
+    for other in found[1:]:
+        np.testing.assert_array_equal(other, found[0])
 
 
 READS = {

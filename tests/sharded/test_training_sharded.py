@@ -10,11 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding
 
 from jaxrl_llm.models import trainable
+from jaxrl_llm.models.config import tiny
 from jaxrl_llm.models.sharding import make_mesh
 from jaxrl_llm.models.sharding import shardings
+from jaxrl_llm.models.tokenizers import ByteTokenizer
+from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.training import state_hash
 from jaxrl_llm.training import train
 
@@ -99,3 +103,18 @@ def test_a_run_on_a_mesh_is_interrupted_and_resumed_bit_for_bit(tiny_run, tmp_pa
     rest = train(parts(), settings, tmp_path / "parts", allow_changed_settings=True)
     assert state_hash(rest.state) == state_hash(whole.state)
     assert (tmp_path / "parts/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+
+
+def test_a_teacher_is_laid_out_as_the_policy_is(tiny_run):
+    mesh, said, experience = make_mesh(fsdp=8), [], None
+    for placed in (None, mesh):
+        teacher = Transformer(tiny(vocab_size=ByteTokenizer().vocab_size, num_layers=2), rngs=nnx.Rngs(5))
+        parts = tiny_run.make_parts("hybrid", mesh=placed, teacher=teacher)
+        trainer, collector = tiny_run.make_trainer(parts, tiny_run.SETTINGS)
+        with trainer.devices():
+            state = trainer.initial_state()
+            experience = experience or tiny_run.collected(trainer, collector, state)
+            said.append(np.asarray(trainer.prepare(state, 0, experience).batch.log_prob_ref))
+    np.testing.assert_allclose(said[1], said[0], rtol=0, atol=1e-5)
+    kernel = trainer.reference.params["layers"][0]["mlp"]["gate"]["kernel"][...]
+    assert kernel.addressable_shards[0].data.size * 8 == kernel.size, "each device holds its part of the teacher"

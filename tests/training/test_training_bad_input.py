@@ -121,6 +121,12 @@ def test_recipes_that_need_who_sampled_are_refused_for_demonstrations(tiny_run, 
         train(*made(corrected), tmp_path)
 
 
+def test_exact_masks_of_replayed_batches_are_refused_for_what_they_are(tiny_run, tmp_path) -> None:
+    settings = dataclasses.replace(settings_of(tiny_run), replay=2)
+    with pytest.raises(ValueError, match=r"masks by the exact KL.* or replayed; .* leave out ahead and replay"):
+        train(tiny_run.make_parts("trm"), settings, tmp_path)
+
+
 def test_files_without_anything_to_learn(tmp_path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text('{"prompt": "1>", "response": "1"}\n{"prompt": "2>"}\n')

@@ -280,3 +280,16 @@ def test_the_whole_model_can_be_put_together_again():
     chex.assert_trees_all_equal(nnx.merge(policy.graphdef, combine(params, frozen))(tokens), expected)
     assert policy.first_layer == 1
     assert not policy.trains_head
+
+
+@pytest.mark.parametrize(("recipe", "every", "kept"), [("dapo", 0, False), ("dapo", 2, True), ("trm", 0, True)])
+def test_the_old_policy_is_kept_where_somebody_compares_with_it(recipe, every, kept, tiny_run):
+    update = dataclasses.replace(tiny_run.SETTINGS.update, bounds_every=every)
+    trainer, collector = tiny_run.make_trainer(
+        tiny_run.make_parts(recipe), dataclasses.replace(tiny_run.SETTINGS, update=update)
+    )
+    state = trainer.initial_state()
+    prepared = trainer.prepare(state, 0, tiny_run.collected(trainer, collector, state))
+    assert (prepared.batch.hidden_old is not None, prepared.heads.old is not None) == (kept, kept)
+    if not kept:
+        trainer.improve(state, prepared)

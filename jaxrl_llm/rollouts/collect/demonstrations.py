@@ -28,6 +28,7 @@ from jaxrl_llm.rollouts.collect.dialogs import as_messages
 from jaxrl_llm.rollouts.collect.dialogs import chosen_texts
 from jaxrl_llm.rollouts.collect.dialogs import fitted
 from jaxrl_llm.rollouts.collect.dialogs import require_settings
+from jaxrl_llm.rollouts.collect.dialogs import room
 from jaxrl_llm.rollouts.collect.dialogs import rows_to_trajectories
 from jaxrl_llm.rollouts.collect.epochs import Walk
 from jaxrl_llm.rollouts.collect.epochs import take
@@ -114,7 +115,8 @@ class DemonstrationCollector:
             ValueError: no demonstration fits, or the cursor belongs to another file.
         """
         walk = Walk.of(cursor, self._records)
-        taken = take(len(self._records), self._shape.rows, walk, self._seed, self._row)
+        why = f"none fits into {room(self._shape)}"
+        taken = take(len(self._records), self._shape.rows, walk, self._seed, self._row, why=why)
         rows = [row for _, row in taken.items]
         trajectories = rows_to_trajectories(
             rows,

@@ -11,6 +11,7 @@ from jaxrl_llm.models.chat import ChatFormat
 from jaxrl_llm.models.chat import Message
 from jaxrl_llm.models.chat import format_chat
 from jaxrl_llm.models.tokenizers import Tokenizer
+from jaxrl_llm.rollouts.collect.protocol import BatchShape
 from jaxrl_llm.trajectory import OUTSIDE
 from jaxrl_llm.trajectory import Trajectories
 
@@ -59,6 +60,11 @@ def fitted(row: Row, width: int, actions: int, too_long: TooLong) -> Row | None:
     if not len(kept) or too_long == "drop":
         return None
     return Row(row.tokens[: kept[-1] + 1], row.steps[: kept[-1] + 1], ended=False)
+
+
+def room(shape: BatchShape) -> str:
+    """How much fits into a row, as a sentence names it."""
+    return f"{shape.width} tokens, {shape.actions} of them chosen"
 
 
 def require_settings(*, width: int, too_long: str) -> None:

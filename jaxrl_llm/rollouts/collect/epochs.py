@@ -72,7 +72,15 @@ def order(count: int, seed: int, epoch: int) -> np.ndarray:
     return shuffled
 
 
-def take(count: int, wanted: int, walk: Walk, seed: int, use: Callable[[int], Usable | None]) -> Taken[Usable]:
+def take(
+    count: int,
+    wanted: int,
+    walk: Walk,
+    seed: int,
+    use: Callable[[int], Usable | None],
+    *,
+    why: str = "each was dropped",
+) -> Taken[Usable]:
     """The next `wanted` usable records; a batch goes on in the next epoch where one ends.
 
     Args:
@@ -81,6 +89,7 @@ def take(count: int, wanted: int, walk: Walk, seed: int, use: Callable[[int], Us
         walk: where to go on.
         seed: of the order.
         use: what is made of a record, by its number; None for one that cannot be used.
+        why: what is said where none can be used.
 
     Raises:
         ValueError: as many records as there are were gone through, and none of them was usable.
@@ -101,5 +110,5 @@ def take(count: int, wanted: int, walk: Walk, seed: int, use: Callable[[int], Us
         unusable += 1
         in_a_row += 1
         if in_a_row >= 2 * count:  # two epochs in two orders: all of them were met
-            raise ValueError(f"none of the {count} records can be used; each was dropped.")
+            raise ValueError(f"none of the {count} records can be used; {why}.")
     return Taken(items, unusable, Walk(epoch, position))

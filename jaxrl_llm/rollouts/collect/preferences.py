@@ -24,6 +24,7 @@ from jaxrl_llm.rollouts.collect.dialogs import as_messages
 from jaxrl_llm.rollouts.collect.dialogs import chosen_texts
 from jaxrl_llm.rollouts.collect.dialogs import fitted
 from jaxrl_llm.rollouts.collect.dialogs import require_settings
+from jaxrl_llm.rollouts.collect.dialogs import room
 from jaxrl_llm.rollouts.collect.dialogs import rows_to_trajectories
 from jaxrl_llm.rollouts.collect.epochs import Walk
 from jaxrl_llm.rollouts.collect.epochs import take
@@ -110,7 +111,8 @@ class PreferenceCollector:
             return found
 
         walk = Walk.of(cursor, self._records)
-        taken = take(len(self._records), self._shape.groups, walk, self._seed, use)
+        why = f"all are ties, have equal answers, or do not fit into {room(self._shape)}"
+        taken = take(len(self._records), self._shape.groups, walk, self._seed, use, why=why)
         rows = [row for _, pair in taken.items for row in pair]
         trajectories = rows_to_trajectories(
             rows,

@@ -4,8 +4,10 @@ from typing import Any
 from typing import Protocol
 
 import jax
+from jax.sharding import Mesh
 
 from jaxrl_llm.models.lora import merge_lora
+from jaxrl_llm.models.sharding import shard
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.training.text.layout import Rows
 from jaxrl_llm.training.text.policy import Policy
@@ -50,8 +52,11 @@ class InitialPolicy:
 class Teacher:
     """Another model with the policy's vocabulary."""
 
-    def __init__(self, teacher: Transformer, student: Transformer, settings: TrainSettings, width: int) -> None:
-        """Take the model as it is, adapters merged; rows have up to `width` tokens.
+    def __init__(
+        self, teacher: Transformer, student: Transformer, settings: TrainSettings, width: int, mesh: Mesh | None = None
+    ) -> None:
+        """Take the model as it is, adapters merged, and lay it out on the mesh as the policy is, where there is one;
+        rows have up to `width` tokens.
 
         Raises:
             ValueError: its vocabulary has another size.
@@ -63,9 +68,9 @@ class Teacher:
                 "between them needs the same tokens."
             )
         require_positions(teacher, width, "teacher")
-        merged = merge_lora(teacher)
-        policy, self.params = whole_policy(merged)
-        head, axis = merged.head()
+        policy, params = whole_policy(merge_lora(teacher))
+        self.params = params if mesh is None else shard(params, mesh)
+        head, axis = policy.model(self.params).head()
         self._head = head if axis == student.head()[1] else head.T
         self._scorer = Scorer(policy, temperature=settings.sampling.temperature, rows=settings.update.score_rows)
 

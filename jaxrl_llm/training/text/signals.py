@@ -71,14 +71,16 @@ def user_signal(function: UserSignal, recipe: Recipe) -> Signal:
     collision probabilities; what of a reference or a critic it reads is seen by calling it on a small batch.
 
     Raises:
-        ValueError: it fails on that batch, or returns something else.
+        ValueError: it fails on that batch, returns something else, or is not finite there.
     """
     name = getattr(function, "__name__", type(function).__name__)
     example = _example()
     try:
-        returned(function(example), example.response_mask.shape)
+        tried = returned(function(example), example.response_mask.shape)
     except Exception as error:
         raise ValueError(f"The signal {name!r} fails on a small batch: {in_words(error)}") from error
+    if not np.isfinite(np.stack(tried)[:, np.asarray(example.response_mask)]).all():
+        raise ValueError(f"The signal {name!r} is not finite on a small batch of ordinary numbers; it must be.")
     needs = _inputs_read(function, example)
     targets = None
     if "values" in needs:

@@ -122,6 +122,12 @@ class Trainer:
         self._values = None if self.critic is None else self.scorer.in_chunks(self.critic.values)
         self.reference = self._reference()
 
+    @property
+    def _keeps_old(self) -> bool:
+        # A sampler with weights of its own is compared with in the place of the old policy.
+        compares = self.settings.update.bounds_every or self.settings.episodes_every
+        return self.law.weights is None and bool(compares or "kl_t" in self.objective.needs)
+
     def _refuse_unknown_law(self) -> None:
         """The exact divergence from the policy that sampled needs its whole law.
 
@@ -131,8 +137,10 @@ class Trainer:
         if "kl_t" in self.objective.needs and not self.law.known:
             raise ValueError(
                 f"recipe {self.objective.name!r} masks by the exact KL(behaviour || current), which the trainer "
-                "computes for perturbations of the weights only, without truncation or pruning; perturb the weights, "
-                "sample from the whole vocabulary, or use a recipe with one of the sampled masks."
+                "computes for perturbations of the weights only, without truncation or pruning, and for batches that "
+                "the present policy sampled, not for those of a file or a collector, sampled ahead or replayed; "
+                "perturb the weights, sample from the whole vocabulary, leave out ahead and replay, or use a recipe "
+                "with one of the sampled masks."
             )
 
     def _fixed_grid(self) -> Grid | None:
@@ -152,7 +160,7 @@ class Trainer:
                 "where the policy has none; leave out log_min_p or the terms of the reference."
             )
         if self.parts.teacher is not None:
-            return Teacher(self.parts.teacher, self.parts.model, self.settings, self.shape.width)
+            return Teacher(self.parts.teacher, self.parts.model, self.settings, self.shape.width, self.parts.mesh)
         # A copy, as the first update takes the buffers of the initial parameters over.
         return InitialPolicy(jax.tree.map(jnp.copy, self._initial), self.frozen, self.policy, self.scorer)
 
@@ -211,10 +219,12 @@ class Trainer:
             advantages=jnp.zeros(()),
             log_prob_behaviour=behaviour,
             log_prob_old=scores.log_prob,
-            hidden_old=scores.hidden,
+            hidden_old=scores.hidden if self._keeps_old else None,
             trunk=scores.trunk,
         )
-        heads = Heads(old=head_copy(self.policy, self.policy.model(state.params, self.frozen)))
+        heads = Heads()
+        if self._keeps_old:
+            heads = Heads(old=head_copy(self.policy, self.policy.model(state.params, self.frozen)))
         batch, heads = self._with_behaviour(state, batch, heads)
         batch, heads = self._with_reference(batch, heads)
         scored = self._scored(state, arrangement, scores, batch, heads)

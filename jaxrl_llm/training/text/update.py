@@ -48,7 +48,8 @@ class UpdateBatch:
         advantages: of each chosen token, the signal's weights included.
         log_prob_behaviour: under the policy that sampled, as it recorded them; None where nobody did.
         log_prob_old: under the policy at the start of the update; finite, also where that prunes the token.
-        hidden_old: states of the policy at the start of the update; with its head they give its whole distribution.
+        hidden_old: states of the policy at the start of the update, where its whole distribution is read, which they
+            give with its head.
         trunk: output of the frozen layers, where there are any.
         log_prob_ref: under the reference policy, where the objective reads it.
         hidden_ref: states of the reference policy, where the objective asks for an exact divergence.
@@ -65,7 +66,7 @@ class UpdateBatch:
     rewards: Float[Array, "n S"]
     advantages: Float[Array, "n S R"]
     log_prob_old: Float[Array, "n S R"]
-    hidden_old: Float[Array, "n K D"]
+    hidden_old: Float[Array, "n K D"] | None = None
     log_prob_behaviour: Float[Array, "n S R"] | None = None
     trunk: Float[Array, "n W D"] | None = None
     log_prob_ref: Float[Array, "n S R"] | None = None
@@ -78,8 +79,8 @@ class UpdateBatch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Heads:
-    """Heads of the old and of the reference policy; None where the head is frozen and the model's own is the same. And
-    of the policy that sampled, where it has states of its own.
+    """Heads of the old and of the reference policy; None where the head is frozen and the model's own is the same, or
+    where nobody reads it. And of the policy that sampled, where it has states of its own.
     """
 
     old: Float[Array, "_ _"] | None = None
@@ -97,6 +98,7 @@ class Sums(NamedTuple):
 def sampling_policy(batch: UpdateBatch, heads: Heads) -> tuple[Array, Array | None]:
     """States and head of the policy that sampled: its own, or those of the old policy, which it then is."""
     if batch.hidden_behaviour is None:
+        assert batch.hidden_old is not None
         return batch.hidden_old, heads.old
     return batch.hidden_behaviour, heads.behaviour
 

@@ -139,7 +139,7 @@ def test_rows_that_are_too_long_are_dropped_or_cut_and_counted(lines, letters) -
 
 def test_nothing_that_fits_is_a_sentence(lines, letters) -> None:
     made = collector(lines(*FORMS["response"]), letters, width=5)
-    with pytest.raises(ValueError, match="none of the 11 records can be used"):
+    with pytest.raises(ValueError, match="none of the 11 records can be used; none fits into 5 tokens, 4 of them ch"):
         made.collect(None, None, 0, {})
 
 

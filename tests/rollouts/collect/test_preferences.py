@@ -140,5 +140,5 @@ def test_keys_that_are_to_be_ignored_are(lines, letters) -> None:
 
 def test_only_equal_pairs_are_a_sentence(lines, letters) -> None:
     made = collector(lines({"prompt": "p", "chosen": "same", "rejected": "same"}), letters)
-    with pytest.raises(ValueError, match="none of the 1 records can be used"):
+    with pytest.raises(ValueError, match="none of the 1 records can be used; all are ties, have equal answers, or"):
         made.collect(None, None, 0, {})
