@@ -151,12 +151,17 @@ BY_RECIPE = {
     **dict.fromkeys(("reinforce", "rloo", "dr_grpo", "dvp"), RAW),
     **dict.fromkeys(("reinforce_plus_plus", "reinforce_plus_plus_baseline", "dapo", "gspo", "cispo", "empg"), UNIT),
     "trm_max": UNIT,
-    # At the rate of the others, half of the answers leave the trust region of the mean KL and teach nothing; and
-    # divergence_augmented, whose surrogate nothing clips, forgets again what it learned.
-    **dict.fromkeys(("trm", "trm_avg", "divergence_augmented"), UNIT | {"learning_rate": 5e-4}),
+    # Of a vocabulary this flat, half of the answers would leave the papers' trust region of the mean KL.
+    **dict.fromkeys(("trm", "trm_avg"), UNIT | {"recipe_settings.mask_average": 0.01}),
+    # Nothing clips its surrogate: at the rate of the others it forgets again what it learned.
+    "divergence_augmented": UNIT | {"learning_rate": 5e-4},
     "ppo": UNIT | {"recipe_settings.trace": 1.0},
-    # Its reference is the policy before training, from which one nat costs as much as a thirtieth of the reward.
-    "hybrid": {"recipe_settings.reward_weight": 30.0},
+    # Its reference is the policy before training, and its KL the bonus that keeps the entropy up.
+    "hybrid": {
+        "recipe_settings.reward_weight": 300.0,
+        "recipe_settings.advantage": "sparse_imitation_exact",
+        "learning_rate": 5e-4,
+    },
 }
 """What each recipe needs to learn this task in 300 steps; GRPO has its KL term and needs nothing."""
 
