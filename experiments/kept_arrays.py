@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxrl_llm.regular import open_regular
+
 LARGEST_FILE = 1 << 30
 """Bytes of all arrays of a file together, unpacked."""
 MOST_ARRAYS = 10_000
@@ -108,7 +110,7 @@ def read_array(path: Path, *, limit: int = LARGEST_FILE) -> np.ndarray:
         KeptArrayError: there is none that may be read.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return _read(file, path.stat().st_size, limit)
     except _DAMAGE as error:
         raise _refused(path, error) from None
@@ -125,7 +127,7 @@ def read_arrays(path: Path, *, limit: int = LARGEST_FILE) -> dict[str, np.ndarra
         KeptArrayError: one of them may not be read.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             members = archive.infolist()
             _require_members(members, limit)
             return {member.filename.removesuffix(".npy"): _member(archive, member, limit) for member in members}

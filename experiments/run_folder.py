@@ -19,6 +19,7 @@ from typing import Any
 
 from jaxrl_llm.durable import sync
 from jaxrl_llm.redaction import redact_command
+from jaxrl_llm.regular import read_regular
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
@@ -109,6 +110,7 @@ def write_json(path: Path, value: Any) -> None:
     """
     part = path.with_name(f".{path.name}.part")
     try:
+        part.unlink(missing_ok=True)
         part.write_bytes(_encoded(value))
         sync(part)
         part.replace(path)
@@ -131,7 +133,7 @@ def read_json(path: Path) -> Any:
         UserError: it is missing or is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_regular(path).decode())
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; the run has not got that far, or the folder is not a run.") from error
     except (OSError, ValueError, RecursionError) as error:
@@ -139,11 +141,15 @@ def read_json(path: Path) -> Any:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read a file of JSON lines; a last line that was cut off by a kill is left out, a missing file has no rows."""
+    """Read a file of JSON lines; a last line that was cut off by a kill is left out, a missing file has no rows.
+
+    Raises:
+        UserError: a line is no row, or its step is not above that of the line before.
+    """
     if not path.exists():
         return []
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = read_regular(path).split(b"\n")
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror}.") from error
     rows = []
@@ -158,6 +164,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             raise UserError(f"Line {number} of {path} is not JSON: {error}.") from error
         if not isinstance(row, dict) or type(row.get("step")) is not int or not 0 <= row["step"] < 2**53:
             raise UserError(f"Line {number} of {path} is damaged: it must be an object with a step, 0 or more.")
+        if rows and row["step"] <= rows[-1]["step"]:
+            raise UserError(
+                f"Line {number} of {path} is damaged: step {row['step']} comes after step {rows[-1]['step']}, expected "
+                "a later one than in the line before."
+            )
         rows.append(row)
     return rows
 

@@ -204,6 +204,7 @@ def run_parts(run: RunFolder, parts: Parts) -> str | None:
                 values = {key: np.asarray(value) for key, value in part().items()}
                 seconds = time.perf_counter() - start
                 unfinished = _path(run, name).with_suffix(".unfinished")
+                unfinished.unlink(missing_ok=True)
                 with unfinished.open("wb") as file:
                     np.savez_compressed(file, allow_pickle=False, **values, **{SECONDS: np.asarray(seconds)})
                 sync(unfinished)

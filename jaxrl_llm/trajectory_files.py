@@ -34,6 +34,7 @@ from safetensors.numpy import save
 
 from jaxrl_llm.durable import sync
 from jaxrl_llm.durable import sync_tree
+from jaxrl_llm.regular import require_regular
 from jaxrl_llm.trajectory import OPTIONAL
 from jaxrl_llm.trajectory import Trajectories
 from jaxrl_llm.trajectory import check_trajectory
@@ -308,6 +309,7 @@ def _read(path: Path, most: int, expected: Mapping[str, Any] | None = None) -> b
         TrajectoryFileError: it is missing, too large, or not what `expected` says.
     """
     try:
+        require_regular(path)
         size = path.stat().st_size
         if size > most:
             raise TrajectoryFileError(f"{path} has {size} bytes; the most that is read is {most}.")

@@ -8,7 +8,6 @@ import errno
 import json
 import os
 import shutil
-import stat
 import sys
 import time
 import uuid
@@ -17,6 +16,8 @@ from contextlib import contextmanager
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from jaxrl_llm.regular import other_kind
 
 CACHE_VARIABLE = "JAXRL_LLM_CACHE"
 ABANDONED_AFTER = 3600.0
@@ -94,8 +95,8 @@ def regular_file(path: Path, *, expected: str, limit: int | None = None) -> int:
         raise MissingModelFileError(f"{path} does not exist; expected {expected}.") from error
     except (OSError, ValueError) as error:
         raise ModelFileError(f"{path!s:.300} cannot be looked at ({one_line(error)}); expected {expected}.") from error
-    if not stat.S_ISREG(status.st_mode):
-        kind = "folder" if stat.S_ISDIR(status.st_mode) else "named pipe, device or socket"
+    kind = other_kind(status.st_mode)
+    if kind:
         raise ModelFileError(f"{path} is a {kind}; expected {expected}.")
     if limit is not None and status.st_size > limit:
         raise ModelFileError(f"{path} has {status.st_size} bytes; expected {expected} of at most {limit} bytes.")

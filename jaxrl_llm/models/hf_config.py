@@ -1,5 +1,6 @@
 """config.json of a Hugging Face folder and the configuration of the transformer, both ways."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,24 @@ ARCHITECTURES = {
 """Architectures that are read, with their `model_type`."""
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "router_logit_softcapping"), (None,)),
+    **dict.fromkeys(("attention_multiplier", "query_pre_attn_scalar", "attention_chunk_size", "clip_qkv"), (None,)),
+    **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale"), (1.0, None)),
+    **dict.fromkeys(("scale_emb", "rotary_pct", "rotary_emb_fraction"), (1.0, None)),
+    **dict.fromkeys(("rope_interleave", "rope_interleaved", "alibi", "use_alibi"), (False, None)),
+    **dict.fromkeys(("use_bidirectional_attention", "is_encoder_decoder", "add_cross_attention"), (False, None)),
+    **dict.fromkeys(("no_rope_layers", "no_rope_layer_interval", "num_kv_shared_layers"), (None, 0, [])),
+    **dict.fromkeys(("pruned_heads",), ({}, None)),
+    **dict.fromkeys(("is_causal",), (True, None)),
+    **dict.fromkeys(("hidden_activation",), ("silu", None)),
+}
+"""Entries that change what a model of this family computes, in transformers or in the program that wrote them, with the
+values under which they change nothing; an absent entry changes nothing either."""
 
 
 @dataclass(frozen=True)
@@ -93,14 +112,14 @@ class _Entries:
         value = self.settings.get(name, default)
         value = null if value is None else value
         if isinstance(value, bool) or not isinstance(value, int):
-            raise self.unexpected(name, "a whole number")
+            raise self.unexpected(name, "a whole number", value)
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         """A finite number."""
         value = self.settings.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
-            raise self.unexpected(name, "a finite number")
+            raise self.unexpected(name, "a finite number", value)
         with read_from(self.source):
             return float(value)
 
@@ -108,19 +127,19 @@ class _Entries:
         """True or false."""
         value = self.settings.get(name, default)
         if not isinstance(value, bool):
-            raise self.unexpected(name, "true or false")
+            raise self.unexpected(name, "true or false", value)
         return value
 
     def part(self, name: str) -> "_Entries | None":
         """An object inside this one, or None where it is absent, null or empty."""
         value = self.settings.get(name)
         if value is not None and not isinstance(value, Mapping):
-            raise self.unexpected(name, "an object")
+            raise self.unexpected(name, "an object", value)
         return _Entries(value, self.source) if value else None
 
-    def unexpected(self, name: str, expected: str) -> ModelFileError:
+    def unexpected(self, name: str, expected: str, value: Any) -> ModelFileError:
         """The sentence for an entry of another type."""
-        return ModelFileError(f"{self.source} says {name} is {self.settings.get(name)!r:.80}; expected {expected}.")
+        return ModelFileError(f"{self.source} says {name} is {value!r:.80}; expected {expected}.")
 
 
 def config_to_hf(config: TransformerConfig, *, dtype: str) -> dict[str, Any]:
@@ -188,7 +207,7 @@ def _model_type(entries: _Entries) -> str:
     """
     settings, named = entries.settings, entries.settings.get("architectures") or []
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
-        raise entries.unexpected("architectures", "a list of names")
+        raise entries.unexpected("architectures", "a list of names", named)
     own = settings.get("model_type")
     known = [ARCHITECTURES[name] for name in named if name in ARCHITECTURES]
     if own is not None and not (isinstance(own, str) and own in (known if named else ARCHITECTURES.values())):
@@ -214,6 +233,18 @@ def _refuse_variants(entries: _Entries, model_type: str, default: _Defaults) -> 
             raise ModelFileError(
                 f"{source} sets {name}; biases are supported for Qwen2's queries, keys and values only."
             )
+    for name, neutral in NEUTRAL.items():
+        if name in settings and settings[name] not in neutral:
+            raise ModelFileError(
+                f"{source} sets {name} to {settings[name]!r:.80}, which is not computed here; supported is "
+                f"{' or '.join(json.dumps(value) for value in neutral)}."
+            )
+    kinds = settings.get("layer_types")
+    if kinds is not None and not isinstance(kinds, list):
+        raise entries.unexpected("layer_types", "a list", kinds)
+    unknown = next((kind for kind in kinds or () if kind not in LAYER_TYPES), None)
+    if unknown is not None:
+        raise ModelFileError(f"{source} has a layer of type {unknown!s:.80}; supported are {', '.join(LAYER_TYPES)}.")
     if settings.get("hidden_act", "silu") != "silu":
         raise ModelFileError(f"{source} says hidden_act is {settings['hidden_act']!s:.80}; supported is silu.")
     if settings.get("sliding_window", default.sliding_window) is not None:
@@ -227,8 +258,6 @@ def _refuse_window(entries: _Entries, model_type: str, default: _Defaults) -> No
     of_qwen = model_type in ("qwen2", "qwen3")
     sliding = entries.truth("use_sliding_window", False) if of_qwen else True
     if of_qwen and kinds is not None:
-        if not isinstance(kinds, list):
-            raise entries.unexpected("layer_types", "a list")
         sliding = any(kind != "full_attention" for kind in kinds)
     if sliding and window < entries.integer("max_position_embeddings", default.max_position_embeddings):
         raise ModelFileError(

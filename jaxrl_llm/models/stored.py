@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxrl_llm.models.config import TransformerConfig
 from jaxrl_llm.models.files import ModelFileError
@@ -15,6 +16,9 @@ Tensors = Mapping[str, np.ndarray]
 
 DERIVED = "rotary_emb.inv_freq"
 """End of the names of tensors in old checkpoints that follow from the configuration."""
+
+CHUNK = 2**20
+"""Numbers that are looked at together."""
 
 SMALLEST_BLOCK = 9
 """Tensors of a block without biases and norms of heads."""
@@ -85,6 +89,25 @@ def check_memory(config: TransformerConfig, item_size: int, *, source: str) -> N
         return
     if needed > there:
         raise ModelFileError(f"{source} is a model of {needed / 1e9:.0f} GB; this machine has {there / 1e9:.0f} GB.")
+
+
+def require_finite(tensor: np.ndarray, name: str, *, source: str, dtype: DTypeLike = np.float32) -> np.ndarray:
+    """The tensor, whose numbers must be finite as they are, and in the dtype in which they will be kept.
+
+    Raises:
+        ModelFileError: some are not; the sentence says how many.
+    """
+    flat, broken = tensor.reshape(-1), 0
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start in range(0, len(flat), CHUNK):
+            part = flat[start : start + CHUNK].astype(jnp.dtype(dtype), copy=False)
+            broken += len(part) - int(np.count_nonzero(np.isfinite(part)))
+    if broken:
+        raise ModelFileError(
+            f"{source} has {broken} of {len(flat)} numbers in {name:.200} that are NaN or infinite in "
+            f"{jnp.dtype(dtype).name}; expected finite weights."
+        )
+    return tensor
 
 
 def shortened(names: Sequence[str], *, most: int = 8) -> str:

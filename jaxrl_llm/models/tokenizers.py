@@ -18,8 +18,8 @@ from tokenizers import models
 from tokenizers import pre_tokenizers
 
 from jaxrl_llm.models.files import ModelFileError
+from jaxrl_llm.models.files import read_from
 from jaxrl_llm.models.files import read_json
-from jaxrl_llm.models.files import without_panics
 from jaxrl_llm.models.files import write_json
 from jaxrl_llm.models.gguf_io import GGUFFile
 from jaxrl_llm.models.gguf_tokenizer import backend_from_metadata
@@ -194,7 +194,7 @@ class Tokenizer:
             UnicodeEncodeError: the text holds half of a surrogate pair.
         """
         size = len(text.encode())  # a text that is no UTF-8 is refused here
-        with without_panics("the tokenizer"):
+        with read_from("the tokenizer"):
             ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         if len(ids) > SPECIAL_LIMIT + GROWTH_LIMIT * size:
             raise ModelFileError(f"the tokenizer makes {len(ids)} ids of {len(text)} letters; it is no tokenizer.")
@@ -202,7 +202,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of the token ids [T]; bytes that are no valid UTF-8 become U+FFFD."""
-        with without_panics("the tokenizer"):
+        with read_from("the tokenizer"):
             return self.backend.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens)
 
     def encode_batch(

@@ -42,6 +42,7 @@ from jaxrl_llm.models.sharding import shardings
 from jaxrl_llm.models.stored import Tensors
 from jaxrl_llm.models.stored import check_fit
 from jaxrl_llm.models.stored import check_memory
+from jaxrl_llm.models.stored import require_finite
 from jaxrl_llm.models.tokenizers import Tokenizer
 from jaxrl_llm.models.tokenizers import check_vocabulary
 from jaxrl_llm.models.transformer import Transformer
@@ -154,7 +155,8 @@ def converted_gguf(path: str | Path) -> Path:
     source = GGUFFile(path)
     try:
         with whole_folder(folder, size=4 * source.config.num_parameters) as draft:
-            write_hf(draft, source.config, source, metadata=origin)
+            finite = {name: require_finite(source[name], name, source=str(path)) for name in source}
+            write_hf(draft, source.config, finite, metadata=origin)
             # A model whose tokenizer cannot be rebuilt is still a model.
             with suppress(ValueError):
                 Tokenizer.from_gguf_metadata(source.metadata).save(draft)
@@ -251,7 +253,7 @@ def build_model(
 
     Raises:
         ModelFileError: tensors that are missing, unknown, of another shape or not of floats, or more of them than fit
-            into the memory of this machine.
+            into the memory of this machine, or one with numbers that are not finite.
     """
     kept, products = jnp.dtype(dtype), jnp.dtype(dtype if compute_dtype is None else compute_dtype)
     check_fit(config, tensors, source=source)
@@ -262,7 +264,7 @@ def build_model(
     placements = {} if mesh is None else _placements(slots, mesh)
     for name, slot in slots.items():
         with read_from(source):
-            tensor = tensors[name]
+            tensor = require_finite(tensors[name], name, source=source, dtype=kept)
         slot.parameter.set_value(_on_device(tensor, slot.transposed, dtype, placements.get(name)))
     return model
 

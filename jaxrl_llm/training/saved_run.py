@@ -6,6 +6,7 @@ A checkpoint holds the parameters that learn; the others follow from how the mod
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Iterator
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -19,21 +20,26 @@ from flax import nnx
 
 from jaxrl_llm.models.config import RopeScaling
 from jaxrl_llm.models.config import TransformerConfig
+from jaxrl_llm.models.files import one_line
 from jaxrl_llm.models.files import read_json
 from jaxrl_llm.models.files import whole_file
 from jaxrl_llm.models.files import write_json
 from jaxrl_llm.models.lora import LoraSettings
 from jaxrl_llm.models.pretrained import load_pretrained
 from jaxrl_llm.models.pretrained import smollm2_135m
+from jaxrl_llm.models.stored import check_memory
 from jaxrl_llm.models.tokenizers import ByteTokenizer
 from jaxrl_llm.models.tokenizers import Tokenizer
 from jaxrl_llm.models.trainable import Trainable
 from jaxrl_llm.models.trainable import combine
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.training.run.checkpoints import checkpoint_steps
+from jaxrl_llm.training.run.checkpoints import read_progress
+from jaxrl_llm.training.run.checkpoints import settings_difference
 from jaxrl_llm.training.run.errors import StorageError
 from jaxrl_llm.training.run.seals import what_is_broken
 from jaxrl_llm.training.run.state import state_hash
+from jaxrl_llm.training.text.policy import describe_model
 from jaxrl_llm.training.text.policy import split_policy
 
 FILE = "model.json"
@@ -42,6 +48,19 @@ FORMAT = 1
 SMOLLM2 = "smollm2_135m"
 BYTES, OWN = "bytes", "folder"
 """Tokenizers of models without a source: `ByteTokenizer()`, or what lies in the run's folder `tokenizer`."""
+
+ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    ModuleNotFoundError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What values that nobody thought of raise, in Python, JAX and XLA."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +141,11 @@ def load_run(run: str | Path, *, step: int | None = None) -> SavedRun:
 
     Raises:
         StorageError: the folder is no run, has no such checkpoint, or something in it is missing or damaged; or the
-            weights that training started from are not the same any more.
+            weights that training started from are not the same any more; or the model is another one than its
+            checkpoint was trained as.
+
+    Warns:
+        UserWarning: the checkpoint is of a version that did not write down which model it belongs to.
     """
     folder = Path(run)
     content = _described(folder)
@@ -138,11 +161,11 @@ def load_run(run: str | Path, *, step: int | None = None) -> SavedRun:
             f"({content['source'] or 'random weights'}): the weights there were changed, or random numbers are "
             "others on this machine."
         )
-    settings = _settings(folder, step)
+    settings, place = _settings(folder, step), (folder / "checkpoints").absolute()
     if step:
-        place = (folder / "checkpoints").absolute()
         _require_sound(place, step)
         params = _restored(place / str(step), params)
+    _require_same_model(place, step, describe_model(model, trainable))
     return SavedRun(nnx.merge(policy.graphdef, combine(params, frozen)), tokenizer, settings, step)
 
 
@@ -172,8 +195,8 @@ def _sentences(what: str) -> Iterator[None]:
         yield
     except StorageError:
         raise
-    except (ValueError, TypeError, KeyError, OSError, ModuleNotFoundError) as error:
-        raise StorageError(f"{what}: {error}") from error
+    except ERRORS as error:
+        raise StorageError(f"{what}: {one_line(error) or type(error).__name__}") from error
 
 
 def _before_training(folder: Path, content: Mapping[str, Any]) -> tuple[Transformer, Tokenizer]:
@@ -186,6 +209,7 @@ def _before_training(folder: Path, content: Mapping[str, Any]) -> tuple[Transfor
     fields = dict(content["config"])
     scaling = fields.pop("rope_scaling", None)
     config = TransformerConfig(**fields, rope_scaling=None if scaling is None else RopeScaling(**scaling))
+    check_memory(config, param_dtype.itemsize, source=str(folder / FILE))
     rngs = nnx.Rngs(content["seed"])
     model = Transformer(config, rngs=rngs, param_dtype=param_dtype, compute_dtype=compute_dtype)
     own = content["tokenizer"] == OWN
@@ -246,6 +270,40 @@ def _settings(folder: Path, step: int) -> dict[str, Any]:
         return dict(read_json(folder / "checkpoints" / str(step) / "progress" / "metadata")["settings"]) if step else {}
 
 
+def _require_same_model(place: Path, step: int, model: Mapping[str, Any]) -> None:
+    """Raise unless a model is the one that was trained, beyond the shapes of its arrays.
+
+    Args:
+        place: of all checkpoints.
+        step: of the one that is read; at 0 the newest sound one says which model it was, if there is one.
+        model: what `describe_model` says of it.
+
+    Raises:
+        StorageError: it is another one.
+    """
+    steps = [step] if step else [other for other in checkpoint_steps(place) if not what_is_broken(place / str(other))]
+    if not steps:
+        return
+    trained = read_progress(place / str(steps[0]), steps[0]).model
+    if not trained:
+        warnings.warn(
+            f"Checkpoint {place / str(steps[0])} does not say which model it belongs to, as older versions did not: "
+            f"that {FILE} was not changed cannot be seen.",
+            stacklevel=3,
+        )
+        return
+    changes = settings_difference(trained, model)
+    if changes:
+        raise StorageError(
+            f"{FILE}, or what it names, describes another model than checkpoint {place / str(steps[0])} was trained "
+            f"as: {'; '.join(changes)}."
+        )
+
+
+def _is_alike(saved: Any, wanted: jax.ShapeDtypeStruct) -> bool:
+    return tuple(saved.shape) == wanted.shape and str(saved.dtype) == str(wanted.dtype)
+
+
 def _restored(place: Path, params: nnx.State) -> nnx.State:
     """The trained parameters of a checkpoint, laid out like `params`; the optimiser's state stays on the disk."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
@@ -259,7 +317,7 @@ def _restored(place: Path, params: nnx.State) -> nnx.State:
     try:
         found = ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
         saved = dict((found.metadata(place).item_metadata or {})["state"])
-        differing = [name for name in wanted if name not in saved or tuple(saved[name].shape) != wanted[name].shape]
+        differing = [name for name in wanted if name not in saved or not _is_alike(saved[name], wanted[name])]
         differing += [name for name in saved if name.startswith("params.") and name not in wanted]
         if differing:
             raise StorageError(

@@ -136,6 +136,14 @@ def test_a_line_that_is_no_row_is_named(tmp_path: Path, line: bytes) -> None:
         read_rows(path)
 
 
+@pytest.mark.parametrize("steps", [(2, 1), (0, 1, 1), (0, 1, 2, 0), (3, 3)])
+def test_steps_that_do_not_grow_are_named(tmp_path: Path, steps: tuple[int, ...]) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in steps))
+    with pytest.raises(UserError, match=rf"^Line {len(steps)} of .* is damaged: step {steps[-1]} comes after step "):
+        read_rows(path)
+
+
 def test_what_can_be_computed_again_is(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = runs / "from_scratch" / "first"
     before = {name: json.loads((run / name).read_text()) for name in ("summary.json", "samples.json")}
@@ -148,6 +156,24 @@ def test_what_can_be_computed_again_is(runs: Path, capsys: pytest.CaptureFixture
         assert sentence in said
     assert {name: json.loads((run / name).read_text()) for name in before} == before
     assert json.loads((run / "environment.json").read_text())["device"]
+
+
+@pytest.mark.parametrize("name", [*FILES, "episodes", "checkpoints", "model.json", "evaluation-a.json"])
+def test_a_pipe_in_the_place_of_a_file_is_a_sentence(
+    written: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    runs = Path(shutil.copytree(written, tmp_path / "runs"))
+    path = runs / "smollm2_arithmetic" / "first" / name
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    for command in COMMANDS:
+        try:
+            status = main([*command, "--runs-folder", str(runs)])
+        except SystemExit as stopped:
+            status = stopped.code
+        output = capfd.readouterr()
+        assert status in (0, 2), command
+        assert "Traceback" not in output.out + output.err
 
 
 @pytest.mark.parametrize("folder", ["run.lock", "summary.json", "config.json", "metrics.jsonl", "checkpoints/999999"])

@@ -185,6 +185,15 @@ def test_what_is_no_archive_of_arrays_is_refused_with_a_sentence(tmp_path, monke
     assert not os.listdir(tmp_path)
 
 
+def test_what_is_no_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    for name, kind in (("pipe", "it is a named pipe"), ("device", "it is a device"), (".", "Is a directory")):
+        for read in (read_array, read_arrays):
+            with pytest.raises(KeptArrayError, match=rf"^Cannot read .*: {kind}.*\.$"):
+                read(tmp_path / name)
+
+
 def test_the_limit_is_that_of_all_arrays(tmp_path):
     path = tmp_path / "a.npz"
     np.savez_compressed(path, **{f"a{n}": np.zeros(1000) for n in range(3)})

@@ -146,7 +146,7 @@ def test_files_that_are_no_files(name: str, kind: str, folder: Path) -> None:
         "device": lambda path: path.symlink_to("/dev/zero"),
         "folder": lambda path: path.mkdir(),
     }[kind](folder / name)
-    with refused("is a folder; expected" if kind == "folder" else "is a named pipe, device or socket; expected"):
+    with refused("is a folder; expected" if kind == "folder" else r"is a (named pipe|device|socket); expected"):
         load_pretrained(folder)
 
 
@@ -165,9 +165,9 @@ def test_names_that_cannot_be_printed(folder: Path) -> None:
 def test_a_pipe_in_place_of_a_gguf_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.gguf")
     for path in (tmp_path / "pipe.gguf", Path("/dev/zero")):
-        with refused("is a named pipe, device or socket; expected a"):
+        with refused("is a (named pipe|device); expected a"):
             load_gguf(path)
-        with refused("is a named pipe, device or socket; expected a"):
+        with refused("is a (named pipe|device); expected a"):
             load_pretrained(path)
     with refused("does not exist", error=MissingModelFileError):
         load_pretrained(tmp_path / "nowhere.gguf")

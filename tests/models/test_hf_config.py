@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxrl_llm.models.files import ModelFileError
+from jaxrl_llm.models.hf_config import NEUTRAL
 from jaxrl_llm.models.hf_config import config_from_hf
 from jaxrl_llm.models.weights import load_hf
 from tests.golden.tiny_checkpoints import CHECKPOINTS
@@ -67,6 +68,19 @@ NAME = "llama_grouped_tied"
         ({"sliding_window": "64"}, "sliding_window is '64'"),
         ({"partial_rotary_factor": [1]}, "rotates the fraction"),
         ({"intermediate_size": None}, "lacks intermediate_size"),
+        ({"rope_theta": float("nan")}, "rope_theta is nan; expected a finite number"),
+        ({"rope_parameters": {"rope_type": "default"}, "rope_theta": "x"}, "rope_theta is 'x'; expected a finite"),
+        ({"rope_interleave": True}, "sets rope_interleave to True, which is not computed here; supported is false or"),
+        ({"attn_logit_softcapping": 50.0}, "sets attn_logit_softcapping to 50.0"),
+        ({"final_logit_softcapping": 30.0}, "sets final_logit_softcapping to 30.0"),
+        ({"is_causal": False}, "sets is_causal to False"),
+        ({"use_bidirectional_attention": True}, "sets use_bidirectional_attention to True"),
+        ({"logits_scaling": 8.0}, "sets logits_scaling to 8.0"),
+        ({"attention_multiplier": 0.5}, "sets attention_multiplier"),
+        ({"no_rope_layers": [1, 0]}, "sets no_rope_layers"),
+        ({"clip_qkv": {}}, "sets clip_qkv"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "has a layer of type linear_attention"),
+        ({"layer_types": "full_attention"}, "layer_types is 'full_attention'; expected a list"),
     ],
 )
 def test_entries_of_config_json_that_no_model_has(changes: dict[str, Any], sentence: str, tmp_path: Path) -> None:
@@ -97,3 +111,11 @@ def test_absent_entries_of_config_json_mean_what_they_mean_to_transformers(model
         del settings["sliding_window"]
         with pytest.raises(ModelFileError, match="sliding_window of 4096 positions"):
             config_from_hf(settings)
+
+
+def test_entries_under_which_nothing_changes_are_read() -> None:
+    plain = config_from_hf(CHECKPOINTS[NAME])
+    neutral = {name: values[0] for name, values in NEUTRAL.items()}
+    assert config_from_hf({**CHECKPOINTS[NAME], **neutral}) == plain
+    assert config_from_hf({**CHECKPOINTS[NAME], **dict.fromkeys(NEUTRAL)}) == plain
+    assert config_from_hf({**CHECKPOINTS[NAME], "layer_types": ["full_attention"] * 2}) == plain

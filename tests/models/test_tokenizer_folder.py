@@ -304,3 +304,13 @@ def test_tokenizers_that_are_none(content: bytes, sentence: str, folder: Path) -
     (folder / "tokenizer.json").unlink()
     with pytest.raises(MissingModelFileError, match="does not exist"):
         Tokenizer.from_folder(folder)
+
+
+def test_a_word_that_the_tokenizer_has_no_token_for(folder: Path) -> None:
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="[UNK]"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = Tokenizer(words, eos_id=1)
+    assert tokenizer.encode("a b") == [0, 1]
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch([text])):
+        with pytest.raises(ModelFileError, match=r"^the tokenizer cannot be used \(.*UNK.*\)\.$"):
+            encode("a c")

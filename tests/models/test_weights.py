@@ -20,6 +20,7 @@ from jaxrl_llm.models.config import RopeScaling
 from jaxrl_llm.models.config import TransformerConfig
 from jaxrl_llm.models.config import tiny
 from jaxrl_llm.models.files import ABANDONED_AFTER
+from jaxrl_llm.models.files import ModelFileError
 from jaxrl_llm.models.files import cache_folder
 from jaxrl_llm.models.files import whole_file
 from jaxrl_llm.models.files import whole_folder
@@ -30,8 +31,10 @@ from jaxrl_llm.models.lora import add_lora
 from jaxrl_llm.models.sharding import make_mesh
 from jaxrl_llm.models.tokenizers import ByteTokenizer
 from jaxrl_llm.models.weights import build_model
+from jaxrl_llm.models.weights import load_gguf
 from jaxrl_llm.models.weights import load_hf
 from jaxrl_llm.models.weights import model_tensors
+from jaxrl_llm.models.weights import save_gguf
 from jaxrl_llm.models.weights import save_hf
 from tests.golden.tiny_checkpoints import CHECKPOINTS
 from tests.golden.tiny_checkpoints import tensors_of
@@ -152,6 +155,37 @@ def without(tensors: dict[str, np.ndarray], *names: str) -> dict[str, np.ndarray
 def test_tensors_that_do_not_fit(change, sentence: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=sentence):
         load_hf(write_checkpoint(tmp_path, change(tensors_of(NAME))))
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_weights_that_are_no_numbers_are_counted_and_named(number: float, stored, tmp_path: Path) -> None:
+    tensors = {name: tensor.astype(stored) for name, tensor in tensors_of(NAME).items()}
+    tensors[QUERY] = tensors[QUERY].copy()
+    tensors[QUERY][3, [0, 7]] = number
+    with pytest.raises(ModelFileError, match=rf"has 2 of 1024 numbers in {QUERY} that are NaN or infinite in float32"):
+        load_hf(write_checkpoint(tmp_path, tensors))
+
+
+def test_weights_that_a_narrow_dtype_cannot_hold_are_refused(tmp_path: Path) -> None:
+    tensors = tensors_of(NAME)
+    tensors[QUERY] = tensors[QUERY].copy()
+    tensors[QUERY][3, 0] = 1e5
+    folder = write_checkpoint(tmp_path, tensors)
+    load_hf(folder, dtype=jnp.bfloat16)
+    with pytest.raises(ModelFileError, match=rf"has 1 of 1024 numbers in {QUERY} that are NaN or infinite in float16"):
+        load_hf(folder, dtype=jnp.float16)
+
+
+def test_weights_of_a_gguf_file_that_are_no_numbers_are_named_with_the_file(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAXRL_LLM_CACHE", str(tmp_path / "cache"))
+    model = load_hf(checkpoint)
+    model.final_norm.scale[...] = model.final_norm.scale[...].at[5].set(jnp.nan)
+    save_gguf(model, tmp_path / "model.gguf")
+    with pytest.raises(ModelFileError, match=r"model\.gguf has 1 of 32 numbers in model\.norm\.weight that are NaN"):
+        load_gguf(tmp_path / "model.gguf")
 
 
 def test_a_long_list_of_missing_tensors_is_cut(tmp_path: Path) -> None:

@@ -335,6 +335,9 @@ MALFORMED = [
     b"[" * 100_000,
     b'{"a":' * 100_000,
     b"9" * 10_000,
+    json.dumps({"choices": 2 * choice([3, 4, 5])["choices"]}).encode(),
+    json.dumps(choice([3, 4, 5])).replace('"choices"', '"choices": [], "choices"', 1).encode(),
+    json.dumps(choice([3, 4, 5])).replace('"logprobs"', '"logprobs": null, "logprobs"', 1).encode(),
     *(
         json.dumps(body).encode()
         for body in (

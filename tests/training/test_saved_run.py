@@ -24,11 +24,14 @@ from jaxrl_llm.models.weights import save_hf
 from jaxrl_llm.training import Checkpoints
 from jaxrl_llm.training import Progress
 from jaxrl_llm.training import StorageError
+from jaxrl_llm.training import TrainingError
 from jaxrl_llm.training import TrainState
 from jaxrl_llm.training import split_policy
 from jaxrl_llm.training import state_hash
 from jaxrl_llm.training import train
+from jaxrl_llm.training.run.seals import write_seal
 from jaxrl_llm.training.saved_run import write_model
+from jaxrl_llm.training.text.policy import describe_model
 
 TOKENS = jnp.arange(12).reshape(2, 6)
 
@@ -120,7 +123,14 @@ def test_smollm2_is_taken_from_its_package_again(tmp_path: Path) -> None:
     params = jax.tree.map(lambda leaf: leaf + 0.01, params)
     with contextlib.closing(Checkpoints(tmp_path / "checkpoints")) as checkpoints:
         state = TrainState.create(params, optax.sgd(0.1), seed=0)
-        checkpoints.save(state, Progress(step=7, settings={"recipe": "trm"}, frozen_hash="", file_bytes={}))
+        progress = Progress(
+            step=7,
+            settings={"recipe": "trm"},
+            frozen_hash="",
+            file_bytes={},
+            model=describe_model(model, choice),
+        )
+        checkpoints.save(state, progress)
     run = load_run(tmp_path)
     assert (run.step, run.settings) == (7, {"recipe": "trm"})
     assert run.tokenizer.encode("Sum: 1 + 1 =") == tokenizer.encode("Sum: 1 + 1 =")
@@ -168,3 +178,90 @@ def test_what_is_missing_or_damaged_is_said(folder: Path, tmp_path: Path) -> Non
     refused("has no complete checkpoint yet; step=0")
     with pytest.raises(AttributeError, match="no attribute 'load_runs'"):
         __import__("jaxrl_llm").load_runs  # noqa: B018
+
+
+def without_model(folder: Path, step: int) -> None:
+    """A checkpoint as versions wrote it that did not say which model it belongs to."""
+    place = folder / "checkpoints" / str(step)
+    about = json.loads((place / "progress" / "metadata").read_text())
+    del about["model"]
+    (place / "progress" / "metadata").write_text(json.dumps(about))
+    (place / "seal.json").unlink()
+    write_seal(place)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"config.rope_theta": 20_000.0}, r"config\.rope_theta: 10000\.0 -> 20000\.0"),
+        ({"config.num_heads": 8, "config.head_dim": 4, "config.num_kv_heads": 4}, r"config\.head_dim: 8 -> 4; "),
+        ({"config.norm_eps": 1e-3}, r"config\.norm_eps: 1e-05 -> 0\.001"),
+        ({"trainable.adapters.alpha": 3.0}, r"trainable\.adapters\.alpha: \S+ -> 3\.0"),
+        ({"compute_dtype": "bfloat16"}, r"compute_dtype: 'float32' -> 'bfloat16'"),
+    ],
+)
+@pytest.mark.parametrize("step", [0, 3])
+def test_another_model_of_the_same_arrays_is_refused(folder: Path, change, said: str, step: int) -> None:
+    described = json.loads((folder / "model.json").read_text())
+    for name, value in change.items():
+        *way, last = name.split(".")
+        part = described
+        for word in way:
+            part = part[word]
+        assert last in part
+        part[last] = value
+    (folder / "model.json").write_text(json.dumps(described))
+    with pytest.raises(StorageError, match=rf"describes another model than checkpoint .*3 was trained as: .*{said}"):
+        load_run(folder, step=step)
+
+
+def test_an_older_checkpoint_is_read_with_a_warning(folder: Path) -> None:
+    without_model(folder, 3)
+    with pytest.warns(UserWarning, match=r"3 does not say which model it belongs to"):
+        assert load_run(folder).step == 3
+
+
+def test_a_run_does_not_go_on_with_another_model_of_the_same_arrays(tiny_run, folder: Path) -> None:
+    parts = tiny_run.make_parts(choice=trainable.lora(2, top=1), layers=2)
+    other = dataclasses.replace(parts.model.config, rope_theta=20_000.0)
+    model = Transformer(other, rngs=nnx.Rngs(0))
+    model = parts.trainable.prepare(model, rngs=nnx.Rngs(0))
+    nnx.update(model, nnx.state(parts.model))
+    settings = dataclasses.replace(tiny_run.SETTINGS, steps=3, checkpoint_every=1)
+    with pytest.raises(TrainingError, match=r"trained another model, .*rope_theta: 10000\.0 -> 20000\.0"):
+        train(dataclasses.replace(parts, model=model), settings, folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seed": 2**70}, "cannot be made: "),
+        ({"seed": "x"}, "cannot be made: "),
+        ({"param_dtype": "bfloat16"}, "holds other arrays than the model|did not train differ"),
+        ({"param_dtype": "no"}, "cannot be made: "),
+        ({"trainable": []}, "cannot be made: "),
+        ({"config.intermediate_size": 2**31 - 1, "config.num_layers": 1000}, r"cannot be made: .* this machine has"),
+        ({"config.head_dim": 2**30}, r"cannot be made: .* this machine has"),
+        ({"config.rope_scaling": {"factor": []}}, "cannot be made: "),
+    ],
+)
+def test_what_no_model_can_be_is_a_sentence(folder: Path, change, said: str) -> None:
+    described = json.loads((folder / "model.json").read_text())
+    for name, value in change.items():
+        part, _, last = name.rpartition(".")
+        (described[part] if part else described)[last] = value
+    (folder / "model.json").write_text(json.dumps(described))
+    with pytest.raises(StorageError, match=said):
+        load_run(folder)
+
+
+def test_arrays_of_another_dtype_are_refused(tiny_run, tmp_path: Path) -> None:
+    parts = tiny_run.make_parts(layers=1)
+    write_model(tmp_path, parts.model, parts.trainable, parts.tokenizer, source=None, seed=0)
+    _, params, _ = split_policy(parts.model, parts.trainable)
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    with contextlib.closing(Checkpoints(tmp_path / "checkpoints")) as checkpoints:
+        state = TrainState.create(params, optax.sgd(0.1), seed=0)
+        checkpoints.save(state, Progress(step=1, settings={}, frozen_hash="", file_bytes={}))
+    with pytest.raises(StorageError, match="holds other arrays than the model"):
+        load_run(tmp_path)

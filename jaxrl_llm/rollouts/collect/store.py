@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxrl_llm.durable import sync
+from jaxrl_llm.regular import read_regular
 from jaxrl_llm.rollouts.collect.protocol import BatchShape
 from jaxrl_llm.rollouts.collect.protocol import CollectError
 from jaxrl_llm.rollouts.collect.protocol import Collector
@@ -53,6 +54,7 @@ class Store:
             write_trajectories(self.folder / str(step), experience.trajectories, records=records)
             # Last: a batch without this file is not there.
             draft = self.folder / str(step) / "experience.draft"
+            draft.unlink(missing_ok=True)
             draft.write_text(json.dumps(about), encoding="utf-8")
             sync(draft)
             draft.replace(draft.with_name("experience.json"))
@@ -63,7 +65,7 @@ class Store:
     def load(self, step: int) -> Experience | None:
         """The batch of a step as it was saved; None where there is none, or it is damaged."""
         try:
-            about = json.loads((self.folder / str(step) / "experience.json").read_text(encoding="utf-8"))
+            about = json.loads(read_regular(self.folder / str(step) / "experience.json"))
             trajectories = read_episodes(self.folder / str(step)).trajectories
             return Experience(
                 trajectories=trajectories,
@@ -73,7 +75,7 @@ class Store:
                 texts=tuple(about["texts"]),
                 cursor=about["cursor"],
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, TrajectoryFileError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, TrajectoryFileError):
             return None
 
     def forget(self, before: int) -> None:

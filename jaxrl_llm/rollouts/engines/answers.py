@@ -77,10 +77,18 @@ def parsed(body: bytes) -> dict[str, Any]:
         MalformedError: it is none.
     """
     try:
-        value = json.loads(body)
+        value = json.loads(body, object_pairs_hook=_fields)
     except (ValueError, RecursionError) as error:
         raise MalformedError(f"the answer is no JSON ({type(error).__name__}: {error})") from None
     return _object(value, "the answer")
+
+
+def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of whose fields none is there twice: readers would take different ones."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise MalformedError("the answer has a field twice in one object")
+    return fields
 
 
 def _shown(value: Any) -> str:
@@ -149,11 +157,11 @@ def choice_of(answer: Mapping[str, Any]) -> dict[str, Any]:
     """The one choice of a completion.
 
     Raises:
-        MalformedError: there is none.
+        MalformedError: there is none, or more than the one that was asked for.
     """
     choices = _list(answer.get("choices"), "choices")
-    if not choices:
-        raise MalformedError("the answer has no choices")
+    if len(choices) != 1:
+        raise MalformedError(f"the answer has {len(choices) or 'no'} choices; one was asked for")
     return _object(choices[0], "the first choice")
 
 

@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 
 from jaxrl_llm.durable import sync
 from jaxrl_llm.durable import sync_tree
+from jaxrl_llm.regular import read_regular
 from jaxrl_llm.training.run.errors import ChangedSettingsError
 from jaxrl_llm.training.run.errors import StorageError
 from jaxrl_llm.training.run.errors import TrainingError
@@ -39,6 +40,8 @@ class Progress:
         cursor: what the collector has to know to go on: the state of a curriculum, for example.
         file_sha256: SHA-256 of what these files held up to that length, by name.
         updates: optimiser steps applied: checkpoints with the same number hold the same policy.
+        model: what the arrays are the parameters of, as `text.policy.describe_model` says it; empty in checkpoints of a
+            version that did not write it down.
     """
 
     step: int
@@ -48,6 +51,7 @@ class Progress:
     cursor: dict[str, Any] = dataclasses.field(default_factory=dict)
     file_sha256: dict[str, str] = dataclasses.field(default_factory=dict)
     updates: int = 0
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def _fields(value: Any) -> Mapping[str, Any] | None:
@@ -128,7 +132,7 @@ def read_progress(folder: Path, step: int) -> Progress:
         StorageError: it is that of another step, or none.
     """
     try:
-        progress = Progress(**json.loads((folder / "progress" / "metadata").read_text(encoding="utf-8")))
+        progress = Progress(**json.loads(read_regular(folder / "progress" / "metadata")))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise StorageError(f"what it keeps beside the arrays cannot be read ({error})") from error
     if progress.step != step:
@@ -157,6 +161,7 @@ class Checkpoints:
         probe = self.folder / ".writable"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            probe.unlink(missing_ok=True)
             probe.write_bytes(b"0")
             probe.unlink()
             left = [path for path in self.folder.iterdir() if path.name.startswith((UNFINISHED, DROPPED))]

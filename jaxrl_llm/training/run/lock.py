@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+from jaxrl_llm.regular import require_regular
 from jaxrl_llm.training.run.errors import StorageError
 
 if sys.platform != "win32":
@@ -66,6 +67,8 @@ def _locked(folder: Path) -> IO[str]:
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):
+                require_regular(path)
             file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115  (open as long as it is held)
         except OSError as error:
             raise StorageError(f"Cannot write {path}: {error.strerror}.") from error

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from typing import Protocol
 
+from jaxrl_llm.regular import require_regular
 from jaxrl_llm.training.run.errors import StorageError
 from jaxrl_llm.training.run.errors import TrainingError
 
@@ -67,9 +68,11 @@ class JsonLines:
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):
+                require_regular(path, devices=True)
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115  (open for as long as this object)
             self._digest = hashlib.sha256()
-            # Devices and pipes have no length to cut.
+            # Devices have no length to cut.
             if path.is_file():
                 length = path.stat().st_size
                 if length < keep_bytes:

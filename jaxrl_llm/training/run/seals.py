@@ -11,6 +11,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from jaxrl_llm.regular import open_regular
+from jaxrl_llm.regular import read_regular
+
 SEAL = "seal.json"
 LARGEST = 1 << 24
 """Of a seal that is read. [bytes]"""
@@ -27,7 +30,7 @@ def _inside(folder: Path) -> dict[str, Path]:
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
@@ -54,7 +57,7 @@ def _read_seal(folder: Path) -> dict[str, dict[str, Any]] | None:
     path = folder / SEAL
     if path.stat().st_size > LARGEST:
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = json.loads(read_regular(path))
     files = content.get("files") if isinstance(content, dict) else None
     if not isinstance(files, dict) or content.get("sha256") != _of_all(files):
         return None

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxrl_llm.durable import sync
+from jaxrl_llm.regular import open_regular
+from jaxrl_llm.regular import read_regular
 from jaxrl_llm.training.run.checkpoints import ASIDE
 from jaxrl_llm.training.run.checkpoints import Checkpoints
 from jaxrl_llm.training.run.checkpoints import Progress
@@ -26,6 +28,7 @@ def write_newest(folder: Path, step: int) -> None:
     """
     draft = folder / f".{NEWEST}.part"
     try:
+        draft.unlink(missing_ok=True)
         draft.write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
         sync(draft)
         draft.replace(folder / NEWEST)
@@ -36,7 +39,7 @@ def write_newest(folder: Path, step: int) -> None:
 def _newest(folder: Path) -> int:
     """The step of the last checkpoint that was written; 0 where that is not known."""
     try:
-        step = json.loads((folder / NEWEST).read_text(encoding="utf-8"))["step"]
+        step = json.loads(read_regular(folder / NEWEST))["step"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return 0
     return step if type(step) is int else 0
@@ -46,7 +49,7 @@ def _finished_steps(path: Path) -> int:
     """The last step of a file of metrics; lines that say nothing of a step do not count."""
     last = 0
     try:
-        lines = path.read_bytes().splitlines()
+        lines = read_regular(path).splitlines()
     except OSError:
         return 0
     for line in lines:
@@ -65,7 +68,7 @@ def file_problem(folder: Path, names: Sequence[str], progress: Progress) -> str 
         if not length:
             continue
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 content = file.read(length)
         except OSError as error:
             return f"{path}, which had {length} bytes then, cannot be read ({error.strerror})"

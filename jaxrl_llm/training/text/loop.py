@@ -24,6 +24,7 @@ from jaxrl_llm.training.run.checkpoints import Checkpoints
 from jaxrl_llm.training.run.checkpoints import Progress
 from jaxrl_llm.training.run.checkpoints import flatten_settings
 from jaxrl_llm.training.run.checkpoints import refuse_changed_settings
+from jaxrl_llm.training.run.checkpoints import settings_difference
 from jaxrl_llm.training.run.errors import NonFiniteError
 from jaxrl_llm.training.run.errors import StorageError
 from jaxrl_llm.training.run.errors import TrainingError
@@ -40,6 +41,7 @@ from jaxrl_llm.training.text.finite import finite_arrays
 from jaxrl_llm.training.text.finite import finite_at
 from jaxrl_llm.training.text.measuring import bound_metrics
 from jaxrl_llm.training.text.measuring import step_metrics
+from jaxrl_llm.training.text.policy import describe_model
 from jaxrl_llm.training.text.record import FILES
 from jaxrl_llm.training.text.record import OpenWriters
 from jaxrl_llm.training.text.record import Record
@@ -140,7 +142,7 @@ class _Run:
         self.collection = make_collector(parts, settings, folder)
         self.collector = self.collection.collector
         self.trainer = Trainer(parts, settings, self.collector.shape, self.collection.law)
-        self.vocab_size = parts.model.config.vocab_size
+        self.vocab_size, self.model = parts.model.config.vocab_size, describe_model(parts.model, parts.trainable)
         self.record = Record(folder, parts.tokenizer, self.vocab_size, reporter)
         self.clock = self.record.clock
         self.checkpoints: Checkpoints | None = None
@@ -181,10 +183,16 @@ class _Run:
                     f"The parameters that are not trained differ from those of the run in {self.folder}; "
                     "load the same weights, or start a new run."
                 )
+            changes = settings_difference(self.progress.model, self.model) if self.progress.model else []
+            if changes and not allow_changed_settings:
+                raise TrainingError(
+                    f"The run in {self.folder} trained another model, with arrays of the same shapes: "
+                    f"{'; '.join(changes)}. Load the same model, or start a new run."
+                )
             self.reporter.say(f"Going on after step {self.progress.step} of {self.settings.steps}.")
         else:
             self.collection.forget_all()
-        self.progress = dataclasses.replace(self.progress, settings=settings, frozen_hash=frozen_hash)
+        self.progress = dataclasses.replace(self.progress, settings=settings, frozen_hash=frozen_hash, model=self.model)
         self.record.open(self.progress, open_writers)
 
     def close(self) -> None:

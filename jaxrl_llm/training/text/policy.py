@@ -1,6 +1,7 @@
 """A transformer cut into what is trained and what is frozen, and the two halves of its forward pass."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jaxrl_llm.models.trainable import Trainable
 from jaxrl_llm.models.trainable import first_trained_layer
 from jaxrl_llm.models.transformer import ACTIVATION_AXES
 from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.training.run.checkpoints import flatten_settings
 from jaxrl_llm.training.text.layout import Rows
 from jaxrl_llm.training.text.layout import chosen_states
 from jaxrl_llm.training.text.layout import through_layers
@@ -53,6 +55,18 @@ class Policy:
         x = through_layers(model, x, rows, start=self.first_layer, remat=remat)
         # The norm acts on each state alone: it is applied to those that predict something only.
         return model.final_norm(chosen_states(x, rows))
+
+
+def describe_model(model: Transformer, trainable: Trainable) -> dict[str, Any]:
+    """What a model is besides its parameters, as flat JSON values: two models of the same arrays may still differ in
+    it, in the base of rotary positions or the scale of adapters for example.
+
+    Args:
+        model: prepared by `trainable` or not.
+        trainable: which parameters learn.
+    """
+    numerics = {"param_dtype": model.numerics.param_dtype.name, "compute_dtype": model.numerics.compute_dtype.name}
+    return flatten_settings({"config": model.config, **numerics, "trainable": trainable})
 
 
 def require_positions(model: Transformer, width: int, name: str) -> None:
