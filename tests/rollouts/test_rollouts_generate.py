@@ -288,6 +288,14 @@ def test_prompts_that_do_not_fit_are_refused_by_name(model, prompts):
         run(model, (tokens.astype(jnp.float32), mask))
 
 
+def test_lists_are_no_prompts(model, prompts):
+    tokens, mask = prompts
+    with pytest.raises(TypeError, match="prompt_tokens is a list; it must be an array"):
+        run(model, (tokens.tolist(), mask))
+    with pytest.raises(TypeError, match="prompt_mask is a list; it must be an array"):
+        run(model, (tokens, mask.tolist()))
+
+
 def test_prompts_that_are_none_are_refused_before_anything_is_compiled(model, prompts):
     tokens, mask = prompts
     for token in (-1, -100, VOCABULARY):
