@@ -172,17 +172,14 @@ def test_what_nobody_sampled_is_learned_at_temperature_1(tiny_run, texts, tmp_pa
         make_collector(parts, settings_of(tiny_run), tmp_path)
 
 
-class Said:
+class Said(Quiet):
     """Keeps what it is told."""
 
     def __init__(self) -> None:
         self.sentences: list[str] = []
 
-    def say(self, text: str) -> None:
-        self.sentences.append(text)
-
-    def __getattr__(self, name):
-        return getattr(Quiet(), name)
+    def say(self, message: str) -> None:
+        self.sentences.append(message)
 
 
 @pytest.mark.parametrize(
