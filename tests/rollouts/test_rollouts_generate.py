@@ -54,7 +54,7 @@ def run(model, prompts, settings=AT_ONE, *, step=0, index=None, samples=None, gr
     graphdef, state = nnx.split(model)
     options = {"max_new_tokens": NEW, "pad_id": PAD} | options
     generate = sampler(graphdef, group_size=group, sampling=settings, eos_id=eos, **options)
-    index = jnp.arange(prompts[0].shape[0]) if index is None else index
+    index = jnp.arange(len(prompts[0])) if index is None else index
     return generate(state, *prompts, jax.random.key(5), step, index, samples)
 
 
