@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import shlex
+from collections.abc import Collection
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -159,13 +160,19 @@ def _parse(experiment: "Experiment | Study", words: Sequence[str], start: RunArg
         arguments = from_tyro(start, parsed)
     except ValueError as error:
         raise UserError(f"The settings do not fit: {error}") from error
+    if arguments.wandb is not None and not arguments.wandb.strip():
+        raise UserError(f"Field --wandb is {arguments.wandb!r}; it must be the name of a project.")
     if isinstance(arguments, TrainArguments):
-        _check_seeds(arguments)
+        _check_seeds(arguments, {word.partition("=")[0] for word in words})
     return arguments
 
 
-def _check_seeds(arguments: TrainArguments) -> None:
-    """Hold every seed to the range of a seed, each given once."""
+def _check_seeds(arguments: TrainArguments, given: Collection[str]) -> None:
+    """Hold every seed to the range of a seed, each given once, and in one way."""
+    if "--seeds" in given and not arguments.seeds:
+        raise UserError("Field --seeds has no seeds; it must have at least one, as in --seeds 0 1 2.")
+    if {"--seeds", "--seed"} <= set(given):
+        raise UserError("Fields --seeds and --seed cannot be given together; each run of --seeds has its own.")
     for seed in arguments.seeds:
         check_number("seeds", seed, SEED)
     repeated = sorted({seed for seed in arguments.seeds if arguments.seeds.count(seed) > 1})

@@ -100,11 +100,12 @@ class ReportArguments:
 
 
 def _report(words: list[str]) -> int:
-    from experiments.report import write_report
-
     reject_unknown_fields(words, ["runs-folder"], "report")
     arguments = tyro.cli(ReportArguments, args=words, prog=f"{PROGRAM} report")
     run = run_folder.find_run(arguments.run, arguments.runs_folder)
+    # What draws and computes takes seconds to import; a run that is not there is said at once.
+    from experiments.report import write_report
+
     print(f"report: {write_report(run)}")
     return 0
 
@@ -124,11 +125,11 @@ class ShowArguments:
 
 
 def _show(words: list[str]) -> int:
-    from experiments.show import show
-
     reject_unknown_fields(words, ["step", "row", "runs-folder"], "show")
     arguments = tyro.cli(ShowArguments, args=words, prog=f"{PROGRAM} show")
     run = run_folder.find_run(arguments.run, arguments.runs_folder)
+    from experiments.show import show
+
     with run_folder.named_damage(run):
         show(run, arguments.step, arguments.row)
     return 0
@@ -151,13 +152,13 @@ class CompareArguments:
 
 
 def _compare(words: list[str]) -> int:
-    from experiments.compare import compare_runs
-
     reject_unknown_fields(words, ["output", "runs-folder"], "compare")
     arguments = tyro.cli(CompareArguments, args=words, prog=f"{PROGRAM} compare")
     runs = find_runs(arguments.runs, arguments.runs_folder)
     if len(runs) < 2:
         raise UserError(f"compare was given {len(runs)} run{'s' * (len(runs) != 1)}; it must be at least two.")
+    from experiments.compare import compare_runs
+
     with run_folder.named_damage(*runs):
         print(f"page: {compare_runs(*runs, output=arguments.output)}")
     return 0
@@ -203,13 +204,14 @@ class ResultsArguments:
 
 
 def _results(words: list[str]) -> int:
+    reject_unknown_fields(words, ["runs-folder"], "results")
+    arguments = tyro.cli(ResultsArguments, args=words, prog=f"{PROGRAM} results")
+    runs = [run_folder.find_run(text, arguments.runs_folder) for text in arguments.runs]
     from experiments.results import keep
     from experiments.results import write_tables
 
-    reject_unknown_fields(words, ["runs-folder"], "results")
-    arguments = tyro.cli(ResultsArguments, args=words, prog=f"{PROGRAM} results")
-    for text in arguments.runs:
-        print(f"kept: {keep(run_folder.find_run(text, arguments.runs_folder))}")
+    for run in runs:
+        print(f"kept: {keep(run)}")
     for path in write_tables():
         print(f"written: {path}")
     return 0

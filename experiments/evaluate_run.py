@@ -25,7 +25,6 @@ from experiments.held_out import HeldOutSampler
 from experiments.pass_at_k import estimate
 from experiments.registry import Experiment
 from experiments.registry import get_experiment
-from experiments.report import write_report
 from experiments.run_folder import RunFolder
 from experiments.run_folder import UserError
 from experiments.run_folder import read_json
@@ -82,6 +81,9 @@ def command(arguments: Sequence[str]) -> int:
     result = evaluate_run(run, asked)
     Console().print(table(result))
     print(f"written: {run.shown}/{file_name(result)}")
+    # It draws, and what draws takes seconds to import.
+    from experiments.report import write_report
+
     print(f"report: {write_report(run)}")
     return 0
 

@@ -53,6 +53,8 @@ class FromScratchSettings(RunSettings):
 
 
 RANGES: Ranges = RUN_RANGES | {"width": Range(4, 8192), "layers": Range(1, 256), "heads": Range(1, 256)}
+POSITIONS = 256
+"""The longest row that the model reads [tokens]."""
 MOST_PARAMETERS = 500_000_000
 """A model with random weights that is larger than this is a slip, and takes minutes to make."""
 
@@ -98,7 +100,7 @@ def build(settings: RunSettings) -> tuple[Transformer, Tokenizer]:
         num_kv_heads=settings.heads,
         head_dim=settings.width // settings.heads,
         intermediate_size=3 * settings.width,
-        max_positions=256,
+        max_positions=POSITIONS,
     )
     return Transformer(config, rngs=nnx.Rngs(settings.train.seed)), tokenizer
 
@@ -176,4 +178,5 @@ EXPERIMENT = Experiment(
     by_recipe=BY_RECIPE,
     ranges=RANGES,
     check=check,
+    positions=lambda settings: POSITIONS,
 )

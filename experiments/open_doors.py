@@ -13,6 +13,8 @@ from jaxrl_llm.environments import Task
 from jaxrl_llm.models.trainable import Trainable
 from jaxrl_llm.objectives import Recipe
 from jaxrl_llm.rollouts.perturb import Perturbation
+from jaxrl_llm.training.text.fitting import require_fitting
+from jaxrl_llm.training.text.fitting import stale_sentence
 from jaxrl_llm.training.text.objective import get_objective
 from jaxrl_llm.training.text.signals import choose_signal
 
@@ -29,6 +31,7 @@ class Doors:
         objective: instead of the recipe's loss, or None.
         signal: instead of the recipe's rule, or None.
         check: what was found about an objective of the user's own, or None.
+        stale: what is to be said where old batches are learned as if they were new, or None.
     """
 
     task: Task
@@ -38,6 +41,7 @@ class Doors:
     objective: Callable[..., Any] | str | None
     signal: Callable[..., Any] | None
     check: dict[str, Any] | None
+    stale: str | None
 
 
 def open_doors(experiment: Experiment, settings: RunSettings) -> Doors:
@@ -49,18 +53,15 @@ def open_doors(experiment: Experiment, settings: RunSettings) -> Doors:
     experiment.check(settings)
     settings.check_mesh()
     settings.check_schedule()
+    settings.check_positions(experiment.positions(settings))
     objective, signal = settings.get_objective(), settings.get_signal()
     settings.sources.check()
-    if settings.sources.from_file and settings.train.sampling.temperature != 1:
-        raise UserError("Field --temperature belongs to sampling; what a file brings is learned at temperature 1.")
     if (
         settings.sources.preferences
         and settings.objective not in ("dpo", "ipo")
         and not is_own(settings.objective or "")
     ):
         raise UserError("Field --preferences: pairs are learned by --objective dpo or ipo, or one of your own.")
-    if settings.sources.demonstrations and objective is None:
-        raise UserError("Field --demonstrations: they are learned by --objective nll, distil_forward, ... or your own.")
     if settings.train.ahead and settings.sources.engine == "jax":
         raise UserError(
             f"Field --ahead is {settings.train.ahead}; the built-in sampler works on the devices that train, and a "
@@ -72,7 +73,9 @@ def open_doors(experiment: Experiment, settings: RunSettings) -> Doors:
     if callable(objective) and settings.objective is not None:
         check = examine(settings.objective, objective)
     try:
-        choose_signal(signal, recipe, get_objective(objective, recipe))
+        minimised = get_objective(objective, recipe)
+        chosen = choose_signal(signal, recipe, minimised)
+        require_fitting(settings.sources.brings, minimised, chosen, settings.train)
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
     return Doors(
@@ -83,4 +86,5 @@ def open_doors(experiment: Experiment, settings: RunSettings) -> Doors:
         objective=objective,
         signal=signal,
         check=check,
+        stale=stale_sentence(minimised, chosen, settings.train, recipe=recipe if objective is None else None),
     )

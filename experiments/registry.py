@@ -66,6 +66,7 @@ class Experiment:
             counts more.
         ranges: what the fields of the settings may be.
         check: refuses settings that do not fit each other, before `build`; raises a UserError.
+        positions: the longest row that the model of these settings reads [tokens]; None where it is not known before.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Experiment:
     by_recipe: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     ranges: Ranges = dataclasses.field(default_factory=lambda: RUN_RANGES)
     check: Callable[[RunSettings], None] = lambda settings: None
+    positions: Callable[[RunSettings], int | None] = lambda settings: None
 
     def __post_init__(self) -> None:
         """Refuse settings of a recipe that are no fields."""

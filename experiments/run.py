@@ -19,6 +19,7 @@ from experiments.held_out import HeldOutAnswerer
 from experiments.held_out import HeldOutEvaluation
 from experiments.objective_check import FILE
 from experiments.objective_check import sentences
+from experiments.open_doors import Doors
 from experiments.open_doors import open_doors
 from experiments.progress import progress
 from experiments.registry import Experiment
@@ -51,7 +52,6 @@ from experiments.study import kept_parts
 from experiments.study import run_parts
 from experiments.study import write_study_summary
 from experiments.summary import write_summary
-from jaxrl_llm.environments import Task
 from jaxrl_llm.models.trainable import combine
 from jaxrl_llm.training import MetricWriter
 from jaxrl_llm.training import Parts
@@ -148,7 +148,9 @@ def _check_only(experiment: Experiment | Study, arguments: RunArguments) -> int:
         count = len(get_parts(experiment, arguments.settings))
         said = f"{count} parts would be computed"
     else:
-        open_doors(experiment, arguments.settings)
+        doors = open_doors(experiment, arguments.settings)
+        if doors.stale:
+            print(doors.stale)
         said = f"{arguments.settings.train.steps} steps would be taken"
     for name, value in flat_settings(arguments.settings).items():
         print(f"{name} = {value}")
@@ -186,14 +188,14 @@ def _train(
     again: str,
 ) -> int:
     """Train, evaluate before and after, and write the report."""
-    task, parts, answerer, check = _prepare(experiment, arguments, run)
+    doors, parts, answerer = _prepare(experiment, arguments, run)
     before = {path.name for path in run.path.iterdir()}
-    _write_down(run, config | {"trained": _trained(parts)}, command)
+    _write_down(run, config | {"trained": _trained(parts), "stale": doors.stale}, command)
     _describe_model(run, parts, arguments.settings)
-    if check is not None:
-        write_json(run.path / FILE, check)
-        print("\n".join(sentences(check)))
-    evaluate = HeldOutEvaluation(run, task, answerer, arguments.settings.train.steps)
+    if doors.check is not None:
+        write_json(run.path / FILE, doors.check)
+        print("\n".join(sentences(doors.check)))
+    evaluate = HeldOutEvaluation(run, doors.task, answerer, arguments.settings.train.steps)
     _, learned, frozen = split_policy(parts.model, parts.trainable)
     evaluate.mend_before(combine(learned, frozen))
     # Training takes their buffers over.
@@ -264,10 +266,8 @@ def _choose_folder(arguments: RunArguments, config: Mapping[str, Any]) -> RunFol
     return run
 
 
-def _prepare(
-    experiment: Experiment, arguments: RunArguments, run: RunFolder
-) -> tuple[Task, Parts, HeldOutAnswerer, dict[str, Any] | None]:
-    """Task, model with objective, what answers the held-out problems, and what was found about one's own objective.
+def _prepare(experiment: Experiment, arguments: RunArguments, run: RunFolder) -> tuple[Doors, Parts, HeldOutAnswerer]:
+    """What the settings name, the model with its objective, and what answers the held-out problems.
 
     Raises:
         UserError: one of them is not there, or they do not fit; the folder is removed again if the run is new.
@@ -290,7 +290,7 @@ def _prepare(
             mesh=mesh,
             perturbation=doors.perturbation,
         )
-        return doors.task, parts, HeldOutAnswerer(parts, doors.task, settings.train), doors.check
+        return doors, parts, HeldOutAnswerer(parts, doors.task, settings.train)
     except (ValueError, OSError, ModuleNotFoundError, TrainingError, UserError) as error:
         _remove_if_new(run)
         raise error if isinstance(error, UserError) else UserError(str(error)) from error

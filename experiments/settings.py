@@ -180,15 +180,33 @@ class RunSettings:
         return choices.top_layers(self.top_layers)
 
     def check_mesh(self) -> None:
-        """Refuse a mesh that is none, before there is a model.
+        """Refuse a mesh that is none, or that this machine has not the devices for, before there is a model.
 
         Raises:
-            UserError: it is not of the form data=2,fsdp=1,tensor=1, or names an axis twice.
+            UserError: it is not of the form data=2,fsdp=1,tensor=1, names an axis twice, or needs other devices.
         """
         axes = re.findall("[a-z]+", self.mesh or "")
         if self.mesh is not None and (not MESH.fullmatch(self.mesh) or len(set(axes)) < len(axes)):
             raise UserError(
                 f"Field --mesh is {self.mesh!r}; it must be of the form data=2,fsdp=1,tensor=1, each axis at most once."
+            )
+        try:
+            if self.mesh is not None:
+                parse_mesh(self.mesh)
+        except ValueError as error:
+            raise UserError(f"Field --mesh: {error}") from error
+
+    def check_positions(self, positions: int | None) -> None:
+        """Refuse rows that are longer than what the model reads, where that is known before there is a model.
+
+        Raises:
+            UserError: they are.
+        """
+        width = self.train.prompt_length + self.train.response_length
+        if positions is not None and width > positions:
+            raise UserError(
+                f"Fields --prompt-length and --response-length are {self.train.prompt_length} and "
+                f"{self.train.response_length}, {width} tokens together; the model reads {positions}."
             )
 
     def check_schedule(self) -> None:

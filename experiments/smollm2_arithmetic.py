@@ -15,9 +15,13 @@ the training side, this one gets 0.416 (0.374 to 0.459), and the best, a longer 
 (0.405 to 0.491); plain lists of sums get 0.287 (python -m experiments.benchmarks.untrained_prompts sums_to_99).
 """
 
+from pathlib import Path
+
 from experiments.registry import Expectation
 from experiments.registry import Experiment
+from experiments.run_folder import UserError
 from experiments.settings import RunSettings
+from jaxrl_llm.models.files import regular_file
 from jaxrl_llm.models.pretrained import load_pretrained
 from jaxrl_llm.models.pretrained import smollm2_135m
 from jaxrl_llm.models.tokenizers import Tokenizer
@@ -26,10 +30,35 @@ from jaxrl_llm.training import OptimizerSettings
 from jaxrl_llm.training import TrainSettings
 from jaxrl_llm.training import UpdateSettings
 
+PACKAGED = "smollm2_135m"
+POSITIONS = 8192
+"""The longest row that SmolLM2 reads [tokens]."""
+
+
+def check(settings: RunSettings) -> None:
+    """Refuse what is no model, before it is read.
+
+    Raises:
+        UserError: saying what it is, and what it must be.
+    """
+    expected = f"{PACKAGED!r}, a Hugging Face folder (with config.json) or a GGUF file"
+    if settings.model == PACKAGED:
+        return
+    if not settings.model.strip():
+        raise UserError(f"Field --model is {settings.model!r}; it must be {expected}.")
+    path = Path(settings.model)
+    try:
+        if not path.is_dir():
+            regular_file(path, expected=expected)
+        elif not (path / "config.json").is_file():
+            raise UserError(f"Field --model: the folder {path} has no config.json; it must be {expected}.")
+    except (OSError, ValueError) as error:
+        raise UserError(f"Field --model: {error}") from error
+
 
 def build(settings: RunSettings) -> tuple[Transformer, Tokenizer]:
     """The pretrained model, from its package or from the path that was given."""
-    return smollm2_135m() if settings.model == "smollm2_135m" else load_pretrained(settings.model)
+    return smollm2_135m() if settings.model == PACKAGED else load_pretrained(settings.model)
 
 
 SETTINGS = RunSettings(
@@ -79,4 +108,6 @@ EXPERIMENT = Experiment(
     tiny=TINY,
     expectation=Expectation("accuracy_gain", at_least=0.25),
     build=build,
+    check=check,
+    positions=lambda settings: POSITIONS if settings.model == PACKAGED else None,
 )

@@ -24,12 +24,15 @@ from jaxrl_llm.models.pretrained import load_pretrained
 from jaxrl_llm.models.pretrained import smollm2_135m
 from jaxrl_llm.models.tokenizers import Tokenizer
 from jaxrl_llm.models.weights import save_hf
+from jaxrl_llm.rollouts.collect import Brings
 from jaxrl_llm.rollouts.collect import Collector
 from jaxrl_llm.rollouts.collect import DemonstrationCollector
 from jaxrl_llm.rollouts.collect import EngineSampler
 from jaxrl_llm.rollouts.collect import Law
 from jaxrl_llm.rollouts.collect import PreferenceCollector
 from jaxrl_llm.rollouts.collect import Sampler
+from jaxrl_llm.rollouts.collect.demonstrations import check_demonstrations
+from jaxrl_llm.rollouts.collect.preferences import check_preferences
 from jaxrl_llm.rollouts.collect.samplers import pruned_with_policy
 from jaxrl_llm.rollouts.engines import EngineError
 from jaxrl_llm.rollouts.engines import EngineSettings
@@ -98,14 +101,27 @@ class SourceSettings:
             )
         if self.engine != "openai" and (self.url or self.reload):
             raise UserError(f"Fields --url and --reload belong to --engine openai; --engine is {self.engine!r}.")
+        readers = {"demonstrations": check_demonstrations, "preferences": check_preferences}
         for name, path in (("demonstrations", self.demonstrations), ("preferences", self.preferences)):
             if path and not Path(path).is_file():
                 raise UserError(f"Field --{name}: there is no file {path!r}.")
+            try:
+                if path:
+                    readers[name](path, chat=CHAT_FORMATS[self.chat_format] is not None)
+            except (ValueError, OSError, ModuleNotFoundError) as error:
+                raise UserError(f"Field --{name}: {error}") from error
 
     @property
     def from_file(self) -> bool:
         """Whether a file brings the experience."""
         return bool(self.demonstrations or self.preferences)
+
+    @property
+    def brings(self) -> Brings:
+        """What the experience has beside its tokens."""
+        if self.demonstrations:
+            return DemonstrationCollector.brings
+        return PreferenceCollector.brings if self.preferences else Brings()
 
 
 def open_collector(sources: SourceSettings, tokenizer: Tokenizer, settings: TrainSettings) -> Collector | None:

@@ -5,8 +5,8 @@ before it is opened, since opening a pipe waits for whoever writes into it, for 
 import errno
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import IO
 
 
 def other_kind(mode: int) -> str | None:
@@ -42,7 +42,7 @@ def require_regular(path: Path, *, devices: bool = False) -> None:
         raise OSError(errno.EINVAL, f"it is a {kind}, expected a file", str(path))
 
 
-def open_regular(path: Path) -> IO[bytes]:
+def open_regular(path: Path) -> BufferedReader:
     """A file, opened for reading bytes.
 
     Raises:

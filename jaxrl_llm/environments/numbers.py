@@ -2,11 +2,12 @@
 
 A number is an optional sign and one of
 - digits, grouped by threes or not (1234, 1,234, 1'234, 1_234), with decimals (2.50, .5), an exponent (1e5, 1.5x10^3);
-- a simple fraction (3/4, 3 / 4, \\frac{3}{4}, ¾), or a mixed number (2 1/2, 2½).
-Digits are those of any script (٣ and fullwidth ３ are 3), minus signs those of Unicode as well. A percent sign and a
-unit stay outside: "50%", "50 km" and "50 m^2" hold 50. What digits run on into without being a number (1.2.3, 12:30,
-3/4/5, 10^2, 0x1F, 1,23, 12 345, 0.(3)) is none, and no part of it is: it holds no 3, no 30, no 5. Nor is what stands
-under a root, in another fraction of LaTeX, after ± or as the power of brackets.
+- a simple fraction (3/4, 3 / 4, 3/-4, \\frac{3}{4}, ¾), or a mixed number (2 1/2, 2½).
+Digits are those of any script (٣ and fullwidth ３ are 3), minus signs those of Unicode and the words minus and negative
+as well. A percent sign and a unit stay outside: "50%", "50 km" and "50 m^2" hold 50. What digits run on into without
+being a number (1.2.3, 12:30, 3 : 4, 3/4/5, 10^2, 0x1F, 1,23, 12 345, 0.(3), 1h30, 2024-01-05) is none, and no part of
+it is: it holds no 3, no 30, no 5. Nor is what stands under a root, in another fraction of LaTeX, after ±, as the power
+of brackets or as a subscript.
 
 This serves arithmetic answers at microseconds each. Mathematics (roots, intervals, sets, algebra) needs a parser of
 mathematics: use a library made for it, such as math-verify, in the `score` of a task of your own.
@@ -33,15 +34,17 @@ _SMALL = re.compile("([\u00b2\u00b3\u00b9\u2070\u2074-\u2079]+)[\u2044/]([\u2080
 _SUPERSCRIPT = re.compile("[\u00b2\u00b3\u00b9\u2070\u2074-\u2079\u207a\u207b]+")
 _FRAC = re.compile(
     r"((?<=\d)(?:\\[,!;:\s]|\s)*)?\\[dtc]?frac\s*"
-    r"(?:\{\s*([+-]?\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))"
+    r"(?:\{\s*([+-]?\d+)\s*\}|(\d))\s*(?:\{\s*([+-]?\d+)\s*\}|(\d))"
 )
 _BRACED_COMMA = re.compile(r"(?<=\d)(?:\{,\}|\\[,!;:\s])(?=\d{3})")
 _NO_GROUPING = re.compile(r"\u202f(?!\d{3}(?!\d))")
 _PART = re.compile(
-    r"(?:[\u221a\u221b\u221c\u00b1\u2213][ ]?-?|[)\]][ ]?\^[ ]?[{(]?-?"
+    r"(?:[\u221a\u221b\u221c\u00b1\u2213][ ]?-?|[)\]][ ]?\^[ ]?[{(]?-?|[A-Za-z)\]}]_\{?-?"
     r"|\\(?:[dtc]?frac|[dt]?binom|sqrt|pm|mp)(?![a-zA-Z])\s*(?:\[[^\]]*\]\s*)?(?:\{[^{}]*\}\s*)?\{?\s*[^{}=\s]*)$"
 )
 """What a number that is only a part of something comes after."""
+_MINUS_WORD = re.compile(r"\b(?<!\b[A-Za-z] )(?:minus|negative)[ ]{1,3}(?=[\d.$\\(])", re.IGNORECASE)
+"""A sign as a word; after a single letter it is a subtraction."""
 _WRAPPED = re.compile(r"(?:\\?[$\u00a3\u20ac\u00a5\u20b9]|\\boxed\{|[({\[*`])+$")
 """What may stand between a minus sign and its number."""
 _BEFORE = 80
@@ -50,8 +53,10 @@ _BEFORE = 80
 _RUN = re.compile(
     r"""
     (?<! [A-Za-z}]\^ ) (?<! [A-Za-z}]\^[{(+-] ) (?<! [A-Za-z}]\^[{(][+-] )    # the power of a unit
+    (?<! \d ) (?<! \d\. )                        # nor the rest of one
     (?: \d{1,3} (?:[ ]\d{3})+ (?!\d)              # grouped, or more than one number
-      | (?: \d[\d,]*[ ]{1,3} (?=\d+/\d) )?       # the whole part of a mixed number
+      | \d++ (?:-\d++){2,}                        # a date, or the number of a telephone
+      | (?: \d[\d,]*[ ]{1,3} (?=\d+/[+-]?\d) )?  # the whole part of a mixed number
         (?: 0[xX][\dA-Fa-f]+ | 0[bB][01]+ | 0[oO][0-7]+ | \.?\d )
     )
     (?: \d
@@ -60,9 +65,11 @@ _RUN = re.compile(
       | \u202f (?=\d{3}(?!\d))
       | \*\* [+-]? (?=\d)
       | [ ]?\^ [ ]? [{(]? [+-]? (?=\d)
-      | [ ]?/[ ]? (?=\d)
+      | [ ]?/[ ]? [+-]? (?=\d)
+      | [ ]:[ ] (?=\d)
       | [eE][+-]? (?=\d)
       | [ ]? (?:[xX*]|\\times\b|\\cdot\b) [ ]? (?=10[ ]?\^[ ]?[{(]?[+-]?\d)
+      | [A-Za-z]{1,9} (?=\d)                      # 1h30
     )*
     """,
     re.VERBOSE,
@@ -71,11 +78,11 @@ _DIGITS = r"(?:\d{1,3}(?:([,'_\u202f])\d{3})(?:\GROUP\d{3})*|\d+)"
 _PARTS = re.compile(
     r"(?:(?P<whole>"
     + _DIGITS.replace("GROUP", "2")
-    + r")[ ]{1,3}(?=\d+/))?"
+    + r")[ ]{1,3}(?=\d+/\d))?"
     + r"(?P<number>"
     + _DIGITS.replace("GROUP", "4")
     + r"?(?:\.\d+)?)"
-    + r"(?:[ ]?/[ ]?(?P<below>\d+)|[eE](?P<exponent>[+-]?\d+)"
+    + r"(?:[ ]?/[ ]?(?P<below>[+-]?\d+)|[eE](?P<exponent>[+-]?\d+)"
     + r"|[ ]?(?:[xX*]|\\times|\\cdot)[ ]?10[ ]?\^[ ]?[{(]?(?P<power>[+-]?\d+))?"
 )
 _SEPARATORS = str.maketrans("", "", ",'_\u202f")
@@ -86,6 +93,7 @@ def _plain(text: str) -> str:
     if "\\" in text or "{,}" in text:
         text = _BRACED_COMMA.sub(",", text.translate(_ASCII))
         text = _FRAC.sub(lambda m: f"{'' if m[1] is None else ' '}{m[2] or m[3]}/{m[4] or m[5]}", text)
+    text = _MINUS_WORD.sub("-", text)
     if text.isascii():
         return text
     text = _SMALL.sub(lambda m: _after(m, "/".join(unicodedata.normalize("NFKC", part) for part in m.groups())), text)

@@ -30,6 +30,7 @@ from jaxrl_llm.rollouts.sampling import token_uniforms
 from jaxrl_llm.rollouts.texts import check_left_padded
 from jaxrl_llm.rollouts.texts import check_mask
 from jaxrl_llm.rollouts.texts import check_tokens
+from jaxrl_llm.rollouts.texts import require_arrays
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Bool
 from jaxrl_llm.typing import Float
@@ -140,6 +141,7 @@ def make_generate(
         that `perturb_logits` draws.
 
     Raises:
+        TypeError: from the returned function, for prompts that are no arrays.
         ValueError: for sizes or tokens that cannot be; from the returned function, before it computes anything, for
             arguments that do not fit, prompts that are not left-padded or empty, and prompt tokens that are none of the
             vocabulary (these two are values: not seen inside another jit).
@@ -164,6 +166,7 @@ def make_generate(
     sizes: list[int] = []  # of the vocabulary, once a state was seen
 
     def generate(state, prompt_tokens, prompt_mask, *arguments, **options):
+        require_arrays(prompt_tokens=prompt_tokens, prompt_mask=prompt_mask)
         if not sizes:
             sizes.append(nnx.merge(graphdef, state).config.vocab_size)
         if prompt_tokens.ndim == 2 and prompt_mask.shape == prompt_tokens.shape and prompt_tokens.size:

@@ -16,6 +16,8 @@ from jaxrl_kernels import TokenStatistics
 from jaxrl_kernels import token_statistics
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.rollouts.texts import check_texts
+from jaxrl_llm.rollouts.texts import require_arrays
+from jaxrl_llm.rollouts.texts import require_ids
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Bool
 from jaxrl_llm.typing import Float
@@ -79,10 +81,15 @@ def score(
         TokenStatistics of [B, R] arrays, column r about the token in column T - R + r; they mean nothing at padding.
 
     Raises:
-        ValueError: if the shapes do not fit; where the values are known (not inside jit), if a prompt is not
-            left-padded or a real token is none of the vocabulary. Inside jit the log-prob of such a response token is
-            NaN.
+        TypeError: if texts are no arrays, or the width is no integer.
+        ValueError: if the shapes do not fit or the tokens are no integers; where the values are known (not inside jit),
+            if a prompt is not left-padded or a real token is none of the vocabulary. Inside jit the log-prob of such a
+            response token is NaN.
     """
+    require_arrays(tokens=tokens, token_mask=token_mask)
+    require_ids("tokens", tokens)
+    if isinstance(response_width, bool):
+        raise TypeError(f"response_width is {response_width}; it must be an integer.")
     if not tokens.size:
         raise ValueError(f"tokens has shape {tokens.shape}; it must hold a text")
     check_texts(tokens, token_mask, response_width=response_width, vocabulary=model.config.vocab_size)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -16,6 +17,27 @@ def _known(*arrays: Array) -> bool:
         return not isinstance(x, Tracer) and getattr(x, "is_fully_addressable", True)
 
     return all(here(x) for x in arrays)
+
+
+def require_arrays(**arguments: Any) -> None:
+    """Tokens and masks must be arrays; a list of lists has no shape.
+
+    Raises:
+        TypeError: naming the first that is none.
+    """
+    for name, value in arguments.items():
+        if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+            raise TypeError(f"{name} is a {type(value).__name__}; it must be an array (jnp.asarray makes one).")
+
+
+def require_ids(name: str, tokens: Int[Array, "B T"]) -> None:
+    """Tokens are integers: true and false are no ids.
+
+    Raises:
+        ValueError: they have another dtype.
+    """
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"{name} has dtype {tokens.dtype}; it must be integers.")
 
 
 def check_tokens(name: str, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], *, vocabulary: int) -> None:

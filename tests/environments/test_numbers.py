@@ -26,13 +26,16 @@ VALUES = {
     "\u00b2\u2044\u2083": Fraction(2, 3), "1.5 \u00d7 10\u207b\u00b3": Fraction(3, 2000), "2 x 10 ^ 3": 2000,
     "7\u200b2": 72, "-\u200e5": -5, "72\ufeff": 72, "1\\;000": 1000,
     "0.5": Fraction(1, 2), ".5": Fraction(1, 2), "-.5": Fraction(-1, 2),
+    "minus 3": -3, "negative 72": -72, "Minus 1/2": Fraction(-1, 2), "3/-4": Fraction(-3, 4), "-3/-4": Fraction(3, 4),
+    "3 / \u22124": Fraction(-3, 4), "\\frac{3}{-4}": Fraction(-3, 4),
     "\u0663": 3, "\uff13\uff14": 34, "\u0661\u066b\u0665": Fraction(3, 2), "\u09e7\u09e8": 12,
 }  # fmt: skip
 NONE = (
     "", "-", "none", "12 13", "1,23", "1,2345", "12,34,567", "1.2.3", "12:30", "3/4/5", "3/0", "1e5e5", "10^2", "10**2",
     "10\u00b2", "0x1F", "1e999999999", "9" * 5000, "3 5/4", "2.5 1/2", "1.5/2", "5%", "5 km", "1,234'567", "IV",
     "12 345", "1 000 000", "1 234.5", "0.(3)", "0b101", "0o17", "2 ^ 3", "10\u207b\u00b3", "\\frac{x}{4}", "\\sqrt{4}",
-    "\u221a4", "\u00b13", "(3 + 4)^2",
+    "\u221a4", "\u00b13", "(3 + 4)^2", "2024-01-05", "05\u201301\u20132024", "555-12-34", "1h30", "5m20s", "x_{10}",
+    "x_10", "\\log_{2}", "3 : 4", "3/-0", "2 1/-2",
 )  # fmt: skip
 
 
@@ -66,7 +69,9 @@ def test_what_is_no_number_is_none(text):
         ("\u0661\u0662", "2"), ("1{,}005", "5"), ("1 000", "0"), ("12 345", "345"), ("10\u207b\u00b3", "3"),
         ("\\frac{-3}{4}", "4"), ("\\frac34", "34"), ("\\sqrt{16}", "16"), ("\u221a 16", "16"), ("7\u200b2", "2"),
         ("2\u00a01/2", "1/2"), ("0b101", "101"), ("0.(3)", "3"), ("2 ^ 3", "3"), ("-$72", "72"), ("-\\boxed{72}", "72"),
-        ("72 m\u00b2", "2"), ("x^2", "2"), ("3 \u00b1 1", "1"),
+        ("72 m\u00b2", "2"), ("x^2", "2"), ("3 \u00b1 1", "1"), ("minus 3", "3"), ("negative 72", "72"), ("3/-4", "-4"),
+        ("2024-01-05", "05"), ("2024-01-05", "5"), ("1h30", "30"), ("x_{10}", "10"), ("x_{10}", "0"), ("3 : 4", "4"),
+        ("2 1/-2", "-1/2"), ("\\frac{3}{-4}", "4"),
     ],
     ids=ascii,
 )  # fmt: skip
@@ -87,6 +92,9 @@ def test_no_number_is_found_inside_a_larger_one(text, part):
         ("-$72", "-72"), ("\u2212\u20ac72", "-72"), ("-\\boxed{72}", "-72"), ("7-$3", "3"), ("$5$-$3$", "3"),
         ("-(72)", "-72"),
         ("x-3", "3"), ("COVID-19", "19"), ("it is -3", "-3"), ("\u662f-3", "-3"), ("\\sqrt{16} = 4", "4"),
+        ("7 minus 3", "3"), ("x minus 3", "3"), ("it is minus 3", "-3"), ("minus $3", "-3"), ("Step 1: 4", "4"),
+        ("x_{10} = 4", "4"), ("_42_", "42"), ("the ratio: 4", "4"), ("on 2024-01-05 it was 7", "7"), ("3-5", "5"),
+        ("72 m^10", "72"), ("in 1h30 he ran 12 km", "12"), ("3/-4", "3/-4"),
         ("\\frac{x}{2}. So 5", "5"), ("in 2024 100", "100"), ("3\u00a0apples", "3"),
     ],
     ids=ascii,
@@ -107,12 +115,16 @@ def test_an_answer_takes_microseconds_however_long_its_digits_are():
         "1\\," * 10_000,
         "1" + " " * 40_000 + "x",
         "-" + "(" * 20_000 + "1",
+        "1-" * 10_000,
+        "1a" * 10_000,
+        "minus " * 10_000,
+        "1 : " * 10_000,
     ]
-    start = time.perf_counter()
+    start = time.process_time()
     for _ in range(200):
         Score.exact(texts[0], "42")
-    assert (time.perf_counter() - start) / 200 < 1e-3  # about 10 microseconds where nothing else runs
-    start = time.perf_counter()
+    assert (time.process_time() - start) / 200 < 1e-3  # about 10 microseconds where nothing else runs
+    start = time.process_time()
     for text in texts[1:]:
         Score.exact(text, "42")
-    assert time.perf_counter() - start < 2  # linear in the text
+    assert time.process_time() - start < 2  # linear in the text

@@ -52,12 +52,25 @@ MY_RELOAD = ("--reload", "doors_of_mine:reload")
         (["--engine", "llama_cpp", "--demonstrations", "texts.jsonl"], "experience from a file is sampled by nobody"),
         (["--preferences", "pairs.jsonl"], "pairs are learned by --objective dpo or ipo, or one of your own"),
         (["--preferences", "pairs.jsonl", "--objective", "nll"], "pairs are learned by --objective dpo or ipo"),
-        (["--demonstrations", "texts.jsonl"], "they are learned by --objective nll, distil_forward, ... or your own"),
+        (["--demonstrations", "texts.jsonl"], "learned by the objective nll, distil_forward, ... or your own"),
+        (
+            ["--demonstrations", "texts.jsonl", "--objective", "nll", "--temperature", "0.5", "--dry-run"],
+            "sampling.temperature is 0.5; it belongs to sampling",
+        ),
         (
             ["--demonstrations", "text.jsonl", "--objective", "nll"],
             "Field --demonstrations: there is no file 'text.jso",
         ),
         (["--demonstrations", "texts.jsonl", "--preferences", "pairs.jsonl"], "one file at a time"),
+        (
+            ["--demonstrations", "doors_of_mine.py", "--objective", "nll", "--dry-run"],
+            "Field --demonstrations: line 1 of doors_of_mine.py is not JSON",
+        ),
+        (
+            ["--preferences", "texts.jsonl", "--objective", "dpo", "--dry-run"],
+            "Field --preferences: line 1 of texts.jsonl has the keys ['prompt', 'response']; expected prompt, chosen",
+        ),
+        (["--signal", "math:sqrt", "--dry-run"], "'sqrt' fails on a small batch"),
         (["--signal", "doors_of_mine:nan", "--dry-run"], "'nan' is not finite on a small batch of ordinary numbers"),
         (
             ["--demonstrations", "texts.jsonl", "--objective", "nll", "--signal", "doors_of_mine:mean", "--dry-run"],
@@ -84,8 +97,7 @@ def test_what_is_found_with_the_model_is_a_sentence_too(files, capsys) -> None:
     assert "Field --engine: " in unreachable
     assert "127.0.0.1:9" in unreachable
     assert "s3cret" not in unreachable
-    # Found in the first step, after the policy was evaluated.
-    needs = said(capsys, "--demonstrations", "texts.jsonl", "--objective", "doors_of_mine:off_policy")
+    needs = said(capsys, "--demonstrations", "texts.jsonl", "--objective", "doors_of_mine:off_policy", "--dry-run")
     assert "reads the log-probs of the policy that sampled, which this experience does not have" in needs
     assert not list(files.glob("runs/*/*")), "what learned nothing does not stand in the way of the next try"
 

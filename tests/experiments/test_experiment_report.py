@@ -103,6 +103,16 @@ def test_a_run_that_is_not_complete_has_a_report(synthetic) -> None:
     assert "after training" not in page.split("Answers before and after")[1].split("What it took")[0]
 
 
+def test_the_report_says_that_old_batches_were_learned(tmp_path) -> None:
+    run = write_synthetic_run(tmp_path / "sums" / "old", steps=3, complete=False)
+    write_report(run)
+    assert "has no ratio" not in run.report.read_text()
+    config = json.loads(run.config.read_text())
+    run.config.write_text(json.dumps(config | {"stale": "'grpo' has no ratio to the policy that sampled"}))
+    write_report(run)
+    assert "has no ratio to the policy that sampled" in run.report.read_text()
+
+
 def test_generated_text_is_escaped(synthetic, tmp_path) -> None:
     run = write_synthetic_run(tmp_path / "sums" / "evil")
     answers = json.loads(run.samples.read_text())["answers"]

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -64,6 +66,17 @@ def test_seeds_are_sibling_runs_that_go_on_together(finished_runs, tmp_path, cap
         (["--layers", "200", "--width", "4096"], "million parameters; from_scratch takes at most 500"),
         (["--schedule", "linear", "--warmup-steps", "1000000"], "Field --warmup-steps: warmup_steps is 1000000"),
         (["--mesh", "data=2,data=2"], "each axis at most once"),
+        (
+            ["--mesh", "data=999999"],
+            "Field --mesh: mesh is 'data=999999', a product of 999999; it must be",
+        ),
+        (["--mesh", "data=3", "--dry-run"], "a product of 3; it must be the number of devices"),
+        (["--warmup-steps", "1000000", "--dry-run"], "warmup_steps is 1000000, the run has "),
+        (["--response-length", "100000", "--dry-run"], "100005 tokens together; the model reads 256"),
+        (["--wandb", "", "--dry-run"], "Field --wandb is ''; it must be the name of a project"),
+        (["--seeds", "--dry-run"], "Field --seeds has no seeds"),
+        (["--seeds", "1", "--seed", "2", "--dry-run"], "Fields --seeds and --seed cannot be given together"),
+        (["--seeds", "1", "--seed=2", "--dry-run"], "Fields --seeds and --seed cannot be given together"),
         (["--recipe-settings.mask-maximum", "nan"], "--recipe-settings.mask-maximum is nan; it must be at least"),
         (["--learning-rate", "inf"], "--learning-rate is inf"),
     ],
@@ -96,3 +109,30 @@ def test_a_group_is_found_as_runs_are_and_goes_on_with_its_settings(tmp_path) ->
     (tmp_path / "from_scratch" / "many.group.json").write_text("[]")
     with pytest.raises(UserError, match="is damaged"):
         find_group("many", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--model", ""], "Field --model is ''; it must be 'smollm2_135m', a Hugging Face folder"),
+        (["--model", "/dev/null"], "Field --model: /dev/null is a named pipe, device or socket; expected"),
+        (["--model", "/"], "Field --model: the folder / has no config.json"),
+        (["--model", "nowhere"], "Field --model: nowhere does not exist"),
+        (["--response-length", "100000"], "100052 tokens together; the model reads 8192"),
+    ],
+)
+def test_a_dry_run_of_a_pretrained_model_sees_what_is_none(capsys, words, sentence) -> None:
+    assert main(["run", "smollm2_arithmetic", "--tiny", "--dry-run", *words]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_runs_that_are_not_there_are_said_before_what_draws_is_imported(tmp_path) -> None:
+    code = (
+        "import sys\n"
+        "from experiments.cli import main\n"
+        "for command in ('compare a b', 'report a', 'show a', 'evaluate a', 'results a'):\n"
+        "    print(command[0], main([*command.split(), '--runs-folder', sys.argv[1]]), 'matplotlib' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:-1] == [f"{letter} 2 False" for letter in "crser"]
+    assert done.stderr.count("There is no run") == 5

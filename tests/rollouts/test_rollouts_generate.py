@@ -54,7 +54,7 @@ def run(model, prompts, settings=AT_ONE, *, step=0, index=None, samples=None, gr
     graphdef, state = nnx.split(model)
     options = {"max_new_tokens": NEW, "pad_id": PAD} | options
     generate = sampler(graphdef, group_size=group, sampling=settings, eos_id=eos, **options)
-    index = jnp.arange(prompts[0].shape[0]) if index is None else index
+    index = jnp.arange(len(prompts[0])) if index is None else index
     return generate(state, *prompts, jax.random.key(5), step, index, samples)
 
 
@@ -286,6 +286,14 @@ def test_prompts_that_do_not_fit_are_refused_by_name(model, prompts):
         run(model, (tokens, mask[:, 1:]))
     with pytest.raises(ValueError, match=r"prompt_tokens must be integers of shape \[N, P\], got float32"):
         run(model, (tokens.astype(jnp.float32), mask))
+
+
+def test_lists_are_no_prompts(model, prompts):
+    tokens, mask = prompts
+    with pytest.raises(TypeError, match="prompt_tokens is a list; it must be an array"):
+        run(model, (tokens.tolist(), mask))
+    with pytest.raises(TypeError, match="prompt_mask is a list; it must be an array"):
+        run(model, (tokens, mask.tolist()))
 
 
 def test_prompts_that_are_none_are_refused_before_anything_is_compiled(model, prompts):

@@ -158,3 +158,15 @@ def test_no_texts_and_masks_of_other_numbers_are_refused_by_name(model):
     numbers = rollout.token_mask.astype(jnp.float32).at[1, 2].set(0.5)
     with pytest.raises(ValueError, match=r"token_mask\[1, 2\] is 0.5; a mask must be true or false, or 1 or 0"):
         score(model, rollout.tokens, numbers, response_width=NEW)
+
+
+def test_lists_and_truth_values_are_no_texts_and_no_widths(model):
+    tokens, mask = np.ones((2, 5), np.int32), np.ones((2, 5), bool)
+    with pytest.raises(TypeError, match="tokens is a list; it must be an array"):
+        score(model, tokens.tolist(), mask, response_width=2)
+    with pytest.raises(TypeError, match="token_mask is a list; it must be an array"):
+        score(model, tokens, mask.tolist(), response_width=2)
+    with pytest.raises(ValueError, match="tokens has dtype bool; it must be integers"):
+        score(model, mask, mask, response_width=2)
+    with pytest.raises(TypeError, match="response_width is True; it must be an integer"):
+        score(model, tokens, mask, response_width=True)

@@ -11,15 +11,19 @@ import pytest
 from jaxrl_llm.models.dtypes import cast_model
 from jaxrl_llm.models.tokenizers import ByteTokenizer
 from jaxrl_llm.objectives import get_recipe
+from jaxrl_llm.rollouts import SamplingSettings
 from jaxrl_llm.rollouts.collect import BatchShape
 from jaxrl_llm.rollouts.collect import DemonstrationCollector
 from jaxrl_llm.rollouts.collect import EngineSampler
 from jaxrl_llm.rollouts.collect import Experience
+from jaxrl_llm.rollouts.collect import KeptCollector
 from jaxrl_llm.rollouts.collect import Law
 from jaxrl_llm.rollouts.collect import PreferenceCollector
+from jaxrl_llm.rollouts.collect import Store
 from jaxrl_llm.rollouts.engines import EngineError
 from jaxrl_llm.rollouts.engines import EngineSettings
 from jaxrl_llm.rollouts.engines import JaxEngine
+from jaxrl_llm.training import Quiet
 from jaxrl_llm.training import TrainingError
 from jaxrl_llm.training import UpdateSettings
 from jaxrl_llm.training import make_collector
@@ -114,11 +118,101 @@ def test_recipes_that_need_who_sampled_are_refused_for_demonstrations(tiny_run, 
         collector = DemonstrationCollector(texts, TOKENIZER, rows=8, width=5)
         return tiny_run.make_parts(recipe, collector=collector, task=None), settings_of(tiny_run)
 
-    with pytest.raises(ValueError, match=r"recipe 'trm' masks by the exact KL\(behaviour"):
-        train(*made("trm"), tmp_path)
+    def evaluate(step, state):
+        raise AssertionError("refused before anything is evaluated")
+
     corrected = dataclasses.replace(get_recipe("dapo"), correction="token_truncated")
-    with pytest.raises(ValueError, match="reads the log-probs of the policy that sampled, which this experience does"):
-        train(*made(corrected), tmp_path)
+    for recipe in ("trm", corrected):
+        with pytest.raises(ValueError, match="reads the log-probs of the policy that sampled, which this experience"):
+            train(*made(recipe), tmp_path, evaluate=evaluate)
+
+
+def pairs_of(folder) -> PreferenceCollector:
+    (folder / "pairs.jsonl").write_text('{"prompt": "1>", "chosen": "1", "rejected": "2"}\n' * 4)
+    return PreferenceCollector(folder / "pairs.jsonl", TOKENIZER, pairs=4, width=5)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_needs_rewards_is_refused_for_demonstrations(wrapped, tiny_run, texts, tmp_path) -> None:
+    collector = DemonstrationCollector(texts, TOKENIZER, rows=8, width=5)
+    if wrapped:
+        collector = KeptCollector(collector, Store(tmp_path / "kept"))
+
+    def refused(sentence, **doors):
+        parts = tiny_run.make_parts("dapo", collector=collector, task=None, **doors)
+        with pytest.raises(ValueError, match=sentence):
+            make_collector(parts, settings_of(tiny_run), tmp_path)
+
+    refused("the signal 'group_normalised' reads rewards, and demonstrations have none, so nothing would be learned")
+    refused("the objective 'dpo' reads rewards", objective="dpo")
+
+    def centred(x):
+        return x.rewards - x.rewards.mean()
+
+    def scaled(x):
+        return x.rewards / (x.rewards.sum() + 1e-6)
+
+    refused("the signal 'centred' reads rewards", signal=centred)
+    refused("the signal 'scaled' reads rewards", signal=scaled)
+    refused("the signal 'group_normalised' reads rewards", objective=lambda batch: -(batch.advantages.sum()))
+    # One that reads none gives everybody's advantage, and is learned.
+    fine = tiny_run.make_parts(
+        "dapo", collector=collector, task=None, signal=lambda x: jnp.where(x.response_mask, 1.0, 0.0)
+    )
+    make_collector(fine, settings_of(tiny_run), tmp_path)
+
+
+def test_what_nobody_sampled_is_learned_at_temperature_1(tiny_run, texts, tmp_path) -> None:
+    warm = settings_of(tiny_run, sampling=SamplingSettings(temperature=0.5))
+    demonstrations = DemonstrationCollector(texts, TOKENIZER, rows=8, width=5)
+    for collector, objective in ((demonstrations, "nll"), (pairs_of(tmp_path), "dpo")):
+        parts = tiny_run.make_parts(collector=collector, objective=objective, task=None)
+        with pytest.raises(ValueError, match=r"sampling.temperature is 0.5; it belongs to sampling"):
+            make_collector(parts, warm, tmp_path)
+        make_collector(parts, settings_of(tiny_run), tmp_path)
+
+
+class Said(Quiet):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.sentences: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.sentences.append(message)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "stale"),
+    [
+        ("dapo", {}, True),
+        ("rloo", {}, True),
+        ("dapo", {"denominator": "behaviour"}, False),
+        ("rloo", {"denominator": "behaviour"}, True),
+        ("dapo", {"correction": "token_truncated"}, False),
+    ],
+)
+@pytest.mark.parametrize("replay", [1, 2])
+def test_old_batches_without_a_ratio_to_their_sampler_are_said(recipe, changes, stale, replay, tiny_run, tmp_path):
+    parts = tiny_run.make_parts(dataclasses.replace(get_recipe(recipe), **changes))
+    said = Said()
+    train(parts, settings_of(tiny_run, steps=1, replay=replay), tmp_path, reporter=said)
+    found = [text for text in said.sentences if "has no ratio to the policy that sampled" in text]
+    assert len(found) == (stale and replay > 1)
+
+
+def test_a_loss_of_ones_own_has_the_ratio_where_it_reads_it(tiny_run, tmp_path) -> None:
+    def off(batch):
+        ratio = jnp.exp(batch.log_prob - batch.log_prob_behaviour)
+        return -(ratio * batch.advantages * batch.response_mask).sum(), batch.response_mask.sum()
+
+    def on(batch):
+        return -(batch.log_prob * batch.advantages * batch.response_mask).sum(), batch.response_mask.sum()
+
+    settings = settings_of(tiny_run, replay=2)
+    assert tiny_run.make_trainer(tiny_run.make_parts(objective=off), settings)[0].stale is None
+    assert "'on' has no ratio" in tiny_run.make_trainer(tiny_run.make_parts(objective=on), settings)[0].stale
+    assert tiny_run.make_trainer(tiny_run.make_parts(objective="nll"), settings)[0].stale is None
 
 
 def test_exact_masks_of_replayed_batches_are_refused_for_what_they_are(tiny_run, tmp_path) -> None:

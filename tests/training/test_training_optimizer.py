@@ -104,3 +104,11 @@ def test_numbers_that_are_not_finite_are_refused_everywhere(value):
     ):
         with pytest.raises(ValueError, match=rf"^{name} "):
             settings(**{name: value})
+
+
+def test_a_warm_up_ends_within_the_run():
+    for schedule, steps in (("constant", 9), ("linear", 10), ("cosine", 10)):
+        with pytest.raises(ValueError, match=f"warmup_steps is 10, the run has {steps} optimiser steps; it must be "):
+            learning_rate_schedule(OptimizerSettings(schedule=schedule, warmup_steps=10), steps)
+    reached = learning_rate_schedule(OptimizerSettings(learning_rate=0.5, warmup_steps=10), 10)
+    np.testing.assert_allclose(reached(9), 0.5)

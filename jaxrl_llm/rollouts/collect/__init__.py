@@ -6,10 +6,12 @@ from jaxrl_llm.rollouts.collect.ahead import AheadCollector as AheadCollector
 from jaxrl_llm.rollouts.collect.demonstrations import DemonstrationCollector as DemonstrationCollector
 from jaxrl_llm.rollouts.collect.preferences import PreferenceCollector as PreferenceCollector
 from jaxrl_llm.rollouts.collect.protocol import BatchShape as BatchShape
+from jaxrl_llm.rollouts.collect.protocol import Brings as Brings
 from jaxrl_llm.rollouts.collect.protocol import CollectError as CollectError
 from jaxrl_llm.rollouts.collect.protocol import Collector as Collector
 from jaxrl_llm.rollouts.collect.protocol import Experience as Experience
 from jaxrl_llm.rollouts.collect.protocol import PolicySnapshot as PolicySnapshot
+from jaxrl_llm.rollouts.collect.protocol import brought_by as brought_by
 from jaxrl_llm.rollouts.collect.protocol import check_experience as check_experience
 from jaxrl_llm.rollouts.collect.replay import ReplayCollector as ReplayCollector
 from jaxrl_llm.rollouts.collect.samplers import NOBODYS_LAW as NOBODYS_LAW

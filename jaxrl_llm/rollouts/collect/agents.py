@@ -14,6 +14,7 @@ from jaxrl_llm.environments.worlds import Panel
 from jaxrl_llm.models.tokenizers import Tokenizer
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.rollouts.collect.protocol import BatchShape
+from jaxrl_llm.rollouts.collect.protocol import Brings
 from jaxrl_llm.rollouts.collect.protocol import Experience
 from jaxrl_llm.rollouts.collect.protocol import PolicySnapshot
 from jaxrl_llm.rollouts.collect.samplers import SAMPLING
@@ -153,6 +154,8 @@ class AgentCollector(_Episodes):
 
 class ExpertCollector(_Episodes):
     """The world's expert acts; for a supervised warm start, which learns its actions only."""
+
+    brings = Brings(log_probs=False)
 
     def __init__(
         self, world: ArrayWorld, panel: Panel, tokenizer: Tokenizer, *, seed: int, tasks: int, samples: int = 0

@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_llm.rollouts.collect.protocol import BatchShape
+from jaxrl_llm.rollouts.collect.protocol import Brings
 from jaxrl_llm.rollouts.collect.protocol import Collector
 from jaxrl_llm.rollouts.collect.protocol import Experience
 from jaxrl_llm.rollouts.collect.protocol import PolicySnapshot
+from jaxrl_llm.rollouts.collect.protocol import brought_by
 from jaxrl_llm.typing import PRNGKey
 
 
@@ -40,6 +42,11 @@ class AheadCollector:
     def shape(self) -> BatchShape:
         """See `Collector.shape`."""
         return self._collector.shape
+
+    @property
+    def brings(self) -> Brings:
+        """What the collector brings."""
+        return brought_by(self._collector)
 
     def collect(self, policy: PolicySnapshot, key: PRNGKey, step: int, cursor: Mapping[str, Any]) -> Experience:
         """See `Collector.collect`; adds `perf/ahead_saved`, the share of the sampling time that nobody waited for."""

@@ -25,6 +25,7 @@ from jaxrl_llm.rollouts.collect.dialogs import DialogEncoder
 from jaxrl_llm.rollouts.collect.dialogs import Row
 from jaxrl_llm.rollouts.collect.dialogs import TooLong
 from jaxrl_llm.rollouts.collect.dialogs import as_messages
+from jaxrl_llm.rollouts.collect.dialogs import check_turns
 from jaxrl_llm.rollouts.collect.dialogs import chosen_texts
 from jaxrl_llm.rollouts.collect.dialogs import fitted
 from jaxrl_llm.rollouts.collect.dialogs import require_settings
@@ -33,6 +34,7 @@ from jaxrl_llm.rollouts.collect.dialogs import rows_to_trajectories
 from jaxrl_llm.rollouts.collect.epochs import Walk
 from jaxrl_llm.rollouts.collect.epochs import take
 from jaxrl_llm.rollouts.collect.protocol import BatchShape
+from jaxrl_llm.rollouts.collect.protocol import Brings
 from jaxrl_llm.rollouts.collect.protocol import Experience
 from jaxrl_llm.rollouts.collect.protocol import PolicySnapshot
 from jaxrl_llm.rollouts.collect.records import Record
@@ -55,6 +57,8 @@ class DemonstrationCollector:
 
     The cursor is {"epoch", "position", "file"}: records done in this epoch, and the SHA-256 of the file.
     """
+
+    brings = Brings(rewards=False, log_probs=False)
 
     def __init__(
         self,
@@ -94,7 +98,7 @@ class DemonstrationCollector:
         self._tokenizer, self._encoder = tokenizer, DialogEncoder(tokenizer, chat_format)
         self._too_long: TooLong = too_long
         self._seed, self._samples = seed, samples
-        self._ignored, self._form = frozenset(ignored), frozenset[str]()
+        self._lines = _Lines(ignored)
         self._records = open_records(path, self._check)
 
     @property
@@ -144,10 +148,39 @@ class DemonstrationCollector:
 
     def _row(self, index: int) -> Row | None:
         record, place = self._records[index], self._records.place(index)
-        row = self._encoder.encode(_dialog(record, self._form, place))
+        row = self._encoder.encode(self._lines.dialog(record, place))
         return fitted(row, self._shape.width, self._shape.actions, self._too_long)
 
     def _check(self, record: Record, place: str) -> None:
+        self._encoder.check(self._lines.dialog(record, place), place)
+
+
+def check_demonstrations(path: str | Path, *, chat: bool) -> None:
+    """Read a file of demonstrations as far as no tokenizer is needed for it.
+
+    Args:
+        path: the file.
+        chat: whether turns will be written in a chat format.
+
+    Raises:
+        FileNotFoundError, ModuleNotFoundError, ValueError: as `DemonstrationCollector`.
+    """
+    lines = _Lines(())
+    open_records(path, lambda record, place: check_turns(lines.dialog(record, place), place, chat=chat))
+
+
+class _Lines:
+    """Lines of one form, as dialogues; the first one says which form that is."""
+
+    def __init__(self, ignored: Sequence[str]) -> None:
+        self._ignored, self._form = frozenset(ignored), frozenset[str]()
+
+    def dialog(self, record: Record, place: str) -> Dialog:
+        """The dialogue of a line.
+
+        Raises:
+            ValueError: it has other keys than it may have, or than the lines before it, or a value of another type.
+        """
         keys = frozenset(record) - self._ignored
         if keys - {OPTIONAL_INPUT} not in FORMS or (OPTIONAL_INPUT in keys and "instruction" not in keys):
             raise ValueError(
@@ -160,7 +193,7 @@ class DemonstrationCollector:
                 f"{place} has the keys {sorted(form)}, lines before it {sorted(self._form)}; mix no forms."
             )
         self._form = form
-        self._encoder.check(_dialog(record, form, place), place)
+        return _dialog(record, form, place)
 
 
 def _dialog(record: Record, form: frozenset[str], place: str) -> Dialog:

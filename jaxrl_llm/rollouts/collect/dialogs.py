@@ -90,6 +90,30 @@ def as_messages(value: object, role: str, place: str) -> tuple[Message, ...]:
     return tuple(value)
 
 
+def check_turns(dialog: Dialog, place: str, *, chat: bool) -> None:
+    """Raise a ValueError, naming the place, unless its turns make a dialogue, whatever the tokenizer.
+
+    Args:
+        dialog: the turns.
+        place: where it stands.
+        chat: whether turns are written in a chat format; without one there is one prompt and one response.
+    """
+    if not dialog.messages:
+        raise ValueError(f"{place} has no messages; a demonstration needs a prompt and a response.")
+    roles = [message["role"] for message in dialog.messages]
+    if roles[-1] != "assistant" or len(roles) <= dialog.first_chosen:
+        raise ValueError(f"{place} has no response: it ends with a turn of the {roles[-1]}, not of the assistant.")
+    if "assistant" in roles[:1]:
+        raise ValueError(f"{place} begins with the assistant's turn; a prompt must stand before it.")
+    for number, message in enumerate(dialog.messages):
+        if message["role"] == "assistant" and number >= dialog.first_chosen and not message["content"].strip():
+            raise ValueError(f"{place} has an empty response in message {number + 1}; every response needs text.")
+    if not chat and roles != ["user", "assistant"]:
+        raise ValueError(
+            f"{place} has the turns {', '.join(roles)}; without a chat format only one prompt and one response fit."
+        )
+
+
 class DialogEncoder:
     """Turns dialogues into rows as the sampler would have made them.
 
@@ -119,25 +143,12 @@ class DialogEncoder:
 
     def check(self, dialog: Dialog, place: str) -> None:
         """Raise a ValueError, naming the place, unless the dialogue can be encoded."""
-        if not dialog.messages:
-            raise ValueError(f"{place} has no messages; a demonstration needs a prompt and a response.")
+        check_turns(dialog, place, chat=self.chat_format is not None)
         for message in dialog.messages:
             if found := self._control.search(message["content"]):
                 raise ValueError(
                     f"{place} has {found.group()!r} in a text; the name of a control token cannot stand there."
                 )
-        roles = [message["role"] for message in dialog.messages]
-        if roles[-1] != "assistant" or len(roles) <= dialog.first_chosen:
-            raise ValueError(f"{place} has no response: it ends with a turn of the {roles[-1]}, not of the assistant.")
-        if "assistant" in roles[:1]:
-            raise ValueError(f"{place} begins with the assistant's turn; a prompt must stand before it.")
-        for number, message in enumerate(dialog.messages):
-            if message["role"] == "assistant" and number >= dialog.first_chosen and not message["content"].strip():
-                raise ValueError(f"{place} has an empty response in message {number + 1}; every response needs text.")
-        if self.chat_format is None and roles != ["user", "assistant"]:
-            raise ValueError(
-                f"{place} has the turns {', '.join(roles)}; without a chat format only one prompt and one response fit."
-            )
         if self.chat_format is None and not self.tokenizer.encode(dialog.messages[0]["content"]):
             raise ValueError(f"{place} has an empty prompt; without a chat format it must have at least one token.")
 

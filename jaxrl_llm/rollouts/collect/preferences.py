@@ -21,6 +21,7 @@ from jaxrl_llm.rollouts.collect.dialogs import DialogEncoder
 from jaxrl_llm.rollouts.collect.dialogs import Row
 from jaxrl_llm.rollouts.collect.dialogs import TooLong
 from jaxrl_llm.rollouts.collect.dialogs import as_messages
+from jaxrl_llm.rollouts.collect.dialogs import check_turns
 from jaxrl_llm.rollouts.collect.dialogs import chosen_texts
 from jaxrl_llm.rollouts.collect.dialogs import fitted
 from jaxrl_llm.rollouts.collect.dialogs import require_settings
@@ -29,6 +30,7 @@ from jaxrl_llm.rollouts.collect.dialogs import rows_to_trajectories
 from jaxrl_llm.rollouts.collect.epochs import Walk
 from jaxrl_llm.rollouts.collect.epochs import take
 from jaxrl_llm.rollouts.collect.protocol import BatchShape
+from jaxrl_llm.rollouts.collect.protocol import Brings
 from jaxrl_llm.rollouts.collect.protocol import Experience
 from jaxrl_llm.rollouts.collect.protocol import PolicySnapshot
 from jaxrl_llm.rollouts.collect.records import Record
@@ -49,6 +51,8 @@ class PreferenceCollector:
     Pairs whose rows have the same tokens (as cut) say nothing, and neither do ties: both are dropped and counted. The
     cursor is that of `DemonstrationCollector`.
     """
+
+    brings = Brings(log_probs=False)
 
     def __init__(
         self,
@@ -153,20 +157,47 @@ class PreferenceCollector:
         return "equal" if np.array_equal(chosen.tokens, rejected.tokens) else (chosen, rejected)
 
     def _check(self, record: Record, place: str) -> None:
-        keys = frozenset(record) - self._ignored
-        if not frozenset(KEYS) <= keys <= frozenset((*KEYS, *SCORES)):
-            raise ValueError(
-                f"{place} has the keys {sorted(record)}; expected {', '.join(KEYS)}, and perhaps "
-                f"{' and '.join(SCORES)}. Further keys can be named to be ignored."
-            )
-        scores = [record.get(name) for name in SCORES]
-        if any(score is not None and type(score) not in (int, float) for score in scores):
-            raise ValueError(f"{place} has the scores {scores}; expected numbers.")
-        better, worse = scores
-        if better is not None and worse is not None and not better >= worse:
-            raise ValueError(f"{place} has the scores {scores}; the chosen answer must not have the lower one.")
-        for dialog in _dialogs(record, place):
+        for dialog in _checked(record, place, self._ignored):
             self._encoder.check(dialog, place)
+
+
+def check_preferences(path: str | Path, *, chat: bool) -> None:
+    """Read a file of pairs as far as no tokenizer is needed for it.
+
+    Args:
+        path: the file.
+        chat: whether turns will be written in a chat format.
+
+    Raises:
+        FileNotFoundError, ModuleNotFoundError, ValueError: as `PreferenceCollector`.
+    """
+
+    def check(record: Record, place: str) -> None:
+        for dialog in _checked(record, place, frozenset()):
+            check_turns(dialog, place, chat=chat)
+
+    open_records(path, check)
+
+
+def _checked(record: Record, place: str, ignored: frozenset[str]) -> list[Dialog]:
+    """The dialogues of a line that has what it must have.
+
+    Raises:
+        ValueError: naming the place, what stands there and what is expected.
+    """
+    keys = frozenset(record) - ignored
+    if not frozenset(KEYS) <= keys <= frozenset((*KEYS, *SCORES)):
+        raise ValueError(
+            f"{place} has the keys {sorted(record)}; expected {', '.join(KEYS)}, and perhaps "
+            f"{' and '.join(SCORES)}. Further keys can be named to be ignored."
+        )
+    scores = [record.get(name) for name in SCORES]
+    if any(score is not None and type(score) not in (int, float) for score in scores):
+        raise ValueError(f"{place} has the scores {scores}; expected numbers.")
+    better, worse = scores
+    if better is not None and worse is not None and not better >= worse:
+        raise ValueError(f"{place} has the scores {scores}; the chosen answer must not have the lower one.")
+    return _dialogs(record, place)
 
 
 def _is_tie(record: Record) -> bool:

@@ -73,6 +73,19 @@ class BatchShape:
 
 
 @dataclass(frozen=True)
+class Brings:
+    """What every batch of a collector has, beside its tokens.
+
+    Attributes:
+        rewards: whether anybody rewarded what was chosen; where nobody did, all rewards are 0.
+        log_probs: whether the log-probs of the policy that sampled are recorded; where they are not, no policy sampled.
+    """
+
+    rewards: bool = True
+    log_probs: bool = True
+
+
+@dataclass(frozen=True)
 class Experience:
     """A batch of trajectories, and what only the host needs of it.
 
@@ -94,7 +107,11 @@ class Experience:
 
 
 class Collector(Protocol):
-    """Brings batches of experience."""
+    """Brings batches of experience.
+
+    One that lacks rewards or recorded log-probs says so in an attribute `brings`, a `Brings`, so that what reads them
+    is refused before anything is computed; a collector without the attribute has both.
+    """
 
     @property
     def shape(self) -> BatchShape:
@@ -116,6 +133,11 @@ class Collector(Protocol):
             CollectError, EngineError: it could not be had.
         """
         ...
+
+
+def brought_by(collector: Collector) -> Brings:
+    """What a collector says that it brings."""
+    return getattr(collector, "brings", Brings())
 
 
 def check_experience(experience: Experience, shape: BatchShape, *, vocab_size: int, name: str) -> None:

@@ -12,9 +12,11 @@ import jax
 import numpy as np
 
 from jaxrl_llm.rollouts.collect.protocol import BatchShape
+from jaxrl_llm.rollouts.collect.protocol import Brings
 from jaxrl_llm.rollouts.collect.protocol import Collector
 from jaxrl_llm.rollouts.collect.protocol import Experience
 from jaxrl_llm.rollouts.collect.protocol import PolicySnapshot
+from jaxrl_llm.rollouts.collect.protocol import brought_by
 from jaxrl_llm.rollouts.collect.store import Store
 from jaxrl_llm.typing import PRNGKey
 
@@ -42,6 +44,11 @@ class ReplayCollector:
         """That of the collector, with `size` times its rows."""
         shape = self._collector.shape
         return dataclasses.replace(shape, rows=shape.rows * self._size)
+
+    @property
+    def brings(self) -> Brings:
+        """What the collector brings."""
+        return brought_by(self._collector)
 
     def collect(self, policy: PolicySnapshot, key: PRNGKey, step: int, cursor: Mapping[str, Any]) -> Experience:
         """See `Collector.collect`; texts, samples, metrics and the cursor are those of the new batch, and `per_row` has

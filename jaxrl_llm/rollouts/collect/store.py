@@ -12,10 +12,12 @@ import numpy as np
 from jaxrl_llm.durable import sync
 from jaxrl_llm.regular import read_regular
 from jaxrl_llm.rollouts.collect.protocol import BatchShape
+from jaxrl_llm.rollouts.collect.protocol import Brings
 from jaxrl_llm.rollouts.collect.protocol import CollectError
 from jaxrl_llm.rollouts.collect.protocol import Collector
 from jaxrl_llm.rollouts.collect.protocol import Experience
 from jaxrl_llm.rollouts.collect.protocol import PolicySnapshot
+from jaxrl_llm.rollouts.collect.protocol import brought_by
 from jaxrl_llm.trajectory_files import TrajectoryFileError
 from jaxrl_llm.trajectory_files import read_episodes
 from jaxrl_llm.trajectory_files import write_trajectories
@@ -99,6 +101,11 @@ class KeptCollector:
     def shape(self) -> BatchShape:
         """See `Collector.shape`."""
         return self._collector.shape
+
+    @property
+    def brings(self) -> Brings:
+        """What the collector brings."""
+        return brought_by(self._collector)
 
     def collect(self, policy: PolicySnapshot, key: PRNGKey, step: int, cursor: Mapping[str, Any]) -> Experience:
         """See `Collector.collect`."""

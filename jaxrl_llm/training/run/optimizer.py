@@ -57,11 +57,14 @@ def learning_rate_schedule(settings: OptimizerSettings, total_steps: int) -> opt
         total_steps: optimiser steps in the whole run, where "linear" and "cosine" end. [steps]
 
     Raises:
-        ValueError: the warm-up is as long as the run.
+        ValueError: the warm-up is longer than the run, so that its rate is never reached; or as long, where the rate is
+            to fall after it.
     """
-    if total_steps <= settings.warmup_steps and settings.schedule != "constant":
+    constant = settings.schedule == "constant"
+    if total_steps < settings.warmup_steps + (not constant):
         raise ValueError(
-            f"warmup_steps is {settings.warmup_steps}, the run has {total_steps} optimiser steps; it must be smaller."
+            f"warmup_steps is {settings.warmup_steps}, the run has {total_steps} optimiser steps; it must be "
+            f"{'at most as many' if constant else 'smaller'}."
         )
     peak, rest = settings.learning_rate, total_steps - settings.warmup_steps
     if settings.schedule == "linear":

@@ -16,11 +16,14 @@ from jaxrl_llm.rollouts.collect import ReplayCollector
 from jaxrl_llm.rollouts.collect import Sampler
 from jaxrl_llm.rollouts.collect import Store
 from jaxrl_llm.rollouts.collect import TaskCollector
+from jaxrl_llm.rollouts.collect import brought_by
 from jaxrl_llm.rollouts.collect.samplers import pruned_with_policy
+from jaxrl_llm.training.text.fitting import require_fitting
 from jaxrl_llm.training.text.objective import get_objective
 from jaxrl_llm.training.text.settings import Parts
 from jaxrl_llm.training.text.settings import TrainSettings
 from jaxrl_llm.training.text.settings import end_tokens
+from jaxrl_llm.training.text.signals import choose_signal
 
 
 class Collection(NamedTuple):
@@ -60,12 +63,15 @@ def make_collector(parts: Parts, settings: TrainSettings, folder: Path) -> Colle
     """The collector of a run in that folder.
 
     Raises:
-        ValueError: neither task nor collector, a sampler that cannot do what is asked, or ids of the model that the
-            tokenizer has no text for.
+        ValueError: neither task nor collector, a collector without what objective or signal reads, a sampler that
+            cannot do what is asked, or ids of the model that the tokenizer has no text for.
     """
     require_texts(parts.tokenizer, parts.model.config.vocab_size)
     sampler: Sampler | None = None
     if parts.collector is not None:
+        objective = get_objective(parts.objective, parts.recipe)
+        signal = choose_signal(parts.signal, parts.recipe, objective)
+        require_fitting(brought_by(parts.collector), objective, signal, settings)
         collector, law, repeatable = parts.collector, NOBODYS_LAW, True
         if settings.ahead:
             raise ValueError("ahead needs a sampler of its own; a collector of yours decides itself when it samples.")

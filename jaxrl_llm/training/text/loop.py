@@ -192,6 +192,8 @@ class _Run:
             self.reporter.say(f"Going on after step {self.progress.step} of {self.settings.steps}.")
         else:
             self.collection.forget_all()
+        if self.trainer.stale:
+            self.reporter.say(self.trainer.stale)
         self.progress = dataclasses.replace(self.progress, settings=settings, frozen_hash=frozen_hash, model=self.model)
         self.record.open(self.progress, open_writers)
 

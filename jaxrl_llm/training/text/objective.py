@@ -17,6 +17,7 @@ from jaxrl_llm.checks import require_choice
 from jaxrl_llm.masked import masked_sum_count
 from jaxrl_llm.objectives import LossTerms
 from jaxrl_llm.objectives import Recipe
+from jaxrl_llm.objectives import loss_needs
 from jaxrl_llm.objectives import policy_loss
 from jaxrl_llm.objectives.distillation import forward_kl
 from jaxrl_llm.objectives.distillation import reverse_kl
@@ -26,8 +27,6 @@ from jaxrl_llm.objectives.preferences import dpo
 from jaxrl_llm.objectives.preferences import ipo
 from jaxrl_llm.objectives.preferences import preference_metrics
 from jaxrl_llm.objectives.ratios import token_log_ratio
-from jaxrl_llm.objectives.rules import MASKS
-from jaxrl_llm.objectives.rules import SURROGATES
 from jaxrl_llm.testing import Batch
 from jaxrl_llm.testing import example_batch
 from jaxrl_llm.testing.case import as_pair
@@ -82,14 +81,8 @@ class Objective(NamedTuple):
 
 def recipe_objective(recipe: Recipe) -> Objective:
     """The loss of a recipe."""
-    needs = {"advantages", "log_prob_old"}
-    if "kl_t" in SURROGATES[recipe.surrogate].needs or (recipe.mask != "none" and "kl_t" in MASKS[recipe.mask].needs):
-        needs.add("kl_t")
-    if recipe.correction != "none" or recipe.denominator == "behaviour" or recipe.mask != "none":
-        needs.add("log_prob_behaviour")
-    if recipe.kl_estimator != "none" and recipe.kl_coefficient != 0:
-        needs.add("log_prob_ref")
-        needs |= {"kl_ref_t"} if recipe.kl_estimator == "exact" else set()
+    # target_kept comes with `log_min_p`; the old log-probs are there for the metrics of every recipe.
+    needs = {"advantages", "log_prob_old", *loss_needs(recipe)} - {"target_kept"}
 
     def loss(batch: Batch, extras: Extras) -> LossTerms:
         return policy_loss(

@@ -38,15 +38,17 @@ class Signal(NamedTuple):
         needs: names of the inputs that must be computed for it.
         advantages: (inputs) -> advantages, or (advantages, weights).
         targets: (inputs) -> what the critic is trained towards; None where there is no critic.
+        reads_rewards: whether the advantages depend on the rewards.
     """
 
     name: str
     needs: frozenset[str]
     advantages: UserSignal
     targets: Callable[[SignalInputs], Array] | None = None
+    reads_rewards: bool = True
 
 
-NO_SIGNAL = Signal("none", frozenset(), lambda inputs: jnp.ones_like(inputs.rewards))
+NO_SIGNAL = Signal("none", frozenset(), lambda inputs: jnp.ones_like(inputs.rewards), reads_rewards=False)
 """Every row counts the same: for objectives that read no advantages."""
 
 
@@ -87,7 +89,7 @@ def user_signal(function: UserSignal, recipe: Recipe) -> Signal:
         # Monte Carlo returns by GAE: with the recipe's own numbers, whatever the signal makes of the values.
         critic = dataclasses.replace(recipe, advantage="gae")
         targets = jax.jit(lambda x: value_targets(critic, x))
-    return Signal(name, needs, function, targets)
+    return Signal(name, needs, function, targets, reads_rewards=_reads_rewards(function, example))
 
 
 def choose_signal(given: UserSignal | None, recipe: Recipe, objective: Objective) -> Signal:
@@ -120,23 +122,31 @@ def refuse_unrecorded(objective: Objective, signal: Signal) -> None:
 
 def _inputs_read(function: UserSignal, example: SignalInputs) -> frozenset[str]:
     """Names of the inputs whose values a signal depends on: replaced by others, one at a time, they change it."""
-    shape = example.response_mask.shape
+    read = []
+    for name in ("log_prob_behaviour", "entropy", "collision", "values", *OF_REFERENCE):
+        value = vars(example)[name]
+        if any(_changes(function, example, **{name: other}) for other in (None, value * 3 + 1)):
+            read.append(name)
+    return frozenset(read)
+
+
+def _reads_rewards(function: UserSignal, example: SignalInputs) -> bool:
+    # Squared, as a signal may take out scale and mean.
+    return _changes(function, example, rewards=example.rewards**2, rewards_t=example.rewards_t**2)
+
+
+def _changes(function: UserSignal, example: SignalInputs, **columns: Any) -> bool:
+    """Whether a signal says something else with these inputs instead."""
 
     def outcome(inputs: SignalInputs) -> tuple[np.ndarray, ...]:
         try:
-            return tuple(np.nan_to_num(array, nan=-9e9) for array in returned(function(inputs), shape))
+            said = returned(function(inputs), example.response_mask.shape)
+            return tuple(np.nan_to_num(array, nan=-9e9) for array in said)
         except Exception:
             return ()
 
-    before, read = outcome(example), []
-    for name in ("log_prob_behaviour", "entropy", "collision", "values", *OF_REFERENCE):
-        value = vars(example)[name]
-        for other in (None, value * 3 + 1):
-            after = outcome(dataclasses.replace(example, **{name: other}))
-            if len(after) != len(before) or any((a != b).any() for a, b in zip(after, before, strict=True)):
-                read.append(name)
-                break
-    return frozenset(read)
+    before, after = outcome(example), outcome(dataclasses.replace(example, **columns))
+    return len(after) != len(before) or any((a != b).any() for a, b in zip(after, before, strict=True))
 
 
 def _example() -> SignalInputs:

@@ -27,6 +27,7 @@ from jaxrl_llm.training.text.finite import find_finite
 from jaxrl_llm.training.text.finite import finite_at
 from jaxrl_llm.training.text.finite import finite_states
 from jaxrl_llm.training.text.finite import without_broken_rows
+from jaxrl_llm.training.text.fitting import stale_sentence
 from jaxrl_llm.training.text.layout import Arrangement
 from jaxrl_llm.training.text.layout import Grid
 from jaxrl_llm.training.text.layout import arrange
@@ -90,6 +91,9 @@ class Trainer:
         self.parts, self.settings, self.shape, self.law = parts, settings, shape, law
         self.objective = get_objective(parts.objective, parts.recipe)
         self.signal = choose_signal(parts.signal, parts.recipe, self.objective)
+        self.stale = stale_sentence(
+            self.objective, self.signal, settings, recipe=parts.recipe if parts.objective is None else None
+        )
         self._refuse_unknown_law()
         require_positions(parts.model, shape.width, "policy")
         require_vocabulary(parts.tokenizer, parts.model)
