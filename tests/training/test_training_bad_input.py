@@ -172,6 +172,21 @@ def test_what_nobody_sampled_is_learned_at_temperature_1(tiny_run, texts, tmp_pa
         make_collector(parts, settings_of(tiny_run), tmp_path)
 
 
+@pytest.mark.parametrize("objective", ["nll", "distil_forward", "dpo", "ipo", "contrast"])
+def test_the_sides_of_a_pair_are_told_apart(objective, tiny_run, tmp_path) -> None:
+    def contrast(batch):
+        sign = jnp.where(batch.rewards > 0, -1.0, 1.0)[:, None]
+        return jnp.where(batch.response_mask, sign * batch.log_prob, 0.0).sum(), batch.response_mask.sum()
+
+    given = contrast if objective == "contrast" else objective
+    parts = tiny_run.make_parts(collector=pairs_of(tmp_path), objective=given, task=None)
+    if objective in ("nll", "distil_forward"):
+        with pytest.raises(ValueError, match=f"the objective '{objective}' learns both sides of a pair alike"):
+            make_collector(parts, settings_of(tiny_run), tmp_path)
+    else:
+        make_collector(parts, settings_of(tiny_run), tmp_path)
+
+
 class Said(Quiet):
     """Keeps what it is told."""
 

@@ -52,7 +52,7 @@ class PreferenceCollector:
     cursor is that of `DemonstrationCollector`.
     """
 
-    brings = Brings(log_probs=False)
+    brings = Brings(log_probs=False, pairs=True)
 
     def __init__(
         self,

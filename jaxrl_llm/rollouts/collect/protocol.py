@@ -79,10 +79,12 @@ class Brings:
     Attributes:
         rewards: whether anybody rewarded what was chosen; where nobody did, all rewards are 0.
         log_probs: whether the log-probs of the policy that sampled are recorded; where they are not, no policy sampled.
+        pairs: whether its groups are pairs of which one side is to be learned and the other one not.
     """
 
     rewards: bool = True
     log_probs: bool = True
+    pairs: bool = False
 
 
 @dataclass(frozen=True)

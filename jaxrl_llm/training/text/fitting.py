@@ -19,7 +19,8 @@ def require_fitting(brings: Brings, objective: Objective, signal: Signal, settin
         settings: for the temperature.
 
     Raises:
-        ValueError: rewards or log-probs are read that nobody brings, or a temperature is set where nobody samples.
+        ValueError: rewards or log-probs are read that nobody brings, a temperature is set where nobody samples, or
+            pairs are not told apart.
     """
     if not brings.log_probs:
         refuse_unrecorded(objective, signal)
@@ -38,6 +39,15 @@ def require_fitting(brings: Brings, objective: Objective, signal: Signal, settin
                     f"the {what} {name!r} reads rewards, and demonstrations have none, so nothing would be learned; "
                     "they are learned by the objective nll, distil_forward, ... or your own."
                 )
+    if brings.pairs and not _tells_sides_apart(objective, signal):
+        raise ValueError(
+            f"the objective {objective.name!r} learns both sides of a pair alike; pairs are learned by the objective "
+            "dpo or ipo, or one of your own that compares them."
+        )
+
+
+def _tells_sides_apart(objective: Objective, signal: Signal) -> bool:
+    return objective.compares_rows or "rewards" in objective.needs or signal.reads_rewards
 
 
 def stale_sentence(
