@@ -18,6 +18,7 @@ from jaxrl_llm.rollouts.collect.protocol import Brings
 from jaxrl_llm.rollouts.collect.protocol import Experience
 from jaxrl_llm.rollouts.collect.protocol import PolicySnapshot
 from jaxrl_llm.rollouts.collect.samplers import SAMPLING
+from jaxrl_llm.rollouts.collect.samplers import Law
 from jaxrl_llm.rollouts.play import Turns
 from jaxrl_llm.rollouts.play import alphabet
 from jaxrl_llm.rollouts.play import as_trajectories
@@ -125,7 +126,8 @@ class AgentCollector(_Episodes):
             seed: of the tasks.
             tasks: tasks per batch.
             group_size: episodes per task.
-            sampling: temperature and truncation; the whole softmax where None.
+            sampling: temperature and truncation; the whole softmax where None. Its temperature must be that of the
+                run's settings, at which the trainer scores what was sampled.
             samples: tasks of each batch whose first episode is written down.
             decode_dtype: see `make_generate`.
 
@@ -133,12 +135,14 @@ class AgentCollector(_Episodes):
             ValueError: the panel is of another world, or a symbol is no token.
         """
         super().__init__(world, panel, tokenizer, seed=seed, tasks=tasks, group_size=group_size, samples=samples)
+        self.sampling = SamplingSettings() if sampling is None else sampling
+        self.law = Law(known=not self.sampling.truncated)
         self._play = make_play(
             nnx.graphdef(model),
             world,
             self._letters,
             group_size=group_size,
-            sampling=SamplingSettings() if sampling is None else sampling,
+            sampling=self.sampling,
             pad_id=tokenizer.pad_id,
             decode_dtype=decode_dtype,
         )

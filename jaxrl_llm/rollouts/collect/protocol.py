@@ -112,7 +112,9 @@ class Collector(Protocol):
     """Brings batches of experience.
 
     One that lacks rewards or recorded log-probs says so in an attribute `brings`, a `Brings`, so that what reads them
-    is refused before anything is computed; a collector without the attribute has both.
+    is refused before anything is computed; a collector without the attribute has both. One whose batches the present
+    policy samples from its whole softmax says so in `law`, a `Law`: then bounds and exact masks are computed. If it
+    samples itself, `sampling` are its settings, whose temperature must be that of the run.
     """
 
     @property

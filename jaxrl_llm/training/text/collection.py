@@ -72,7 +72,8 @@ def make_collector(parts: Parts, settings: TrainSettings, folder: Path) -> Colle
         objective = get_objective(parts.objective, parts.recipe)
         signal = choose_signal(parts.signal, parts.recipe, objective)
         require_fitting(brought_by(parts.collector), objective, signal, settings)
-        collector, law, repeatable = parts.collector, NOBODYS_LAW, True
+        collector, law, repeatable = parts.collector, getattr(parts.collector, "law", NOBODYS_LAW), True
+        _require_temperature(parts.collector, settings)
         if settings.ahead:
             raise ValueError("ahead needs a sampler of its own; a collector of yours decides itself when it samples.")
     else:
@@ -95,6 +96,16 @@ def make_collector(parts: Parts, settings: TrainSettings, folder: Path) -> Colle
         collector = replayed = ReplayCollector(collector, store, size=settings.replay)
         law = NOBODYS_LAW
     return Collection(collector, law, kept, replayed, ahead)
+
+
+def _require_temperature(collector: Collector, settings: TrainSettings) -> None:
+    """What a collector samples itself is scored at the temperature of the settings."""
+    sampling = getattr(collector, "sampling", settings.sampling)
+    if sampling.temperature != settings.sampling.temperature:
+        raise ValueError(
+            f"the collector samples at temperature {sampling.temperature:g}, and sampling.temperature of the settings "
+            f"is {settings.sampling.temperature:g}; the trainer would score another policy than the one that acted."
+        )
 
 
 def _end_ids(parts: Parts) -> tuple[int, ...]:
