@@ -169,7 +169,7 @@ def test_compare_shows_what_differs(synthetic, capsys) -> None:
     checker = check(page.read_text())
     assert not checker.broken
     assert all(address.startswith("#") for address in checker.loads)
-    assert page.read_text().count("<figure>") == 6
+    assert page.read_text().count("<figure>") == 9
 
 
 def test_compared_rows(synthetic) -> None:

@@ -115,7 +115,7 @@ def test_a_group_is_found_as_runs_are_and_goes_on_with_its_settings(tmp_path) ->
     ("words", "sentence"),
     [
         (["--model", ""], "Field --model is ''; it must be 'smollm2_135m', a Hugging Face folder"),
-        (["--model", "/dev/null"], "Field --model: /dev/null is a named pipe, device or socket; expected"),
+        (["--model", "/dev/null"], "Field --model: /dev/null is a device; expected"),
         (["--model", "/"], "Field --model: the folder / has no config.json"),
         (["--model", "nowhere"], "Field --model: nowhere does not exist"),
         (["--response-length", "100000"], "100052 tokens together; the model reads 8192"),

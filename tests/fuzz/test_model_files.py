@@ -44,15 +44,15 @@ def _raises(path: Path) -> None:
     raise TypeError("of another kind")
 
 
-def _two_lines(path: Path) -> None:
-    raise ModelFileError("one\ntwo")
+def _no_sentence(path: Path) -> None:
+    raise ModelFileError("one, two " * 500)
 
 
 def _sleeps(path: Path) -> None:
     time.sleep(3)
 
 
-@pytest.mark.parametrize("reader", [_raises, _two_lines, _sleeps])
+@pytest.mark.parametrize("reader", [_raises, _no_sentence, _sleeps])
 def test_faults_are_seen(reader, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_files, "load_pretrained", reader)
     monkeypatch.setattr(model_files, "SECONDS", 0.2)
