@@ -219,7 +219,10 @@ def test_folders_without_what_is_needed(tmp_path: Path, checkpoint: Path) -> Non
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "names GPT2LMHeadModel, model_type llama; supported are LlamaForCausalLM, Mistral"),
+        (
+            {"architectures": ["GPT2LMHeadModel"]},
+            "names GPT2LMHeadModel, model_type llama; supported are LlamaForCausalLM",
+        ),
         ({"architectures": None, "model_type": "gemma3"}, "names gemma3; supported"),
         ({"architectures": None, "model_type": None}, "names no architecture; supported"),
         ({"hidden_size": None, "vocab_size": None}, "lacks vocab_size, hidden_size"),
