@@ -5,6 +5,14 @@ Command: python -m experiments.benchmarks.agent_rollouts [--tasks 16] [--group-s
 Every row reads and writes the same number of tokens in both: the prompt, and what follows it, of which an episode is
 given three of four by the world. Both are one compiled program that reads each token once; an episode needs the head
 of the model for its actions only. No episode ends early (the policy is untrained), nor does an answer.
+
+On an Intel Xeon at 2.80 GHz, 2 cores, with much other work beside it (read the ratios only), jax 0.11.2:
+
+| model | episodes [tokens/s] | answers [tokens/s] | ratio |
+|---|---|---|---|
+| bytes | 19,426 | 11,152 | 1.74 |
+| bytes, wider | 1,759 | 1,335 | 1.32 |
+| 49k | 1,264 | 682 | 1.85 |
 """
 
 import argparse
