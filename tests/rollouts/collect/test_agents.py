@@ -167,7 +167,7 @@ def test_a_collector_at_another_temperature_than_the_run_is_refused(tiny_run, tm
             assert make_collector(parts, tiny_run.SETTINGS, tmp_path).law.known
             continue
         with pytest.raises(
-            ValueError, match="samples at temperature 0.5, and sampling.temperature of the settings is 1"
+            ValueError, match=r"samples at temperature 0.5, and sampling.temperature of the settings is 1"
         ):
             make_collector(parts, tiny_run.SETTINGS, tmp_path)
     truncated = AgentCollector(WORLD, TRAIN, model, TOKENIZER, sampling=SamplingSettings(top_k=5), **sizes)
