@@ -1,6 +1,7 @@
 """A limit on the seconds that a call may take, for generators and verifiers that can loop forever."""
 
 import contextlib
+import ctypes
 import gc
 import math
 import signal
@@ -37,13 +38,53 @@ def _keeps_the_alarm(frame: FrameType | None) -> bool:
     return code.co_filename in (__file__, contextlib.__file__) or code.co_name == "__del__" or collecting
 
 
+def _raise_in(thread: int, error: type[BaseException] | None) -> None:
+    """Have a thread raise an error at its next instruction of Python; None takes back what is not raised yet."""
+    raised = None if error is None else ctypes.py_object(error)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), raised)
+
+
+@contextmanager
+def _watched(seconds: float, what: str) -> Iterator[None]:
+    """`time_limit` of a thread that signals do not reach."""
+    thread, over, turn, rang = threading.get_ident(), threading.Event(), threading.Lock(), False
+
+    def watch() -> None:
+        nonlocal rang
+        delay = seconds
+        while not over.wait(delay):
+            with turn:
+                if over.is_set():
+                    return
+                # Again and again, since a bare `except:` inside the call may swallow it.
+                rang, delay = True, REPEAT_SECONDS
+                _raise_in(thread, AlarmError)
+
+    watcher = threading.Thread(target=watch, name="time-limit", daemon=True)
+    watcher.start()
+    try:
+        try:
+            yield
+        finally:
+            with turn:
+                over.set()
+                _raise_in(thread, None)
+    except AlarmError:
+        with turn:
+            over.set()
+            _raise_in(thread, None)
+    if rang:
+        raise TimeLimitError(f"{what} took longer than {seconds:g} s.")
+
+
 @contextmanager
 def time_limit(seconds: float, *, what: str = "the call") -> Iterator[None]:
     """Raise TimeLimitError if the body takes longer than `seconds` of wall-clock time.
 
-    It works by SIGALRM, so in the main thread only and where the system has that signal; it interrupts Python code, not
-    one long call into C. A handler and a timer that were set before (pytest-timeout's, another time_limit around this
-    one) are put back with their remaining time, and an outer timer that is due first still fires first.
+    In the main thread it works by SIGALRM, where the system has that signal; in another thread, such as one that
+    samples ahead, a watching thread raises in it. Both interrupt Python code, not one long call into C. A handler and a
+    timer that were set before (pytest-timeout's, another time_limit around this one) are put back with their remaining
+    time, and an outer timer that is due first still fires first.
 
     Args:
         seconds: the limit [s].
@@ -52,12 +93,16 @@ def time_limit(seconds: float, *, what: str = "the call") -> Iterator[None]:
     Raises:
         TimeLimitError: the body took longer.
         ValueError: `seconds` is not positive.
-        RuntimeError: not in the main thread, or no SIGALRM.
+        RuntimeError: in the main thread of a system without SIGALRM.
     """
     if seconds <= 0:
         raise ValueError(f"seconds is {seconds}; it must be positive.")
-    if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
-        raise RuntimeError(f"{what} needs a time limit, which works in the main thread of a POSIX system only.")
+    if threading.current_thread() is not threading.main_thread():
+        with _watched(seconds, what):
+            yield
+        return
+    if not hasattr(signal, "SIGALRM"):
+        raise RuntimeError(f"{what} needs a time limit, which works on a POSIX system only.")
     started = time.monotonic()
     outer_handler = signal.getsignal(signal.SIGALRM)
     outer_delay, outer_interval = signal.getitimer(signal.ITIMER_REAL)
