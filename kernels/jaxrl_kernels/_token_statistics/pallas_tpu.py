@@ -60,8 +60,16 @@ def columns(op: str, block: int | None, rows: int, width: int, vocabulary: int, 
 
 
 def _pack(rows: Any, dtype) -> Array | None:
+    """The numbers of each row side by side, `[N, fields]`; None where there are none."""
     leaves = [leaf.astype(dtype) for leaf in jax.tree.leaves(rows)]
-    return jnp.stack(leaves, axis=1) if leaves else None
+    if not leaves:
+        return None
+    # Not a stack: its operands, `[N, 1]`, are padded to 128 lanes, and XLA writes some of them out at that size.
+    field = lax.broadcasted_iota(jnp.int32, (len(leaves[0]), len(leaves)), 1)
+    block = jnp.zeros(field.shape, dtype)
+    for k, leaf in enumerate(leaves):
+        block = jnp.where(field == k, leaf[:, None], block)
+    return block
 
 
 def _unpack(like: Any, block: Any) -> Any:
