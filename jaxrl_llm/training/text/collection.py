@@ -19,6 +19,7 @@ from jaxrl_llm.rollouts.collect import TaskCollector
 from jaxrl_llm.rollouts.collect import brought_by
 from jaxrl_llm.rollouts.collect.samplers import pruned_with_policy
 from jaxrl_llm.training.text.fitting import require_fitting
+from jaxrl_llm.training.text.fitting import require_temperature
 from jaxrl_llm.training.text.objective import get_objective
 from jaxrl_llm.training.text.settings import Parts
 from jaxrl_llm.training.text.settings import TrainSettings
@@ -73,7 +74,7 @@ def make_collector(parts: Parts, settings: TrainSettings, folder: Path) -> Colle
         signal = choose_signal(parts.signal, parts.recipe, objective)
         require_fitting(brought_by(parts.collector), objective, signal, settings)
         collector, law, repeatable = parts.collector, getattr(parts.collector, "law", NOBODYS_LAW), True
-        _require_temperature(parts.collector, settings)
+        require_temperature(parts.collector, settings)
         if settings.ahead:
             raise ValueError("ahead needs a sampler of its own; a collector of yours decides itself when it samples.")
     else:
@@ -96,16 +97,6 @@ def make_collector(parts: Parts, settings: TrainSettings, folder: Path) -> Colle
         collector = replayed = ReplayCollector(collector, store, size=settings.replay)
         law = NOBODYS_LAW
     return Collection(collector, law, kept, replayed, ahead)
-
-
-def _require_temperature(collector: Collector, settings: TrainSettings) -> None:
-    """What a collector samples itself is scored at the temperature of the settings."""
-    sampling = getattr(collector, "sampling", settings.sampling)
-    if sampling.temperature != settings.sampling.temperature:
-        raise ValueError(
-            f"the collector samples at temperature {sampling.temperature:g}, and sampling.temperature of the settings "
-            f"is {settings.sampling.temperature:g}; the trainer would score another policy than the one that acted."
-        )
 
 
 def _end_ids(parts: Parts) -> tuple[int, ...]:

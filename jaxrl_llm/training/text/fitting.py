@@ -3,6 +3,7 @@
 from jaxrl_llm.objectives import Recipe
 from jaxrl_llm.objectives.rules import SURROGATES
 from jaxrl_llm.rollouts.collect import Brings
+from jaxrl_llm.rollouts.collect import Collector
 from jaxrl_llm.training.text.objective import Objective
 from jaxrl_llm.training.text.settings import TrainSettings
 from jaxrl_llm.training.text.signals import Signal
@@ -43,6 +44,20 @@ def require_fitting(brings: Brings, objective: Objective, signal: Signal, settin
         raise ValueError(
             f"the objective {objective.name!r} learns both sides of a pair alike; pairs are learned by the objective "
             "dpo or ipo, or one of your own that compares them."
+        )
+
+
+def require_temperature(collector: Collector, settings: TrainSettings) -> None:
+    """What a collector samples itself is scored at the temperature of the settings.
+
+    Raises:
+        ValueError: it samples at another one.
+    """
+    sampling = getattr(collector, "sampling", settings.sampling)
+    if sampling.temperature != settings.sampling.temperature:
+        raise ValueError(
+            f"the collector samples at temperature {sampling.temperature:g}, and sampling.temperature of the settings "
+            f"is {settings.sampling.temperature:g}; the trainer would score another policy than the one that acted."
         )
 
 
