@@ -52,17 +52,17 @@ class AheadCollector:
         """See `Collector.collect`; adds `perf/ahead_saved`, the share of the sampling time that nobody waited for."""
         if self._batches and self._batches[0][0] != step:
             self._forget()
-        copy = None
+        copied = None
         while len(self._batches) <= self._ahead:
             following = self._batches[-1][0] + 1 if self._batches else step
             if following > self._last:
                 break
-            if copy is None:
-                # Learning takes the buffers of the policy over while the thread still reads them.
-                state = jax.tree.map(jnp.copy, policy.state)
-                copy = PolicySnapshot(policy.graphdef, jax.block_until_ready(state), policy.version)
+            if copied is None:
+                # Learning takes the buffers of the policy, and of the key beside it, over while the thread reads them.
+                state, key = jax.block_until_ready(jax.tree.map(jnp.copy, (policy.state, key)))
+                copied = PolicySnapshot(policy.graphdef, state, policy.version)
             before = self._batches[-1][1] if self._batches else None
-            self._batches.append((following, self._thread.submit(self._sample, copy, key, following, before, cursor)))
+            self._batches.append((following, self._thread.submit(self._sample, copied, key, following, before, cursor)))
         waiting = time.perf_counter()
         _, batch = self._batches.popleft()
         experience, seconds = batch.result()

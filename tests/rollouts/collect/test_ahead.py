@@ -51,7 +51,7 @@ def test_nothing_beyond_the_last_step_is_sampled(counting, at_version) -> None:
     assert [step for step, *_ in inner.calls] == [0, 1]
 
 
-def test_the_policy_is_read_as_it_was(counting, at_version) -> None:
+def test_the_policy_and_the_key_are_read_as_they_were(counting, at_version) -> None:
     """The update takes the buffers over while the thread still samples."""
     seen, may_go = [], threading.Event()
 
@@ -59,18 +59,20 @@ def test_the_policy_is_read_as_it_was(counting, at_version) -> None:
         def collect(self, policy, key, step, cursor):
             if step == 1:
                 assert may_go.wait(20)
-            seen.append(np.asarray(jax.tree.leaves(policy.state)[0]).tolist())
+            drawn = int(jax.random.randint(jax.random.fold_in(key, step), (), 0, 1 << 30))
+            seen.append((np.asarray(jax.tree.leaves(policy.state)[0]).tolist(), drawn))
             return super().collect(policy, key, step, cursor)
 
     ahead = AheadCollector(Slow(), ahead=1, last_step=1)
-    policy = at_version(5)
-    first = ahead.collect(policy, KEY, 0, {})
-    for leaf in jax.tree.leaves(policy.state):
+    policy, key = at_version(5), jax.random.key(7)
+    expected = [int(jax.random.randint(jax.random.fold_in(key, step), (), 0, 1 << 30)) for step in range(2)]
+    first = ahead.collect(policy, key, 0, {})
+    for leaf in jax.tree.leaves((policy.state, key)):
         leaf.delete()
     may_go.set()
     ahead.collect(at_version(6), KEY, 1, first.cursor)
     ahead.close()
-    assert seen == [[5, 5], [5, 5]]
+    assert seen == [([5, 5], drawn) for drawn in expected]
 
 
 def test_what_fails_in_the_thread_reaches_the_caller_and_can_be_asked_again(counting, at_version) -> None:
