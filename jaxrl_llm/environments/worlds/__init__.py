@@ -7,5 +7,19 @@ from jaxrl_llm.environments.worlds.protocol import ArrayWorld
 from jaxrl_llm.environments.worlds.protocol import check_world
 from jaxrl_llm.environments.worlds.rooms import Rooms
 from jaxrl_llm.environments.worlds.rooms import RoomsState
+from jaxrl_llm.environments.worlds.text import Reply
+from jaxrl_llm.environments.worlds.text import TextEpisode
+from jaxrl_llm.environments.worlds.text import TextWorld
 
-__all__ = ["Answer", "ArrayWorld", "Panel", "Rooms", "RoomsState", "check_world", "split_panels"]
+__all__ = [
+    "Answer",
+    "ArrayWorld",
+    "Panel",
+    "Reply",
+    "Rooms",
+    "RoomsState",
+    "TextEpisode",
+    "TextWorld",
+    "check_world",
+    "split_panels",
+]

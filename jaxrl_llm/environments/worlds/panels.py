@@ -7,6 +7,7 @@ import numpy as np
 
 from jaxrl_llm.environments.splits import is_held_out
 from jaxrl_llm.environments.worlds.protocol import ArrayWorld
+from jaxrl_llm.environments.worlds.text import TextWorld
 from jaxrl_llm.typing import Int
 
 
@@ -28,7 +29,7 @@ class Panel(NamedTuple):
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def split_panels(world: ArrayWorld) -> tuple[Panel, Panel]:
+def split_panels(world: ArrayWorld | TextWorld) -> tuple[Panel, Panel]:
     """Every task of a world, on one of two panels: (to train on, to measure on, a fixed third).
 
     The side of a task is a hash of the world's name and its seed: no setting of a run moves it.
