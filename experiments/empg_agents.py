@@ -111,7 +111,7 @@ def summarise(settings: AgentSettings, results: Results) -> dict[str, Any]:
 
 SETTINGS = AgentSettings()
 
-TINY = AgentSettings(columns=2, seeds=2, width=8, imitation_steps=10, tasks=2, group_size=4, rounds=2, every=2)
+TINY = AgentSettings(columns=2, seeds=2, width=16, imitation_steps=10, tasks=2, group_size=4, rounds=2, every=2)
 
 EXPERIMENT = Study(
     name="empg_agents",

@@ -65,7 +65,7 @@ class Sizes:
     """How agents are made and trained.
 
     Attributes:
-        width: of the model, a multiple of 8.
+        width: of the model, a multiple of 16.
         layers: of the model.
         imitation_steps: updates on episodes of the expert before reinforcement learning.
         imitation_rate: step size of Adam for them.
@@ -119,9 +119,9 @@ class AgentScan:
             vocab_size=symbols + actions,
             hidden_size=sizes.width,
             num_layers=sizes.layers,
-            num_heads=sizes.width // 8,
-            num_kv_heads=sizes.width // 8,
-            head_dim=8,
+            num_heads=sizes.width // 16,
+            num_kv_heads=sizes.width // 16,
+            head_dim=16,
             intermediate_size=3 * sizes.width,
             max_positions=episode_width(world),
         )

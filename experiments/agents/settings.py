@@ -73,7 +73,7 @@ class AgentSettings:
         map_seed: seed of the map that is never shown.
         seeds: agents trained at once in each arm, with weights and random numbers of their own.
         seed: seed of all random numbers.
-        width: width of the transformer, a multiple of 8.
+        width: width of the transformer, a multiple of 16.
         layers: layers of the transformer that acts.
         imitation_steps: updates on the expert's episodes before reinforcement learning.
         imitation_rate: step size of Adam in the imitation.
@@ -100,7 +100,7 @@ class AgentSettings:
     tasks: int = 8
     group_size: int = 8
     rounds: int = 6
-    every: int = 10
+    every: int = 8
     updates: int = 2
     learning_rate: float = 5e-4
     samples: int = 4
@@ -123,7 +123,7 @@ RANGES: Ranges = {
     "map_seed": SEED,
     "seeds": PLURAL,
     "seed": SEED,
-    "width": Range(8, 4096),
+    "width": Range(16, 4096),
     "layers": Range(1, 128),
     "imitation_steps": Range(0, 1_000_000),
     "imitation_rate": RATE,
@@ -152,8 +152,8 @@ def trainer(settings: AgentSettings) -> AgentScan:
             f"Field --tasks is {settings.tasks}; a batch has a task at most once, and {world.name} has "
             f"{len(panels[0].seeds)} to train on."
         )
-    if settings.width % 8:
-        raise ValueError(f"Field --width is {settings.width}; it must be a multiple of 8.")
+    if settings.width % 16:
+        raise ValueError(f"Field --width is {settings.width}; it must be a multiple of 16.")
     return AgentScan(world, panels, list(arms().values()), sizes_of(settings))
 
 

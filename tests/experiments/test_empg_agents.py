@@ -19,7 +19,7 @@ from jaxrl_llm.objectives import advantages_of
 from jaxrl_llm.rollouts.play import as_trajectories
 from jaxrl_llm.trajectory import check_trajectory
 
-TINY = dataclasses.replace(empg_agents.TINY, imitation_steps=40, width=16)
+TINY = dataclasses.replace(empg_agents.TINY, imitation_steps=40)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_arms_begin_alike_and_part_ways(started) -> None:
 def test_settings_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match="--tasks is 99; a batch has a task at most once, and rooms-2x2-0-0 has"):
         trainer(dataclasses.replace(TINY, tasks=99))
-    with pytest.raises(ValueError, match="--width is 12; it must be a multiple of 8"):
-        trainer(dataclasses.replace(TINY, width=12))
+    with pytest.raises(ValueError, match="--width is 24; it must be a multiple of 16"):
+        trainer(dataclasses.replace(TINY, width=24))
     with pytest.raises(ValueError, match="turns is 2; the longest task of this map takes"):
         trainer(dataclasses.replace(TINY, turns=2))
