@@ -12,8 +12,9 @@ from jaxrl_llm.environments.worlds.text import TextEpisode
 from jaxrl_llm.environments.worlds.text import TextWorld
 from jaxrl_llm.typing import Bool
 
-STEP_SECONDS = 10.0
-"""What a beginning or a step may take by default [s]: hundreds of times what any world here needs."""
+STEP_SECONDS = 30.0
+"""What a beginning, a step or an expert may take by default [s]: several times what the slowest needs when all cores
+are busy."""
 
 
 class TextEpisodes:
@@ -32,7 +33,7 @@ class TextEpisodes:
     Args:
         world: the world.
         seeds: the task of each row.
-        seconds: a beginning or a step may take [s].
+        seconds: a beginning, a step or an expert may take [s].
     """
 
     def __init__(self, world: TextWorld, seeds: Sequence[int], *, seconds: float = STEP_SECONDS) -> None:

@@ -82,6 +82,12 @@ def test_rewards_are_those_counted_by_hand(product, attribute, options, expected
     assert purchase_reward(goal, one, bought) == expected
 
 
+def test_a_price_at_the_limit_is_within_it() -> None:
+    goal, one = Goal("Action Camera", CAMERA, (), 482), listing("Action Camera", CAMERA)
+    prices = [482.0, 482.01, 481.99]
+    assert [purchase_reward(goal, one, one.variants[0]._replace(price=price)) for price in prices] == [1, 0.5, 1]
+
+
 def test_every_task_is_solved_by_a_way_of_the_length_that_is_said() -> None:
     world, lengths = Shop(), collections.Counter()
     for seed, goal in enumerate(all_goals()):
@@ -107,15 +113,15 @@ def test_no_shorter_way_exists_where_every_page_is_tried() -> None:
         reached = {pages.follow(pages.Place(), f"search[{goal.product}]")}
         for turn in range(2, len(way) + 1):
             following = {to for place in reached for to in pages.buttons(place).values()}
-            paid = [
-                to
-                for to in following
-                if to.bought
-                and purchase_reward(goal, one := catalogue.read_catalogue()[to.listing], one.fitting(to.choices)[0])
-                == 1
-            ]
+            paid = {to for to in following if to.bought and worth(goal, to) == 1}
             assert bool(paid) == (turn == len(way)), (goal, turn)
-            reached = following - {*paid}
+            reached = following - paid
+
+
+def worth(goal: Goal, bought: pages.Place) -> float:
+    assert bought.listing is not None
+    one = catalogue.read_catalogue()[bought.listing]
+    return purchase_reward(goal, one, one.fitting(bought.choices)[0])
 
 
 def test_the_search_for_a_product_shows_all_its_listings_on_the_first_page() -> None:

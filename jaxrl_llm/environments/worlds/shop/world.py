@@ -14,6 +14,7 @@ import collections
 import dataclasses
 import functools
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 from typing import NamedTuple
 
@@ -103,11 +104,12 @@ def _chosen(listing: Listing, choices: frozenset[tuple[str, str]], kind: str, va
     return frozenset({*(choice for choice in choices if choice[0] != kind), (kind, value)})
 
 
-def buttons(place: Place) -> dict[str, Place]:
+@functools.lru_cache(maxsize=16_384)
+def buttons(place: Place) -> Mapping[str, Place]:
     """What can be clicked, in the order of the page, and where it leads."""
     if place.bought or place.query is None:
         return {}
-    found, results = {}, search(place.query)
+    found, results = dict[str, Place](), search(place.query)
     if place.listing is None:
         for index in results[place.page * PAGE : (place.page + 1) * PAGE]:
             found[read_catalogue()[index].title] = place._replace(listing=index)
@@ -176,10 +178,15 @@ def follow(place: Place, action: str) -> Place | str:
     return Place(query=" ".join(words)) if words else "There are no words to search for."
 
 
+@functools.cache
+def _searches() -> tuple[str, ...]:
+    return tuple(f"search[{product.lower()}]" for product in dict.fromkeys(one.product for one in read_catalogue()))
+
+
 def admissible(place: Place) -> tuple[str, ...]:
     """What can be done; of all searches the one for each product."""
     if place.query is None:
-        return tuple(f"search[{product.lower()}]" for product in dict.fromkeys(one.product for one in read_catalogue()))
+        return () if place.bought else _searches()
     return tuple(f"click[{name}]" for name in buttons(place))
 
 
