@@ -32,9 +32,9 @@ def java_process() -> subprocess.Popen:
 
 @pytest.fixture
 def fresh_java(monkeypatch):
-    """A Java of the test's own, that answers within three seconds."""
+    """A Java of the test's own, that answers within eight seconds."""
     java._end_java()
-    monkeypatch.setattr(java, "ANSWER_SECONDS", 3.0)
+    monkeypatch.setattr(java, "ANSWER_SECONDS", 8.0)
     yield
     with contextlib.suppress(ProcessLookupError):
         java_process().send_signal(signal.SIGCONT)
@@ -195,7 +195,7 @@ def test_several_processes_play_at_once_and_alike() -> None:
     )
     command = [sys.executable, "-c", program]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    said = [process.communicate(timeout=60)[0].splitlines() for process in processes]
+    said = [process.communicate(timeout=200)[0].splitlines() for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0]
     assert len({tuple(lines[:-1]) for lines in said}) == 1
     assert len({lines[-1] for lines in said}) == 3, "each has a port of its own"
@@ -216,7 +216,7 @@ def test_games_are_used_again_and_java_ends_with_its_process() -> None:
         "print(simulator._gateway().java_process.pid, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, timeout=200)
     number = int(done.stdout)
     for _ in range(100):
         try:
@@ -235,7 +235,7 @@ def test_a_java_that_hangs_costs_the_episode_only(fresh_java, in_a_thread) -> No
     seeds = [0] if in_a_thread else [0, 1]
 
     def run() -> None:
-        episodes = TextEpisodes(world, seeds, seconds=30 if in_a_thread else 1)
+        episodes = TextEpisodes(world, seeds, seconds=30 if in_a_thread else 4)
         alone = episodes.step(["look around"] * len(seeds))
         java_process().send_signal(signal.SIGSTOP)
         found.append(episodes.step(["inventory"] * len(seeds)))
