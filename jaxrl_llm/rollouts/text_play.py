@@ -8,7 +8,7 @@ was shown is ever taken away.
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import closing
 from contextlib import contextmanager
 from dataclasses import dataclass
 from dataclasses import field
@@ -17,7 +17,9 @@ from typing import NamedTuple
 import numpy as np
 from flax import nnx
 
-from jaxrl_llm.environments.worlds import TextEpisode
+from jaxrl_llm.environments.worlds import STEP_SECONDS
+from jaxrl_llm.environments.worlds import Reply
+from jaxrl_llm.environments.worlds import TextEpisodes
 from jaxrl_llm.environments.worlds import TextWorld
 from jaxrl_llm.rollouts.text_turns import TextTurns
 from jaxrl_llm.rollouts.wording import Script
@@ -47,6 +49,7 @@ class Told:
         refused: actions that the world could not take.
         ended: whether the world said that it is over.
         cut_off: whether the budget of tokens ended it.
+        dropped: whether the world took too long; its return is NaN, so that nothing is learned from it.
     """
 
     tokens: list[int]
@@ -58,6 +61,7 @@ class Told:
     refused: int = 0
     ended: bool = False
     cut_off: bool = False
+    dropped: bool = False
 
     def __post_init__(self) -> None:
         """Nothing of the prompt was chosen."""
@@ -98,8 +102,10 @@ class Played(NamedTuple):
 class TextStage:
     """A world, how it is written, and how much of it: what the policy's episodes and the expert's have in common."""
 
-    def __init__(self, world: TextWorld, script: Script, budget: Budget) -> None:
-        """Raises:
+    def __init__(self, world: TextWorld, script: Script, budget: Budget, *, seconds: float = STEP_SECONDS) -> None:
+        """`seconds` is what the world may take for a step of the policy's [s].
+
+        Raises:
         ValueError: the world has no tasks or no turns, or no action fits into the budget.
         """
         if world.tasks < 1 or world.turns < 1:
@@ -111,32 +117,37 @@ class TextStage:
                 f"width is {budget.width} tokens; an opening of {len(script.opening)} and an action of up to "
                 f"{budget.action_tokens} (action_tokens) must leave room for a task in it."
             )
-        self.world, self.script, self.budget = world, script, budget
+        self.world, self.script, self.budget, self.seconds = world, script, budget, seconds
 
-    def open(self, seed: int, holder: ExitStack) -> tuple[TextEpisode, list[int]]:
-        """Begin a task, to be closed by the holder; with the tokens of its prompt behind the opening.
+    def prompt(self, seed: int, text: str) -> list[int]:
+        """Tokens of a task's prompt behind the opening.
 
         Raises:
-            ValueError: no action fits behind its prompt.
+            ValueError: no action fits behind it.
         """
-        episode = self.world.reset(seed)
-        holder.callback(episode.close)
-        prompt = self.script.prompt(episode.prompt)
+        prompt = self.script.prompt(text)
         shown = len(self.script.opening) + len(prompt)
         if shown + self.budget.action_tokens > self.budget.width:
             raise ValueError(
                 f"the prompt of task {seed} of {self.world.name} has {shown} tokens; with an action of up to "
                 f"{self.budget.action_tokens} that is more than width, {self.budget.width}."
             )
-        return episode, prompt
+        return prompt
 
     def begin(self, prompt: Sequence[int]) -> Told:
         """An episode of which only the prompt was told."""
         return Told([*self.script.opening, *prompt], len(self.script.opening) + len(prompt))
 
-    def step(self, episode: TextEpisode, told: Told, ids: Sequence[int], log_probs: Sequence[float]) -> list[int]:
-        """Have the world answer an action; what is shown of the answer, nothing where the episode is over."""
-        reply = episode.step(self.script.said(ids))
+    def answer(self, told: Told, ids: Sequence[int], log_probs: Sequence[float], reply: Reply | None) -> list[int]:
+        """Write down an action and the world's reply, None where it took too long.
+
+        Returns:
+            What is shown of the reply; nothing where the episode is over.
+        """
+        if reply is None:
+            told.chose(ids, log_probs, reward=float("nan"), valid=True)
+            told.dropped = True
+            return []
         told.chose(ids, log_probs, reward=float(reply.reward), valid=reply.valid)
         told.ended = reply.done
         if reply.done or told.turns == self.world.turns:
@@ -171,25 +182,29 @@ def play_texts(
     Raises:
         ValueError: a prompt does not fit, or a task begins in two ways.
     """
-    clock = _Clock()
-    with ExitStack() as holder:
+    clock, group_size = _Clock(), len(sample_index)
+    with clock.waiting():
+        episodes = TextEpisodes(stage.world, np.repeat(seeds, group_size).tolist(), seconds=stage.seconds)
+    with closing(episodes):
         with clock.waiting():
-            opened = [[stage.open(int(seed), holder) for _ in sample_index] for seed in seeds]
-            prompts = [group[0][1] for group in opened]
-            for seed, group, prompt in zip(seeds, opened, prompts, strict=True):
-                if any(other != prompt for _, other in group):
-                    raise ValueError(f"task {seed} of {stage.world.name} begins in two ways; it must in one.")
-            episodes = [episode for group in opened for episode, _ in group]
-            told = [stage.begin(prompt) for group in opened for _, prompt in group]
+            prompts = _prompts(stage, seeds, episodes, group_size)
+            told = [stage.begin(prompt) for prompt in prompts for _ in range(group_size)]
         session = policy.begin(state, prompts, key, step, prompt_index, sample_index)
         active = np.ones(len(told), bool)
         for turn in range(stage.world.turns):
             session, said = policy.act(session, turn, active)
             with clock.waiting():
                 unread: list[list[int]] = [[] for _ in told]
+                chosen = [
+                    [column[row, :count].tolist() for column in said[:2]] for row, count in enumerate(said.counts)
+                ]
+                actions = [
+                    stage.script.said(ids) if acts else None for (ids, _), acts in zip(chosen, active, strict=True)
+                ]
+                replies = episodes.step(actions)
                 for row in np.flatnonzero(active):
-                    ids, log_probs = (column[row, : said.counts[row]].tolist() for column in said[:2])
-                    answer = stage.step(episodes[row], told[row], ids, log_probs)
+                    ids, log_probs = chosen[row]
+                    answer = stage.answer(told[row], ids, log_probs, replies[row])
                     # The end of an action was drawn and not read.
                     unread[row] = [ids[-1], *answer] if answer else []
             active = np.array([*map(bool, unread)])
@@ -201,15 +216,29 @@ def play_texts(
         return Played(told, int(session.reading.reads) - needed, clock.share())
 
 
+def _prompts(
+    stage: TextStage, seeds: Int[np.ndarray, " N"], episodes: TextEpisodes, group_size: int
+) -> list[list[int]]:
+    """Tokens of each task's prompt, which the episodes of a group share."""
+    prompts = []
+    for first, seed in zip(range(0, len(seeds) * group_size, group_size), seeds, strict=True):
+        group = slice(first, first + group_size)
+        if episodes.dropped[group].any():
+            raise TimeoutError(f"task {seed} of {stage.world.name} did not begin within {stage.seconds:g} s.")
+        if len({*episodes.prompts[group]}) > 1:
+            raise ValueError(f"task {seed} of {stage.world.name} begins in two ways; it must in one.")
+        prompts.append(stage.prompt(int(seed), episodes.prompts[first]))
+    return prompts
+
+
 def expert_text(stage: TextStage, seed: int) -> Told:
     """What the world's expert does in a task; its log-probs are 0, as it is certain.
 
     Raises:
         ValueError: the expert knows no action, or one that is longer than an action may be.
     """
-    with ExitStack() as holder:
-        episode, prompt = stage.open(seed, holder)
-        told = stage.begin(prompt)
+    with closing(stage.world.reset(seed)) as episode:
+        told = stage.begin(stage.prompt(seed, episode.prompt))
         for _ in range(stage.world.turns):
             action = episode.expert()
             if action is None:
@@ -223,7 +252,7 @@ def expert_text(stage: TextStage, seed: int) -> Told:
                     f"the expert of {stage.world.name} says {action!r} in task {seed}, {len(ids)} tokens with its "
                     f"end; action_tokens is {stage.budget.action_tokens}, so the policy could not say it."
                 )
-            if not stage.step(episode, told, ids, [0.0] * len(ids)):
+            if not stage.answer(told, ids, [0.0] * len(ids), episode.step(stage.script.said(ids))):
                 break
         return told
 

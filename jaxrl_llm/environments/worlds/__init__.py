@@ -1,6 +1,7 @@
 """Worlds that are acted in over many turns: what one is, panels of their tasks, two of our own, TextWorldExpress."""
 
 from jaxrl_llm.environments.worlds.check_text import check_text_world
+from jaxrl_llm.environments.worlds.episodes import STEP_SECONDS
 from jaxrl_llm.environments.worlds.episodes import TextEpisodes
 from jaxrl_llm.environments.worlds.expert_texts import PROVENANCE
 from jaxrl_llm.environments.worlds.expert_texts import write_expert
@@ -20,6 +21,7 @@ from jaxrl_llm.environments.worlds.textworld_express import TextWorldExpress
 
 __all__ = [
     "PROVENANCE",
+    "STEP_SECONDS",
     "Answer",
     "ArrayWorld",
     "HoldsOut",

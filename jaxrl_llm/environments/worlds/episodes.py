@@ -62,14 +62,14 @@ class TextEpisodes:
         except TimeLimitError:
             self._drop(row)
 
-    def step(self, actions: Sequence[str]) -> list[Reply | None]:
+    def step(self, actions: Sequence[str | None]) -> list[Reply | None]:
         """Each row's action.
 
         Args:
-            actions: of every row; those of rows that are over or dropped are not read.
+            actions: of every row, None of one that does not act; those of rows that are over or dropped are not read.
 
         Returns:
-            The replies; None of a row that was over or dropped before, or is dropped now.
+            The replies; None of a row that does not act, was over or dropped before, or is dropped now.
 
         Raises:
             ValueError: not as many actions as rows.
@@ -78,9 +78,9 @@ class TextEpisodes:
             raise ValueError(f"there are {len(actions)} actions for {len(self._episodes)} episodes.")
         return [self._step(row, action) for row, action in enumerate(actions)]
 
-    def _step(self, row: int, action: str) -> Reply | None:
+    def _step(self, row: int, action: str | None) -> Reply | None:
         episode = self._episodes[row]
-        if episode is None or self.done[row] or self.dropped[row]:
+        if action is None or episode is None or self.done[row] or self.dropped[row]:
             return None
         try:
             with time_limit(self._seconds, what=f"a step of {self._world.name}"):

@@ -77,6 +77,7 @@ class _TextEpisodes(PanelTasks):
                 "world/turns": turns,
                 "world/refused": np.array([one.refused for one in told]) / turns,
                 "world/cut_off": np.array([one.cut_off for one in told]),
+                "world/dropped": np.array([one.dropped for one in told]),
                 "world/tokens": np.array([len(one.tokens) for one in told]),
             },
             metrics=metrics,

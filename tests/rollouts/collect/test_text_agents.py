@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ from jaxrl_llm.training import UpdateSettings
 from jaxrl_llm.training import state_hash
 from jaxrl_llm.training import train
 from jaxrl_llm.trajectory import Actions
+from tests.rollouts.collect.stairs import Climb
 from tests.rollouts.collect.stairs import Stairs
 
 WORLD = Stairs()
@@ -266,6 +268,37 @@ def test_what_does_not_fit_is_refused() -> None:
     assert all(episode.closed for episode in twofold.begun)
 
 
+def test_an_episode_that_hangs_is_dropped_and_the_others_go_on(monkeypatch) -> None:
+    """Its return is NaN, which the trainer drops and counts."""
+    model, hung = favours_walking(), []
+    collector = TextAgentCollector(Stairs(), TRAIN, model, TOKENIZER, **SIZES)
+    step = Climb.step
+
+    def hangs(self, action):
+        if not hung:
+            hung.append(self)
+            time.sleep(5)
+        return step(self, action)
+
+    monkeypatch.setattr(Climb, "step", hangs)
+    collector.stage.seconds = 0.2
+    experience = collector.collect(snapshot(model), jax.random.key(0), 0, {})
+    t, dropped = experience.trajectories, experience.per_row["world/dropped"]
+    assert dropped.tolist() == [True] + [False] * (len(dropped) - 1)
+    assert np.isnan(t.returns[0])
+    assert np.isfinite(t.returns[1:]).all()
+    assert experience.per_row["world/turns"][0] == 1
+    assert not t.ended[0]
+    check_experience(experience, collector.shape, vocab_size=TOKENIZER.vocab_size, name="text agents")
+
+    def never_begins(seed):
+        time.sleep(5)
+
+    collector.stage.world.reset = never_begins
+    with pytest.raises(TimeoutError, match=r"task \d+ of stairs-5-4 did not begin within 0.2 s"):
+        collector.collect(snapshot(model), jax.random.key(0), 0, {})
+
+
 def test_an_expert_that_cannot_be_learned_is_refused(monkeypatch) -> None:
     sizes = {name: value for name, value in SIZES.items() if name != "group_size"}
     collector = TextExpertCollector(WORLD, Panel(WORLD.name, np.array([3])), TOKENIZER, **sizes)
@@ -307,7 +340,9 @@ def test_it_learns_from_the_expert_and_then_by_itself(tiny_run, tmp_path) -> Non
     run(tmp_path / "parts", 1)
     assert state_hash(run(tmp_path / "parts", 2).state) == state_hash(whole.state)
     rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    assert {"world/solved", "world/turns", "world/refused", "world/cut_off", "world/tokens"} <= set(rows[0])
+    assert {"world/solved", "world/turns", "world/refused", "world/cut_off", "world/dropped", "world/tokens"} <= set(
+        rows[0]
+    )
     assert all(row["world/recomputed"] == 0 for row in rows)
     # The trainer scores what was sampled at the same weights: the sampler and it agree.
     assert all(row["rollout_corr/log_ratio_abs_max"] < 2e-4 for row in rows)
