@@ -322,10 +322,10 @@ def test_it_learns_from_the_expert_and_then_by_itself(tiny_run, tmp_path) -> Non
     sizes = {"seed": 0, "tasks": 8, "width": 96, "action_tokens": 5, "wording": WORDING}
     expert = TextExpertCollector(world, learn, TOKENIZER, **sizes)
     parts = tiny_run.make_parts("grpo", task=None, collector=expert, objective="nll")
-    one = dataclasses.replace(tiny_run.SETTINGS, steps=12, prompts=8, group_size=1, update=UpdateSettings())
+    one = dataclasses.replace(tiny_run.SETTINGS, steps=30, prompts=8, group_size=1, update=UpdateSettings())
     warm = train(parts, one, tmp_path / "warm")
     lines = [json.loads(line) for line in (tmp_path / "warm" / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["actor/loss"] < 0.8 * lines[0]["actor/loss"]
+    assert lines[-1]["actor/loss"] < 0.5 * lines[0]["actor/loss"]
     assert lines[0]["world/solved"] == 1
 
     def run(folder, steps):
