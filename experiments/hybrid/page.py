@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from experiments import style
+from experiments import words
 from experiments.bands import band
 from experiments.bands import half_width
 from experiments.bands import standard_error
@@ -52,7 +53,7 @@ LOOKS = {
 }
 SCHEDULED = ("hybrid", "linear", "cosine", "log_linear")
 MAIN = ("rl", "offline", "on_policy", "kl_loss", "hybrid_0.9", "hybrid", "rao_blackwell", "reinforce")
-GAP = "J − J* [nats]"
+GAP = "J - J* [nats]"
 FORMS = {"reinforce": style.INK, "hybrid": style.BLUE, "rao_blackwell": style.GREEN}
 DASHES = {"none": ":", "reward": "--", "step": "-"}
 
@@ -71,8 +72,8 @@ def exact_picture(settings: HybridSettings, results: Results) -> Picture:
             axes.axhline(rest(results, name).gap, color=colour, linewidth=0.7, alpha=0.6)
     legend(axes, 2)
     caption = (
-        "Exact gradients, no sampling, Adam with a step size that falls to 0. Thin lines: J − J* of the policy at which "
-        "the field of the same colour vanishes, by backward induction. At the end: "
+        "Exact gradients, no sampling, Adam with a step size that falls to 0. Thin lines: J - J* of the policy at "
+        "which the field of the same colour vanishes, by backward induction. At the end: "
         + ", ".join(f"{ARMS[name].label} {_end(settings, results, name):.2g}" for name in shown)
         + "."
     )
@@ -120,7 +121,7 @@ def _curves(settings: HybridSettings, results: Results, names: Sequence[str], na
     legend(axes, 2)
     ends = [f"{ARMS[arm].label} {sampled_gap(settings, results, arm)[:, -1].mean():.3f}" for arm in names]
     caption = (
-        f"Exact J − J* of the trained policy, mean over {settings.seeds} seeds with 95 % bands; {settings.group_size} "
+        f"Exact J - J* of the trained policy, mean over {settings.seeds} seeds with 95 % bands; {settings.group_size} "
         f"episodes of each of {settings.tasks} tasks per update. At the end: " + ", ".join(ends) + "."
     )
     return Picture(name, title, caption, figure)
@@ -163,12 +164,12 @@ def resting_table(settings: HybridSettings, results: Results) -> Table:
     for name in EXACT:
         part = results[f"exact_{name}"]
         found = rest(results, name) if name in RESTING else None
-        shown = [f"{value:.4f}" for value in found] if found else ["–"] * len(Rest._fields)
+        shown = [f"{value:.4f}" for value in found] if found else [words.NONE] * len(Rest._fields)
         end = _end(settings, results, name)
         rows.append(
             (ARMS[name].label, *shown, f"{end:.2g}", f"{part['reward'][0, -1]:.3f}", f"{part['kl'][0, -1]:.3f}")
         )
-    head = ("arm", "rests at J − J*", "KL there", "reward there", "exact run: J − J*", "reward", "KL")
+    head = ("arm", "rests at J - J*", "KL there", "reward there", "exact run: J - J*", "reward", "KL")
     return Table(head, rows)
 
 
@@ -178,7 +179,7 @@ def sampled_table(settings: HybridSettings, results: Results) -> Table:
     for name, arm in ARMS.items():
         part, values = results[f"sampled_{name}"], sampled_gap(settings, results, name)
         against = difference(settings, results, name, "hybrid")
-        said = "–" if name == "hybrid" else f"{against.mean:+.3f} ± {against.half:.3f}"
+        said = words.NONE if name == "hybrid" else f"{against.mean:+.3f} ± {against.half:.3f}"
         if name != "hybrid" and not against.resolved:
             said += " (not resolved)"
         rows.append(
@@ -191,7 +192,7 @@ def sampled_table(settings: HybridSettings, results: Results) -> Table:
                 f"{part['kl'][:, -1].mean():.3f}",
             )
         )
-    head = ("arm", "J − J* at the end", "minus hybrid", "at a quarter", "reward", "KL to teacher")
+    head = ("arm", "J - J* at the end", "minus hybrid", "at a quarter", "reward", "KL to teacher")
     return Table(head, rows)
 
 
@@ -218,12 +219,12 @@ def _resting_section(settings: HybridSettings, results: Results, summary: Mappin
     return Section(
         "Where each gradient comes to rest, exactly",
         [
-            "J = KL of whole episodes to the teacher − lambda × reward. The optimum is the teacher tilted by "
-            f"exp(lambda R). J − J* is the KL from the law of the episodes to that of the optimum. lambda = "
+            "J = KL of whole episodes to the teacher - lambda times reward. The optimum is the teacher tilted by "
+            f"exp(lambda R). J - J* is the KL from the law of the episodes to that of the optimum. lambda = "
             f"{settings.reward_weight:g}; the teacher earns {summary['teacher_reward']:.3f} and is at "
             f"{summary['teacher_gap']:.3f}.",
-            "A gradient with a dense part vanishes at one policy, pi_T exp(−E[G]) in every state, found by backward "
-            f"induction. That of KL loss + reward, which drops the KL of later steps, has J − J* = {row.gap:.3f}: "
+            "A gradient with a dense part vanishes at one policy, pi_T exp(-E[G]) in every state, found by backward "
+            f"induction. That of KL loss + reward, which drops the KL of later steps, has J - J* = {row.gap:.3f}: "
             f"reward {row.reward:.3f} at KL {row.kl:.3f}, where the optimum has {best.reward:.3f} at {best.kl:.3f}. "
             f"Another lambda in its place does not mend it: the nearest of those tried, {weight:g}, leaves "
             f"{nearest:.3f}. A discount below 1 rests elsewhere as well, since it discounts the reward too.",
@@ -266,14 +267,14 @@ def _variance_section(settings: HybridSettings, results: Results, summary: Mappi
             "Trace of the covariance of one batch's gradient; after a stroke the norm of the exact bias, where the "
             "estimate has one. All estimates read the same episodes. Reward baseline: mean return of the others of the "
             "group; step baseline: mean coefficient of the others at the same step.",
-            "At the optimum the sum of later l minus lambda R is the same for every episode from a given state, which "
-            "is what REINFORCE multiplies its scores with. Integrating l of the own step out, or replacing later l by "
-            "their means k, takes that cancellation away: both help far from the optimum and can hurt near it.",
-            f"Means against exact expectations: n |mean − expectation|² / variance is 1 on average for an estimate "
+            "At the optimum the sum of l from a step on, minus lambda R, is the same for every episode from a given "
+            "state: that is what REINFORCE multiplies its scores with. Integrating l of the own step out, or replacing "
+            "later l by their means k, takes that cancellation away, so that neither must lower the variance there.",
+            f"Means against exact expectations: n |mean - expectation|² / variance is 1 on average for an estimate "
             f"without bias; it lies between {low:.2f} and {high:.2f}. Along what a KL loss leaves out of the gradient, "
             f"the mean of the nine estimates of grad J is off by at most {summary['unbiased_largest_score']:.1f} of "
-            f"its standard errors ({len(UNBIASED) * len(places(settings))} comparisons), that of KL loss + reward by at least "
-            f"{summary['kl_loss_smallest_score']:.0f}.",
+            f"its standard errors ({len(UNBIASED) * len(places(settings))} comparisons), that of KL loss + reward by "
+            f"at least {summary['kl_loss_smallest_score']:.0f}.",
         ],
         [variance_picture(settings, results)],
         variance_table(settings, results),

@@ -132,7 +132,7 @@ def tasks_of(settings: HybridSettings) -> Task:
 def trainer(settings: HybridSettings, *, exact: bool) -> ArmScan:
     """What trains every arm; kept, because it is compiled once for all of them."""
     tasks = tasks_of(settings)
-    gradient = exact_gradient(tasks) if exact else sampled_gradient(tasks, group_size=settings.group_size)
+    gradient = exact_gradient if exact else sampled_gradient(settings.group_size)
     return ArmScan(
         tasks,
         gradient,
@@ -153,15 +153,15 @@ def resting(settings: HybridSettings) -> Mapping[str, Any]:
     with jax.enable_x64(True):
         tasks, weights = tasks_of(settings), jnp.asarray((*settings.weights, settings.reward_weight))
 
-        def rests(field: Field, weight: jax.Array) -> tuple[jax.Array, ...]:
+        def rests(field: Field, weight: jax.Array, tasks: Task) -> tuple[jax.Array, ...]:
             policy = jax.vmap(stationary, in_axes=(None, 0))(with_weight(field, weight), tasks)
             optimum = jax.vmap(stationary, in_axes=(None, 0))(Field(settings.reward_weight), tasks)
             found, away = jax.vmap(worth)(policy, tasks), jax.vmap(distance)(policy, optimum, tasks)
             return jnp.mean(found.kl), jnp.mean(found.reward), jnp.mean(away)
 
         fields = jax.tree.map(lambda *numbers: jnp.asarray(numbers), *(ARMS[name].field for name in RESTING))
-        by_weight = jax.vmap(rests, in_axes=(None, 0))
-        kl, reward, away = jax.jit(jax.vmap(by_weight, in_axes=(0, None)))(fields, weights)
+        by_weight = jax.vmap(rests, in_axes=(None, 0, None))
+        kl, reward, away = jax.jit(jax.vmap(by_weight, in_axes=(0, None, None)))(fields, weights, tasks)
         known = {"teacher": tasks.teacher, "start": jnp.zeros_like(tasks.teacher)}
         worths = {name: jax.vmap(worth)(policy, tasks) for name, policy in known.items()}
         rewards = worths["teacher"].reward
@@ -194,13 +194,13 @@ def variances(settings: HybridSettings) -> Mapping[str, Any]:
     tasks = tasks_of(settings)
     measure = functools.partial(
         scatter,
-        sampled_gradient(tasks, group_size=settings.group_size),
-        exact_gradient(tasks),
+        sampled_gradient(settings.group_size),
+        exact_gradient,
         reward_weight=settings.reward_weight,
         batches=settings.batches // PER_CHUNK * PER_CHUNK,
     )
-    compiled = jax.jit(lambda policy, key: measure(policy, key))
-    found = [compiled(policy, key_of(settings, 3 + number)) for number, policy in enumerate(policies)]
+    compiled = jax.jit(lambda policy, tasks, key: measure(policy, tasks, key))
+    found = [compiled(policy, tasks, key_of(settings, 3 + number)) for number, policy in enumerate(policies)]
     return jax.tree.map(lambda *rows: np.stack(rows), *jax.device_get(found))
 
 

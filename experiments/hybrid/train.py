@@ -27,7 +27,8 @@ from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Float
 from jaxrl_llm.typing import PRNGKey
 
-Gradient = Callable[[Policy, Field, PRNGKey], Policy]
+Gradient = Callable[[Policy, Field, Task, PRNGKey], Policy]
+"""(policies, field, tasks, key) -> gradient of the mean over tasks, the leading axis of policies and of tasks."""
 
 
 def _at(tables: Policy, met: Episodes) -> Float[Array, "B H A"]:
@@ -71,16 +72,17 @@ def sampled_loss(policy: Policy, field: Field, task: Task, met: Episodes, taught
     return total / met.mask.shape[0]
 
 
-def exact_gradient(tasks: Task) -> Gradient:
-    """The expected gradient of the mean over tasks."""
+def exact_gradient(policy: Policy, field: Field, tasks: Task, key: PRNGKey) -> Policy:
+    """The expected gradient of the mean over tasks, a `Gradient`; the key is not used."""
+    del key
 
-    def loss(policy: Policy, field: Field) -> Array:
+    def loss(policy: Policy) -> Array:
         return jnp.mean(jax.vmap(field_loss, in_axes=(0, None, 0))(policy, field, tasks))
 
-    return lambda policy, field, key: jax.grad(loss)(policy, field)
+    return jax.grad(loss)(policy)
 
 
-def sampled_gradient(tasks: Task, *, group_size: int) -> Gradient:
+def sampled_gradient(group_size: int) -> Gradient:
     """The same, estimated from a group of new episodes of each task."""
 
     def loss(policy: Policy, field: Field, task: Task, key: PRNGKey) -> Array:
@@ -89,7 +91,7 @@ def sampled_gradient(tasks: Task, *, group_size: int) -> Gradient:
         taught = play(task.teacher, task, other, episodes=group_size)
         return sampled_loss(policy, field, task, met, taught)
 
-    def total(policy: Policy, field: Field, key: PRNGKey) -> Array:
+    def total(policy: Policy, field: Field, tasks: Task, key: PRNGKey) -> Array:
         keys = jax.random.split(key, tasks.teacher.shape[0])
         return jnp.mean(jax.vmap(loss, in_axes=(0, None, 0, 0))(policy, field, tasks, keys))
 
@@ -113,7 +115,7 @@ class ArmScan:
         self._tasks, self._gradient, self._updates = tasks, gradient, updates
         self._reward_weight, self._kept = reward_weight, kept
         self._optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, updates))
-        self._run = jax.jit(jax.vmap(self._train, in_axes=(None, None, 0)))
+        self._run = jax.jit(jax.vmap(self._train, in_axes=(None, None, None, 0)))
 
     def train(self, name: str, keys: PRNGKey) -> Mapping[str, Array]:
         """J's two parts before each update and after the last, [seeds, updates + 1], and the policies that are kept.
@@ -123,22 +125,22 @@ class ArmScan:
         """
         arm = ARMS[name]
         field = jax.tree.map(jnp.asarray, with_weight(arm.field, self._reward_weight))
-        return self._run(field, jnp.asarray(SCHEDULES.index(arm.schedule)), keys)
+        return self._run(self._tasks, field, jnp.asarray(SCHEDULES.index(arm.schedule)), keys)
 
-    def _train(self, field: Field, schedule: Array, key: PRNGKey) -> dict[str, Array]:
+    def _train(self, tasks: Task, field: Field, schedule: Array, key: PRNGKey) -> dict[str, Array]:
         def measured(policy: Policy) -> dict[str, Array]:
-            found = jax.vmap(worth)(policy, self._tasks)
+            found = jax.vmap(worth)(policy, tasks)
             return {"kl": jnp.mean(found.kl), "reward": jnp.mean(found.reward)}
 
         def update(carry: Any, step: Array) -> tuple[Any, dict[str, Array]]:
             policy, state, kept = carry
             kept = [jnp.where(step == number, policy, old) for number, old in zip(self._kept, kept, strict=True)]
             now = scheduled(field, schedule, step, updates=self._updates)
-            gradient = self._gradient(policy, now, jax.random.fold_in(key, step))
+            gradient = self._gradient(policy, now, tasks, jax.random.fold_in(key, step))
             changes, state = self._optimizer.update(gradient, state)
             return (optax.apply_updates(policy, changes), state, kept), measured(policy)
 
-        start = jnp.zeros_like(self._tasks.teacher)
+        start = jnp.zeros_like(tasks.teacher)
         carry = start, self._optimizer.init(start), [start for _ in self._kept]
         (policy, _, kept), curves = jax.lax.scan(update, carry, jnp.arange(self._updates))
         curves = jax.tree.map(jnp.append, curves, measured(policy))

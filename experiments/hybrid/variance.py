@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from experiments.hybrid.arms import Field
 from experiments.hybrid.exact import Policy
 from experiments.hybrid.train import Gradient
+from experiments.hybrid.world import Task
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import PRNGKey
 
@@ -39,7 +40,7 @@ PER_CHUNK = 16
 
 
 def scatter(
-    sampled: Gradient, exact: Gradient, policy: Policy, key: PRNGKey, *, reward_weight: float, batches: int
+    sampled: Gradient, exact: Gradient, policy: Policy, tasks: Task, key: PRNGKey, *, reward_weight: float, batches: int
 ) -> Mapping[str, Array]:
     """Of every estimator at one policy, over `batches` independent batches, the same ones for all estimators.
 
@@ -47,6 +48,7 @@ def scatter(
         sampled: one estimate of the gradient of a field.
         exact: the expectation.
         policy: where.
+        tasks: the tasks.
         key: of the episodes.
         reward_weight: lambda.
         batches: how many, a multiple of `PER_CHUNK`.
@@ -59,7 +61,7 @@ def scatter(
     """
     fields = [field._replace(reward_weight=reward_weight) for _, field in ESTIMATORS.values()]
     stacked = jax.tree.map(lambda *numbers: jnp.asarray(numbers, policy.dtype), *fields)
-    expected = jax.vmap(exact, in_axes=(None, 0, None))(policy, stacked, key)
+    expected = jax.vmap(exact, in_axes=(None, 0, None, None))(policy, stacked, tasks, key)
     names = list(ESTIMATORS)
     truth = expected[names.index("hybrid_none")]
     direction = truth - expected[names.index("kl_loss_step")]
@@ -67,7 +69,7 @@ def scatter(
     entries = tuple(range(1, policy.ndim + 1))
 
     def one(key: PRNGKey) -> Array:
-        return jax.vmap(sampled, in_axes=(None, 0, None))(policy, stacked, key) - expected
+        return jax.vmap(sampled, in_axes=(None, 0, None, None))(policy, stacked, tasks, key) - expected
 
     def chunk(carry: tuple[Array, Array], key: PRNGKey) -> tuple[tuple[Array, Array], Array]:
         away = jax.vmap(one)(jax.random.split(key, PER_CHUNK))
