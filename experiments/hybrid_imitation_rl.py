@@ -12,8 +12,8 @@ that is hesitant and, in 15 % of the states, mistaken, and a tabular policy for 
 J, its optimum and every expected gradient are exact; where a gradient with a dense part comes to rest is found by
 backward induction. All arms are one program, built from `objectives.hybrid`, and which one is trained is data.
 
-Chosen after looking: map, lambda and teacher after the exact resting points of nine worlds; 8 seeds of every arm, with
-keys of their own and constant step sizes of 0.05 and 0.2, came before the claim and before the falling step size.
+Chosen after looking: map, lambda and teacher after the exact resting points of nine worlds; 8 seeds of every arm at
+constant step sizes of 0.05 and 0.2, and 4 of some arms at a falling one, with keys of their own, came before the claim.
 """
 
 from experiments.hybrid.numbers import summarise
