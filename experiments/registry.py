@@ -30,6 +30,7 @@ NAMES = (
     "deep_sea",
     "trm_training",
     "pruning_training",
+    "hybrid_imitation_rl",
     "empg_agents",
 )
 
