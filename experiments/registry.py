@@ -30,6 +30,7 @@ NAMES = (
     "deep_sea",
     "trm_training",
     "pruning_training",
+    "logit_dynamics_training",
 )
 
 
