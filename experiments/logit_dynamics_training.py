@@ -90,20 +90,20 @@ class DynamicsSettings:
 
     seeds: int = 8
     seed: int = 0
-    points: int = 6
+    points: int = 5
     tokens: int = 10
     rows: int = 2
     columns: int = 3
     turns: int = 12
     tasks: int = 16
     group_size: int = 4
-    table_steps: int = 200
+    table_steps: int = 160
     table_learning_rate: float = 3.0
     agent_width: int = 32
-    agent_layers: int = 1
+    agent_layers: int = 2
     agent_imitation_steps: int = 60
-    agent_steps: int = 100
-    agent_learning_rate: float = 0.1
+    agent_steps: int = 80
+    agent_learning_rate: float = 0.03
     language_model: Literal["smollm2_135m", "random"] = "smollm2_135m"
     language_task: str = "sums_to_99"
     language_layers: int = 4

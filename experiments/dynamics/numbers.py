@@ -11,8 +11,8 @@ from experiments.lab.numbers import Interval
 from experiments.lab.numbers import over_seeds
 from experiments.study import Arrays
 
-RESOLUTION = 1e-5
-"""Changes of the logits below this are rounding of float32 logits and are left out of ratios and correlations."""
+ROUNDINGS = 30
+"""Changes of the logits of fewer units in their last place are left out of ratios and correlations."""
 
 FEWEST = 8
 """Tokens that a correlation of one batch needs."""
@@ -28,13 +28,13 @@ def tokens_of(part: Arrays, kind: str, seed: int, point: int, *, every: bool = F
     named = {name.removeprefix(f"{kind}_"): part[name][seed, point] for name in part if name.startswith(f"{kind}_")}
     keep = named["real" if kind == TOKEN else "mask"]
     if not every:
-        keep = keep & (named["predicted"] > 0) & (named["first"] > RESOLUTION) & (named["realised"] > 0)
+        keep = keep & (named["predicted"] > 0) & (named["first"] > ROUNDINGS * named["rounding"]) & (named["realised"] > 0)
     return {name: values[keep] for name, values in named.items()}
 
 
-def rank_correlation(table: Table) -> float:
+def rank_correlation(table: Table, size: str = "realised") -> float:
     """Spearman's, of realised and predicted sizes."""
-    return float(np.corrcoef(*(stats.rankdata(table[name]) for name in ("realised", "predicted")))[0, 1])
+    return float(np.corrcoef(*(stats.rankdata(table[name]) for name in (size, "predicted")))[0, 1])
 
 
 def slope(table: Table) -> float:
@@ -79,6 +79,7 @@ def _share_of_updates(name: str) -> Callable[[Table], float]:
 
 STATISTICS: Mapping[str, Callable[[Table], float]] = {
     "rank_correlation": rank_correlation,
+    "centred_rank_correlation": lambda table: rank_correlation(table, "centred"),
     "slope": slope,
     "partial_correlation": partial_correlation,
     "spread": spread,
@@ -149,7 +150,7 @@ def without_advantage(part: Arrays) -> np.ndarray:
 
 def kernel_range_kept(part: Arrays) -> float:
     """Share of single tokens whose first-order change over the formula lies between the extreme eigenvalues of K."""
-    real = part["token_real"] & (part["token_first"] > RESOLUTION)
+    real = part["token_real"] & (part["token_predicted"] > 0)
     ratio = part["token_first"][real] / part["token_predicted"][real]
     low, high = part["token_kernel_low"][real], part["token_kernel_high"][real]
     # Eigenvalues of a float32 matrix are known to some millionths of the largest.

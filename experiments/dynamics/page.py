@@ -111,10 +111,12 @@ def _columns(summary: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], s
 
 SIZE_ROWS = {
     "rank_correlation": "rank correlation, realised and formula",
+    "centred_rank_correlation": "the same without the common shift",
     "partial_correlation": "correlation of logs without |A|",
     "slope": "slope of the logs",
     "ratio": "median of realised / formula",
     "spread": "95 % over 5 % quantile of that",
+    "centred": "median share of a change that is no common shift",
     "realised_over_first": "median of realised / first order",
     "last_over_first": "realised per |A|, last probe / first",
 }

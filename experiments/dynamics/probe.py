@@ -77,6 +77,8 @@ def _sizes(logits: Array, action: Array, step: Array, first: Array, realised: Ar
         "realised": size(realised),
         # A shift of all logits by the same is no change of the policy.
         "centred": size(realised - jnp.mean(realised, axis=-1, keepdims=True)),
+        # What one unit in the last place of every logit amounts to.
+        "rounding": jnp.finfo(logits.dtype).eps * size(logits),
         **_others(p, action, first, step),
     }
 

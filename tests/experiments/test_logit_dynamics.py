@@ -148,6 +148,7 @@ def test_numbers_of_sizes_that_are_known():
         "batch_unit": unit,
         "batch_predicted": predicted,
         "batch_first": 50 * predicted,
+        "batch_rounding": np.full(shape, 1e-9),
         "batch_realised": 50 * predicted,
     }
     for name, value in (
