@@ -90,19 +90,19 @@ class DynamicsSettings:
 
     seeds: int = 8
     seed: int = 0
-    points: int = 5
-    tokens: int = 10
+    points: int = 4
+    tokens: int = 8
     rows: int = 2
     columns: int = 3
-    turns: int = 12
-    tasks: int = 16
+    turns: int = 10
+    tasks: int = 8
     group_size: int = 4
-    table_steps: int = 160
+    table_steps: int = 150
     table_learning_rate: float = 3.0
     agent_width: int = 32
     agent_layers: int = 2
-    agent_imitation_steps: int = 60
-    agent_steps: int = 80
+    agent_imitation_steps: int = 80
+    agent_steps: int = 50
     agent_learning_rate: float = 0.03
     language_model: Literal["smollm2_135m", "random"] = "smollm2_135m"
     language_task: str = "sums_to_99"
@@ -111,8 +111,8 @@ class DynamicsSettings:
     language_group_size: int = 8
     language_prompt_length: int = 52
     language_response_length: int = 4
-    language_steps: int = 9
-    language_points: int = 3
+    language_steps: int = 5
+    language_points: int = 2
     language_training_rate: float = 1e-5
     language_learning_rate: float = 1e-3
     language_power_iterations: int = 4

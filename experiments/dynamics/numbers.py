@@ -28,7 +28,8 @@ def tokens_of(part: Arrays, kind: str, seed: int, point: int, *, every: bool = F
     named = {name.removeprefix(f"{kind}_"): part[name][seed, point] for name in part if name.startswith(f"{kind}_")}
     keep = named["real" if kind == TOKEN else "mask"]
     if not every:
-        keep = keep & (named["predicted"] > 0) & (named["first"] > ROUNDINGS * named["rounding"]) & (named["realised"] > 0)
+        keep = keep & (named["predicted"] > 0) & (named["realised"] > 0)
+        keep = keep & (named["first"] > ROUNDINGS * named["rounding"])
     return {name: values[keep] for name, values in named.items()}
 
 
