@@ -104,7 +104,8 @@ def per_seed(part: Arrays, kind: str, statistic: Callable[[Table], float]) -> np
     with np.errstate(all="ignore"):
         for seed, point in np.ndindex(seeds, points):
             table = tokens_of(part, kind, seed, point)
-            if len(table["step"]) >= FEWEST:
+            # Where all sizes are the same, as those of a uniform policy, they have no order to follow.
+            if len(table["step"]) >= FEWEST and np.ptp(np.log(table["unit"])) > 1e-3:
                 found[seed, point] = statistic(table)
     known = np.isfinite(found).any(axis=1).all()
     return np.nanmean(found, axis=1) if known else np.full(seeds, np.nan)
@@ -134,8 +135,9 @@ def _over_probes(part: Arrays, kind: str, value: Callable[[Table], float]) -> np
 
 
 def fall(values: np.ndarray) -> np.ndarray:
-    """Of each seed: the last point that has a number over the first one."""
-    return np.array([row[np.isfinite(row)][-1] / row[np.isfinite(row)][0] for row in values])
+    """Of each seed: the last point that has a number over the first one; NaN where none has."""
+    known = [row[np.isfinite(row)] for row in values]
+    return np.array([row[-1] / row[0] if len(row) else np.nan for row in known])
 
 
 def without_advantage(part: Arrays) -> np.ndarray:

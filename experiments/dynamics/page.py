@@ -6,6 +6,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 
 from experiments import style
 from experiments import words
@@ -61,10 +62,17 @@ def scatter(name: str, part: Arrays) -> Picture:
     return Picture(f"sizes_{name}", f"Realised against predicted: {POLICIES[name]}", caption, figure)
 
 
-def _band(axes: Any, steps: np.ndarray, values: np.ndarray, colour: str, label: str, dashes: str = "-") -> None:
-    """Mean over seeds with a 95 % band."""
-    axes_options = {"half": half_width(len(values)), "dashes": dashes, "marker": "o"}
-    band(axes, steps, values.mean(axis=0), standard_error(values), colour, label, **axes_options)
+def _course(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str, label: str, dashes: str) -> float:
+    """Mean over seeds with a 95 % band, as a share of the first; returns the last. Seeds without an advantage in the
+    batch of a probe have no number there, and a probe needs two that have.
+    """
+    usable = np.isfinite(values).sum(axis=0) >= 2
+    columns = [column[np.isfinite(column)] for column in values.T[usable]]
+    mean = np.array([column.mean() for column in columns])
+    half = np.array([half_width(len(column)) * standard_error(column) for column in columns])
+    options = {"dashes": dashes, "marker": "o", "half": 1.0}
+    band(axes, steps[usable], mean / mean[0], half / mean[0], colour, label, **options)
+    return float(mean[-1] / mean[0])
 
 
 def regulation(name: str, part: Arrays) -> Picture:
@@ -78,10 +86,8 @@ def regulation(name: str, part: Arrays) -> Picture:
         (realised_per_advantage(part, TOKEN), LOOKS[TOKEN][0], "one token alone", "-"),
         (realised_per_advantage(part, BATCH), LOOKS[BATCH][0], "the batch's update", "-"),
     ):
-        sizes = sizes / sizes[:, :1]
-        usable = np.isfinite(sizes).all(axis=0)
-        _band(axes, part["probe_steps"][usable], sizes[:, usable], colour, label, dashes)
-        said.append(f"{label} {sizes[:, usable][:, -1].mean():.2f}")
+        last = _course(axes, part["probe_steps"], sizes, colour, label, dashes)
+        said.append(f"{label} {last:.2f}")
     legend(axes, 3)
     reward = part["reward"]
     tail = max(1, reward.shape[1] // 10)
