@@ -65,12 +65,10 @@ class DynamicsSettings:
         rows: of the grid of rooms.
         columns: of the grid of rooms.
         turns: actions of an episode.
-        table_tasks: tasks per batch of the table, which learns from nothing.
-        table_group_size: episodes of each.
+        tasks: tasks per batch.
+        group_size: episodes of each task.
         table_steps: updates of the table.
         table_learning_rate: its eta.
-        agent_tasks: tasks per batch of the agent.
-        agent_group_size: episodes of each.
         agent_width: width of the agent's transformer.
         agent_layers: its layers.
         agent_imitation_steps: updates on shortest solutions before reinforcement learning.
@@ -97,12 +95,10 @@ class DynamicsSettings:
     rows: int = 2
     columns: int = 3
     turns: int = 10
-    table_tasks: int = 32
-    table_group_size: int = 8
+    tasks: int = 8
+    group_size: int = 4
     table_steps: int = 150
     table_learning_rate: float = 3.0
-    agent_tasks: int = 8
-    agent_group_size: int = 4
     agent_width: int = 32
     agent_layers: int = 2
     agent_imitation_steps: int = 80
@@ -130,10 +126,8 @@ RANGES: Ranges = {
     "rows": Range(1, 26),
     "columns": Range(1, 26),
     "turns": Range(1, 1000),
-    "table_tasks": SIZE,
-    "table_group_size": PLURAL,
-    "agent_tasks": SIZE,
-    "agent_group_size": PLURAL,
+    "tasks": SIZE,
+    "group_size": PLURAL,
     "table_steps": PLURAL,
     "table_learning_rate": RATE,
     "agent_width": Range(4, 4096),
@@ -161,24 +155,22 @@ def world_of(settings: DynamicsSettings) -> Rooms:
         ValueError: there are none of that size, or too few turns or tasks.
     """
     world = Rooms(settings.rows, settings.columns, extra=1, turns=settings.turns)
-    for name in ("table_tasks", "agent_tasks"):
-        count, field = getattr(settings, name), name.replace("_", "-")
-        if count > world.tasks:
-            raise ValueError(f"Field --{field} is {count}; these rooms have {world.tasks} tasks.")
+    if settings.tasks > world.tasks:
+        raise ValueError(f"Field --tasks is {settings.tasks}; these rooms have {world.tasks} tasks.")
     return world
 
 
 def table_of(settings: DynamicsSettings) -> Learner:
     """The control."""
-    return table_learner(world_of(settings), tasks=settings.table_tasks, group_size=settings.table_group_size)
+    return table_learner(world_of(settings), tasks=settings.tasks, group_size=settings.group_size)
 
 
 def agent_of(settings: DynamicsSettings) -> Learner:
     """The transformer in the same rooms."""
     return transformer_learner(
         world_of(settings),
-        tasks=settings.agent_tasks,
-        group_size=settings.agent_group_size,
+        tasks=settings.tasks,
+        group_size=settings.group_size,
         width=settings.agent_width,
         layers=settings.agent_layers,
         imitation_steps=settings.agent_imitation_steps,
@@ -253,9 +245,8 @@ TINY = DynamicsSettings(
     tokens=8,
     columns=2,
     turns=10,
-    table_tasks=8,
+    tasks=6,
     table_steps=20,
-    agent_tasks=4,
     agent_width=16,
     agent_layers=1,
     agent_imitation_steps=30,

@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter
 
 from experiments import style
 from experiments import words
@@ -54,10 +55,13 @@ def scatter(name: str, part: Arrays) -> Picture:
         axes.plot(x[some], y[some], mark, color=colour, markersize=2.6, alpha=0.45, label=KINDS[kind])
     grid = np.geomspace(smallest, 2**0.5, 50)
     axes.plot(grid, grid, color=style.INK, linewidth=1.2, linestyle="--", label="the formula")
+    # Between powers of ten the numbers would run into each other.
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
     legend(axes, 2)
     caption = (
-        f"Each mark is a sampled token with an advantage, at some probe of any seed (a random {SHOWN} of each kind). "
-        "The dashed line is the formula; marks along a line parallel to it would be one factor for all tokens."
+        f"Each mark is a sampled token that the formula moves, at some probe of any seed (a random {SHOWN} of each "
+        "kind). The dashed line is the formula; marks along a line parallel to it would be one factor for all tokens."
     )
     return Picture(f"sizes_{name}", f"Realised against predicted: {POLICIES[name]}", caption, figure)
 
@@ -79,8 +83,7 @@ def regulation(name: str, part: Arrays) -> Picture:
     """Predicted and realised sizes per advantage, as shares of those at the first probe."""
     figure, axes = new_axes("update", "mean size, first probe = 1")
     figure.set_size_inches(4.7, 3.5)
-    axes.set_yscale("log")
-    said = []
+    said, largest = [], 1.0
     for sizes, colour, label, dashes in (
         (formula_per_advantage(part), style.INK, "the formula", "--"),
         (realised_per_advantage(part, TOKEN), LOOKS[TOKEN][0], "one token alone", "-"),
@@ -88,6 +91,9 @@ def regulation(name: str, part: Arrays) -> Picture:
     ):
         last = _course(axes, part["probe_steps"], sizes, colour, label, dashes)
         said.append(f"{label} {last:.2f}")
+        largest = max(largest, float(np.nanmax(axes.lines[-1].get_ydata())))
+    # A band of few seeds may be wider than all that is to be seen.
+    axes.set_ylim(0, 1.3 * largest)
     legend(axes, 3)
     reward = part["reward"]
     tail = max(1, reward.shape[1] // 10)

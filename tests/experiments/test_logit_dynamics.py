@@ -194,7 +194,7 @@ def test_settings_that_cannot_be_are_refused(capsys, tmp_path):
     run = ["run", "logit_dynamics_training", "--tiny", "--runs-folder", str(tmp_path)]
     for words, sentence in (
         (["--language-task", "sums"], "--language-task is 'sums'; it must be one of"),
-        (["--agent-tasks", "1000"], "--agent-tasks is 1000; these rooms have"),
+        (["--tasks", "1000"], "--tasks is 1000; these rooms have"),
         (["--turns", "2"], "turns is 2; the longest task"),
         (["--tokens", "3"], "--tokens is 3; it must be at least 8"),
     ):
