@@ -3,10 +3,9 @@
 Claim      When a transformer learns by policy gradient, the logits of each sampled token's context move by
            eta |A| sqrt(1 - 2 p_c + C), up to one factor for all tokens of a batch.
 Command    python -m experiments run logit_dynamics_training
-Cost       COST
+Cost       minutes on two cores; no whole run of these settings has been kept yet
 Expected   agent_rank_correlation_low >= 0.8 in summary.json: the lower end of the 95 % interval over seeds of
            Spearman's correlation between the formula and what the batch's update does to the logits
-RESULT
 
 Three policies learn. The table has its logits as parameters and is the control: there the formula of one token is
 exact. The agent is a small transformer in the same rooms. SmolLM2 learns sums. Of each it is measured, along the way,
@@ -28,6 +27,7 @@ import jax
 from flax import nnx
 
 from experiments.dynamics.follow import follow
+from experiments.dynamics.language import answers_learner
 from experiments.dynamics.language import follow_answers
 from experiments.dynamics.learner import Learner
 from experiments.dynamics.numbers import summary_of
@@ -183,7 +183,7 @@ def _language(settings: DynamicsSettings) -> Mapping[str, Any]:
         model = Transformer(tiny(vocab_size=tokenizer.vocab_size), rngs=nnx.Rngs(settings.seed))
     else:
         model, tokenizer = smollm2_135m()
-    return follow_answers(
+    learner = answers_learner(
         model,
         tokenizer,
         TASKS[settings.language_task](),
@@ -192,13 +192,16 @@ def _language(settings: DynamicsSettings) -> Mapping[str, Any]:
         group_size=settings.language_group_size,
         prompt_length=settings.language_prompt_length,
         response_length=settings.language_response_length,
+    )
+    return follow_answers(
+        learner,
+        key=jax.random.key(settings.seed),
         steps=settings.language_steps,
         points=settings.language_points,
         tokens=settings.tokens,
         power_iterations=settings.language_power_iterations,
         learning_rate=settings.language_learning_rate,
         training_rate=settings.language_training_rate,
-        seed=settings.seed,
     )
 
 
@@ -269,7 +272,7 @@ EXPERIMENT = Study(
         "When a transformer learns by policy gradient, the logits of each sampled token's context move by "
         "eta |A| sqrt(1 - 2 p_c + C), up to one factor for all tokens of a batch."
     ),
-    cost="COST",
+    cost="minutes on two cores; no whole run of these settings has been kept yet",
     settings=SETTINGS,
     tiny=TINY,
     expectation=Expectation("agent_rank_correlation_low", at_least=0.8),

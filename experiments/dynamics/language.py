@@ -99,7 +99,7 @@ class _Answers:
         return Batch((trunk, rollout.token_mask), answers, real, advantages, jnp.mean(reward))
 
 
-def follow_answers(
+def answers_learner(
     model: Transformer,
     tokenizer: Tokenizer,
     task: Task,
@@ -109,15 +109,8 @@ def follow_answers(
     group_size: int,
     prompt_length: int,
     response_length: int,
-    steps: int,
-    points: int,
-    tokens: int,
-    power_iterations: int,
-    learning_rate: float,
-    training_rate: float,
-    seed: int,
-) -> Mapping[str, Any]:
-    """Reward of every step, and the probes of some, with one "seed" so that the arrays are those of `follow`.
+) -> Learner:
+    """A pretrained model that answers problems; it samples outside of compiled programs, one batch after the other.
 
     Args:
         model: a pretrained one.
@@ -128,13 +121,6 @@ def follow_answers(
         group_size: answers to each.
         prompt_length: width of the prompts [tokens].
         response_length: tokens of an answer.
-        steps: updates by Adam.
-        points: probes along the way.
-        tokens: how many are probed alone at each point.
-        power_iterations: products with the kernel of a context for its largest eigenvalue.
-        learning_rate: eta of the plain step that is probed.
-        training_rate: step size of Adam.
-        seed: of sampling.
     """
     own = _Answers(
         model,
@@ -146,30 +132,52 @@ def follow_answers(
         prompt_length=prompt_length,
         response_length=response_length,
     )
-    learner = Learner(lambda key: (own.learned, own.frozen), own.sample, own.logits)
+    return Learner(lambda key: (own.learned, own.frozen), own.sample, own.logits)
+
+
+def follow_answers(
+    learner: Learner,
+    *,
+    key: PRNGKey,
+    steps: int,
+    points: int,
+    tokens: int,
+    power_iterations: int,
+    learning_rate: float,
+    training_rate: float,
+) -> Mapping[str, Any]:
+    """Reward of every step, and the probes of some, with one "seed" so that the arrays are those of `follow`.
+
+    Args:
+        learner: of `answers_learner`.
+        key: of sampling.
+        steps: updates by Adam.
+        points: probes along the way.
+        tokens: how many are probed alone at each point.
+        power_iterations: products with the kernel of a context for its largest eigenvalue.
+        learning_rate: eta of the plain step that is probed.
+        training_rate: step size of Adam.
+    """
     gradient_of = jax.jit(functools.partial(policy_gradient, learner))
     whole_of = jax.jit(functools.partial(batch_probe, learner, learning_rate=learning_rate))
     alone_of = jax.jit(
         functools.partial(token_probe, learner, learning_rate=learning_rate, power_iterations=power_iterations)
     )
     optimizer = optax.adam(training_rate, b2=BETA_2)
-    update_of, params, fixed = jax.jit(optimizer.update), own.learned, own.frozen
-    opt_state = optimizer.init(params)
-    at = measuring_steps(steps, points)
-    rewards, found = [], {"batch": [], "adam": [], "token": []}
+    update_of, (params, fixed) = jax.jit(optimizer.update), learner.init(key)
+    opt_state, at, rewards = optimizer.init(params), measuring_steps(steps, points), []
+    found: dict[str, list[Mapping[str, Any]]] = {"batch": [], "adam": [], "token": []}
     for step in range(steps):
-        key = jax.random.fold_in(jax.random.key(seed), step)
-        batch = own.sample(params, fixed, key)
+        own_key = jax.random.fold_in(key, step)
+        batch = learner.sample(params, fixed, own_key)
         gradient = gradient_of(params, fixed, batch)
         changes, opt_state = update_of(scaled(gradient, -1.0), opt_state)
         if step in at:
             whole, first = whole_of(params, fixed, batch, scaled(gradient, learning_rate))
             found["batch"].append(jax.device_get(whole))
             found["adam"].append(jax.device_get(whole_of(params, fixed, batch, changes)[0]))
-            alone = [
-                jax.device_get(alone_of(params, fixed, batch, first, place=place))
-                for place in choose_tokens(batch, tokens, key)
-            ]
+            places = choose_tokens(batch, tokens, own_key)
+            alone = [jax.device_get(alone_of(params, fixed, batch, first, place=place)) for place in places]
             found["token"].append({name: np.stack([one[name] for one in alone]) for name in alone[0]})
         params = optax.apply_updates(params, changes)
         rewards.append(float(batch.reward))
