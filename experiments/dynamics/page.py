@@ -66,8 +66,8 @@ def scatter(name: str, part: Arrays) -> Picture:
     return Picture(f"sizes_{name}", f"Realised against predicted: {POLICIES[name]}", caption, figure)
 
 
-def _course(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str, label: str, dashes: str) -> float:
-    """Mean over seeds with a 95 % band, as a share of the first; returns the last. Seeds without an advantage in the
+def _course(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str, label: str, dashes: str) -> np.ndarray:
+    """Mean over seeds with a 95 % band, as a share of the first; returns the mean. Seeds without an advantage in the
     batch of a probe have no number there, and a probe needs two that have.
     """
     usable = np.isfinite(values).sum(axis=0) >= 2
@@ -76,7 +76,7 @@ def _course(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str, labe
     half = np.array([half_width(len(column)) * standard_error(column) for column in columns])
     options = {"dashes": dashes, "marker": "o", "half": 1.0}
     band(axes, steps[usable], mean / mean[0], half / mean[0], colour, label, **options)
-    return float(mean[-1] / mean[0])
+    return mean / mean[0]
 
 
 def regulation(name: str, part: Arrays) -> Picture:
@@ -89,9 +89,9 @@ def regulation(name: str, part: Arrays) -> Picture:
         (realised_per_advantage(part, TOKEN), LOOKS[TOKEN][0], "one token alone", "-"),
         (realised_per_advantage(part, BATCH), LOOKS[BATCH][0], "the batch's update", "-"),
     ):
-        last = _course(axes, part["probe_steps"], sizes, colour, label, dashes)
-        said.append(f"{label} {last:.2f}")
-        largest = max(largest, float(np.nanmax(axes.lines[-1].get_ydata())))
+        course = _course(axes, part["probe_steps"], sizes, colour, label, dashes)
+        said.append(f"{label} {course[-1]:.2f}")
+        largest = max(largest, float(course.max()))
     # A band of few seeds may be wider than all that is to be seen.
     axes.set_ylim(0, 1.3 * largest)
     legend(axes, 3)
