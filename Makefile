@@ -16,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest -q
 # A file stays in one process, so that what its tests share is made once; the longest, the notebooks, goes out first.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help venv run test test-float32 test-slow test-float64 test-sharded fuzz aot aot-cudnn lint checks mutants notebooks bench clean
+.PHONY: help venv run test test-float32 test-slow test-float64 test-sharded test-worlds fuzz aot aot-cudnn lint checks mutants notebooks bench clean
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
@@ -40,7 +40,7 @@ run: $(STAMP)
 ## test-slow  the float32 tests of more than six seconds (tests/slow.txt), which `make test` leaves out
 test: test-float32 test-float64 test-sharded
 test-float32 test-slow test-float64 test-sharded: export JAX_PLATFORMS = cpu
-FLOAT32 := tests --ignore tests/exact --ignore tests/sharded --ignore tests/aot
+FLOAT32 := tests --ignore tests/exact --ignore tests/sharded --ignore tests/aot --ignore tests/worlds
 test-float32: $(STAMP)
 	$(PYTEST) $(PARALLEL) -m "not slow" $(FLOAT32)
 test-slow: $(STAMP)
@@ -49,6 +49,17 @@ test-float64: $(STAMP)
 	JAX_ENABLE_X64=1 $(PYTEST) $(PARALLEL) tests/exact
 test-sharded: $(STAMP)
 	XLA_FLAGS="$(XLA_FLAGS) --xla_force_host_platform_device_count=8" $(PYTEST) $(PARALLEL) tests/sharded
+
+## test-worlds  the games of TextWorldExpress (needs Java; installs the extra `worlds`, 5 MB, into .venv-worlds)
+WORLDS := $(CURDIR)/.venv-worlds
+test-worlds: $(WORLDS)/.installed
+	JAX_PLATFORMS=cpu PYTHONPATH=$(WORLDS) $(PYTEST) tests/worlds
+$(WORLDS)/.installed: $(STAMP)
+	@# Beside .venv, as those who do not ask for the extra have it.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target $(WORLDS) \
+		--constraint constraints/py$$($(BIN)/python -c 'import sys; print("%d%d" % sys.version_info[:2])').txt $$($(BIN)/python -c \
+		'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["worlds"])')
+	@touch $@
 
 ## fuzz       hostile command lines, FUZZ_EXAMPLES of them; model files damaged at random for a minute
 fuzz: export JAX_PLATFORMS = cpu

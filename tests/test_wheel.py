@@ -37,6 +37,7 @@ def test_the_wheel_holds_the_two_packages_only(wheel: Path) -> None:
     assert "jaxrl_llm/py.typed" in names
     assert "jaxrl_kernels/py.typed" in names
     assert "jaxrl_llm/objectives/recipes.py" in names
+    assert "jaxrl_llm/environments/worlds/shop/catalogue.json" in names
 
 
 def test_the_wheel_works_from_another_directory(wheel: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from jaxrl_llm.checks import require_same_shape
 from jaxrl_llm.masked import masked_max
 from jaxrl_llm.masked import masked_mean
 from jaxrl_llm.masked import masked_min
+from jaxrl_llm.masked import masked_sum
 from jaxrl_llm.masked import safe_divide
 
 
@@ -232,6 +233,59 @@ def potential_modulated_advantages(
     return jax.lax.stop_gradient(
         jnp.where(step_mask, modulated - masked_mean(modulated, step_mask), jnp.zeros((), modulated.dtype))
     )
+
+
+@checked
+def sign_preserving_scale(
+    advantages: Float[Array, " B"],
+    normalised: Float[Array, "B K"],
+    step_mask: Bool[Array, "B K"],
+    *,
+    sharpness: ScalarLike = 1.0,
+) -> Float[Array, "B K"]:
+    """g = exp(-k Hn) sum |A| / sum |A| exp(-k Hn), both sums over the steps whose advantage has the sign of its own.
+
+    Not in the paper, whose scale has mean 1 over steps and so moves the sum of A g away from that of A (errata F4.4).
+    Here the sums of A g over the steps with A > 0 and over those with A < 0 are those of A: nothing has to be centred
+    afterwards, and no step changes the sign of its advantage. Where A is 0 the scale is exp(-k Hn), and scales nothing.
+
+    Args:
+        advantages: one per trajectory.
+        normalised: from `normalised_entropy`.
+        step_mask: true where the trajectory has that step.
+        sharpness: k.
+
+    Returns:
+        the scale of each step, 0 where there is none.
+    """
+    require_rank(1, "B", advantages=advantages)
+    require_same_shape(normalised=normalised, step_mask=step_mask)
+    certain = jnp.where(step_mask, jnp.exp(jnp.negative(sharpness) * normalised), jnp.zeros((), normalised.dtype))
+    size = jnp.broadcast_to(jnp.abs(advantages)[:, None], certain.shape)
+    scale = certain
+    for side in (advantages > 0, advantages < 0):
+        of_side = step_mask & side[:, None]
+        share = safe_divide(masked_sum(size, of_side), masked_sum(size * certain, of_side))
+        scale = jnp.where(of_side, certain * share, scale)
+    return scale
+
+
+@checked
+def sign_preserving_advantages(
+    advantages: Float[Array, " B"],
+    step_h: Float[Array, "B K"],
+    step_mask: Bool[Array, "B K"],
+    *,
+    sharpness: ScalarLike = 1.0,
+) -> Float[Array, "B K"]:
+    """A_i g_k with g of `sign_preserving_scale`: EMPG's scaling without its bonus and without its last centring.
+
+    Args, Returns, Raises as `modulated_advantages`.
+    """
+    require_rank(2, "B K", step_h=step_h, step_mask=step_mask)
+    normalised = normalised_entropy(step_h, step_mask)
+    scale = sign_preserving_scale(advantages, normalised, step_mask, sharpness=sharpness)
+    return jax.lax.stop_gradient(advantages[:, None] * scale)
 
 
 @checked

@@ -153,18 +153,46 @@ def _step_numbers(recipe: RecipeFields) -> dict[str, float]:
     }
 
 
-def _empg(recipe: RecipeFields, x: SignalInputs) -> Array:
-    entropy, exists = modulation.step_entropy(present(x.entropy), x.step_ids, x.response_mask, steps=x.steps)
-    of_rows = advantages.group_normalised(x.rewards, x.group_ids)
-    of_steps = modulation.modulated_advantages(of_rows, entropy, exists, **_step_numbers(recipe))
+def _of_steps(x: SignalInputs, entropy: Array, *, all_groups: bool = False) -> tuple[Array, Array, Array]:
+    """Advantage of each row, entropy of each step, and which steps there are: those of groups whose rewards differ.
+
+    The bonus has no sign, so that in a group that only fails, or only succeeds, it would be all that is learned.
+    """
+    of_steps, exists = modulation.step_entropy(entropy, x.step_ids, x.response_mask, steps=x.steps)
+    if not all_groups:
+        exists = exists & advantages.informative_groups(x.rewards, x.group_ids)[:, None]
+    return advantages.group_normalised(x.rewards, x.group_ids), of_steps, exists
+
+
+def _to_tokens(x: SignalInputs, of_steps: Array) -> Array:
     return modulation.spread_to_tokens(of_steps, x.step_ids, x.response_mask)
+
+
+def _empg(recipe: RecipeFields, x: SignalInputs) -> Array:
+    steps = _of_steps(x, present(x.entropy))
+    return _to_tokens(x, modulation.modulated_advantages(*steps, **_step_numbers(recipe)))
+
+
+def _empg_all_groups(recipe: RecipeFields, x: SignalInputs) -> Array:
+    steps = _of_steps(x, present(x.entropy), all_groups=True)
+    return _to_tokens(x, modulation.modulated_advantages(*steps, **_step_numbers(recipe)))
+
+
+def _empg_renyi(recipe: RecipeFields, x: SignalInputs) -> Array:
+    # The entropy that the expected gradient norm is a function of: 1 - exp(-H2).
+    collision = jnp.where(x.response_mask, present(x.collision), jnp.ones((), x.rewards.dtype))
+    steps = _of_steps(x, -jnp.log(collision))
+    return _to_tokens(x, modulation.modulated_advantages(*steps, **_step_numbers(recipe)))
 
 
 def _empg_potential(recipe: RecipeFields, x: SignalInputs) -> Array:
-    entropy, exists = modulation.step_entropy(present(x.entropy), x.step_ids, x.response_mask, steps=x.steps)
-    of_rows = advantages.group_normalised(x.rewards, x.group_ids)
-    of_steps = modulation.potential_modulated_advantages(of_rows, entropy, exists, **_step_numbers(recipe))
-    return modulation.spread_to_tokens(of_steps, x.step_ids, x.response_mask)
+    steps = _of_steps(x, present(x.entropy))
+    return _to_tokens(x, modulation.potential_modulated_advantages(*steps, **_step_numbers(recipe)))
+
+
+def _empg_per_sign(recipe: RecipeFields, x: SignalInputs) -> Array:
+    steps = _of_steps(x, present(x.entropy))
+    return _to_tokens(x, modulation.sign_preserving_advantages(*steps, sharpness=recipe.sharpness))
 
 
 @checked
@@ -264,13 +292,19 @@ SIGNALS = {
     "gae": Rule(_gae, ("values",)),
     "gae_normalised": Rule(_gae_normalised, ("values",)),
     "empg": Rule(_empg, ("entropy",)),
+    "empg_all_groups": Rule(_empg_all_groups, ("entropy",)),
+    "empg_renyi": Rule(_empg_renyi, ("collision",)),
     "empg_potential": Rule(_empg_potential, ("entropy",)),
+    "empg_per_sign": Rule(_empg_per_sign, ("entropy",)),
     "sparse_imitation": Rule(_sparse_imitation, ("log_prob_old", "log_prob_ref")),
     "sparse_imitation_exact": Rule(_sparse_imitation_exact, ("kl_ref_t",)),
     "divergence_augmented": Rule(_divergence_augmented, _OFF_POLICY),
 }
 """Rules of (recipe, `SignalInputs`): advantages, `[B]` or `[B, R]`. Those without needs are functions of `rewards` and
 `group_ids` alone.
+
+empg and its variants leave out the steps of groups whose rewards are all equal, where the bonus would be all that is
+learned (errata F4.2); empg_all_groups has them, as the paper's listing does.
 
 own_token_baseline weighs tokens as the recipe's aggregation does. sparse_imitation takes l_t = log pi_old - log pi_ref
 of the tokens, sparse_imitation_exact the KL of their contexts (the Rao-Blackwell form); their baseline is

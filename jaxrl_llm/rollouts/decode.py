@@ -17,6 +17,8 @@ float32.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from dataclasses import field
 from typing import NamedTuple
 
 import jax
@@ -51,7 +53,7 @@ class Dense(NamedTuple):
 
     def __call__(self, x: Float[Array, "B I"]) -> Float[Array, "B O"]:
         """x @ kernel + bias, summed and returned in float32 or wider."""
-        y = _product("bi,io->bo", _two_rows(x, self.kernel), self.kernel)[: x.shape[0]]
+        y = product("bi,io->bo", _two_rows(x, self.kernel), self.kernel)[: x.shape[0]]
         return y if self.bias is None else y + self.bias
 
 
@@ -71,7 +73,9 @@ class DecodeLayer(NamedTuple):
     down: Dense
 
 
-class DecodeWeights(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DecodeWeights:
     """A view of a model's weights for decoding: the model's own arrays unless adapters or another dtype forbid it.
 
     Memory beyond the model's: the kernels that have adapters; in another dtype than the model's, all kernels and the
@@ -82,7 +86,7 @@ class DecodeWeights(NamedTuple):
     layers: tuple[DecodeLayer, ...]
     final_norm: Float[Array, " D"]
     head: Float[Array, "V D"] | Float[Array, "D V"]
-    vocabulary_axis: int
+    vocabulary_axis: int = field(metadata={"static": True})
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -189,7 +193,7 @@ def decode_step(
     x = constrain(weights.embedding[tokens].astype(wide), ROW_AXES)
     keys, values = [], []
     for index, layer in enumerate(weights.layers):
-        query, key, value = _project(layer, _norm(x, layer.attention_norm, config.norm_eps), rotation, config)
+        query, key, value = project(layer, norm(x, layer.attention_norm, config.norm_eps), rotation, config)
         if cache_rounding is not None:
             key, value = cache_rounding(key), cache_rounding(value)
         cached = (response.keys[index], response.values[index])
@@ -199,8 +203,8 @@ def decode_step(
         keys.append(_write(cached[0], key[..., None], (0, 0, 0, slot)))
         values.append(_write(cached[1], value[:, :, None], (0, 0, slot, 0)))
         x = x + layer.output(mixed)
-        x = constrain(x + _feed_forward(layer, _norm(x, layer.mlp_norm, config.norm_eps)), ROW_AXES)
-    hidden = _norm(x, weights.final_norm, config.norm_eps)
+        x = constrain(x + feed_forward(layer, norm(x, layer.mlp_norm, config.norm_eps)), ROW_AXES)
+    hidden = norm(x, weights.final_norm, config.norm_eps)
     return hidden, ResponseCache(tuple(keys), tuple(values))
 
 
@@ -211,7 +215,7 @@ def decode_logits(weights: DecodeWeights, hidden: Float[Array, "B D"]) -> Float[
     of the time of the product that makes [B, V].
     """
     formula = "bd,vd->vb" if weights.vocabulary_axis == 0 else "bd,dv->vb"
-    return _product(formula, _two_rows(hidden, weights.head), weights.head)[:, : hidden.shape[0]]
+    return product(formula, _two_rows(hidden, weights.head), weights.head)[:, : hidden.shape[0]]
 
 
 def _two_rows(x: Float[Array, "B I"], kernel: Array) -> Float[Array, "B' I"]:
@@ -223,7 +227,7 @@ def _write(cache: Array, entry: Array, origin: tuple) -> Array:
     return jax.lax.dynamic_update_slice(cache, entry.astype(cache.dtype), origin)
 
 
-def _product(formula: str, x: Array, y: Array) -> Array:
+def product(formula: str, x: Array, y: Array) -> Array:
     """An einsum in the dtype of y, summed in float32 or wider."""
     narrow = y.dtype.itemsize < 4
     precision = jax.lax.Precision.DEFAULT if narrow else jax.lax.Precision.HIGHEST
@@ -231,19 +235,21 @@ def _product(formula: str, x: Array, y: Array) -> Array:
     return jnp.einsum(formula, x.astype(y.dtype), y, precision=precision, preferred_element_type=wide)
 
 
-def _norm(x: Float[Array, "... D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "... D"]:
+def norm(x: Float[Array, "... D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "... D"]:
+    """x / sqrt(mean(x^2) + eps) * scale."""
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps) * scale
 
 
-def _project(
+def project(
     layer: DecodeLayer, x: Float[Array, "B D"], rotation: Rotation, config: TransformerConfig
 ) -> tuple[Float[Array, "B H hd"], Float[Array, "B KV hd"], Float[Array, "B KV hd"]]:
+    """Query, key and value of each token, turned to its position."""
     query, key, value = (
         dense(x).reshape(x.shape[0], -1, config.head_dim) for dense in (layer.query, layer.key, layer.value)
     )
     if layer.query_norm is not None and layer.key_norm is not None:
-        query = _norm(query, layer.query_norm, config.norm_eps)
-        key = _norm(key, layer.key_norm, config.norm_eps)
+        query = norm(query, layer.query_norm, config.norm_eps)
+        key = norm(key, layer.key_norm, config.norm_eps)
     return rotation(query[:, None])[:, 0], rotation(key[:, None])[:, 0], value
 
 
@@ -261,30 +267,36 @@ def _attend(
     """
     rows, heads, size = query.shape
     prompts, shared = prompt[0].shape[:2]
-    group, per_key = rows // prompts, heads // shared
-
-    def to_prompts(x: Float[Array, "B KV g X"]) -> Float[Array, "N KV G*g X"]:
-        # The samples of a prompt become rows of one product.
-        x = x.reshape(prompts, group, shared, per_key, -1).swapaxes(1, 2)
-        return x.reshape(prompts, shared, group * per_key, -1)
-
-    def to_rows(x: Float[Array, "N KV G*g X"]) -> Float[Array, "B KV g X"]:
-        x = x.reshape(prompts, shared, group, per_key, -1).swapaxes(1, 2)
-        return x.reshape(rows, shared, per_key, -1)
-
+    per_key = heads // shared
     scaled = (query * size**-0.5).reshape(rows, shared, per_key, size)
-    prompt_scores = _product("nkmd,nkdp->nkmp", to_prompts(scaled), prompt[0])
-    prompt_scores = to_rows(jnp.where(prompt[2][:, None, None], prompt_scores, MASKED_SCORE))
+    prompt_scores = product("nkmd,nkdp->nkmp", to_prompts(scaled, prompts), prompt[0])
+    prompt_scores = to_rows(jnp.where(prompt[2][:, None, None], prompt_scores, MASKED_SCORE), rows)
     before = jnp.arange(response[0].shape[3]) < slot
-    response_scores = jnp.where(before, _product("bkgd,bkdr->bkgr", scaled, response[0]), MASKED_SCORE)
+    response_scores = jnp.where(before, product("bkgd,bkdr->bkgr", scaled, response[0]), MASKED_SCORE)
     own_score = jnp.sum(scaled * own[0][:, :, None], axis=-1, keepdims=True)
     weights = jax.nn.softmax(jnp.concatenate([prompt_scores, response_scores, own_score], axis=-1), axis=-1)
     width = prompt[2].shape[1]
-    mixed = to_rows(_product("nkmp,nkpd->nkmd", to_prompts(weights[..., :width]), prompt[1]))
-    mixed += _product("bkgr,bkrd->bkgd", weights[..., width:-1], response[1])
+    mixed = to_rows(product("nkmp,nkpd->nkmd", to_prompts(weights[..., :width], prompts), prompt[1]), rows)
+    mixed += product("bkgr,bkrd->bkgd", weights[..., width:-1], response[1])
     mixed += weights[..., -1:] * own[1][:, :, None]
     return mixed.reshape(rows, heads * size)
 
 
-def _feed_forward(layer: DecodeLayer, x: Float[Array, "B D"]) -> Float[Array, "B D"]:
+def to_prompts(x: Float[Array, "B KV m X"], prompts: int) -> Float[Array, "N KV Gm X"]:
+    """The m vectors of each row as G m of its prompt: the samples of a prompt become rows of one product."""
+    rows, shared, each, size = x.shape
+    x = x.reshape(prompts, rows // prompts, shared, each, size).swapaxes(1, 2)
+    return x.reshape(prompts, shared, rows // prompts * each, size)
+
+
+def to_rows(x: Float[Array, "N KV Gm X"], rows: int) -> Float[Array, "B KV m X"]:
+    """Undo `to_prompts`."""
+    prompts, shared, together, size = x.shape
+    group = rows // prompts
+    x = x.reshape(prompts, shared, group, together // group, size).swapaxes(1, 2)
+    return x.reshape(rows, shared, together // group, size)
+
+
+def feed_forward(layer: DecodeLayer, x: Float[Array, "B D"]) -> Float[Array, "B D"]:
+    """down(silu(gate(x)) * up(x))."""
     return layer.down(jax.nn.silu(layer.gate(x)) * layer.up(x))

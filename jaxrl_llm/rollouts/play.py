@@ -28,6 +28,7 @@ from jaxrl_llm.rollouts.sampling import rollout_keys
 from jaxrl_llm.rollouts.sampling import sample_tokens
 from jaxrl_llm.rollouts.sampling import token_uniforms
 from jaxrl_llm.trajectory import OUTSIDE
+from jaxrl_llm.trajectory import Column
 from jaxrl_llm.trajectory import Trajectories
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Bool
@@ -274,49 +275,55 @@ def expert_turns(world: ArrayWorld, letters: Alphabet, seeds: Int[Array, " B"], 
     return Turns(*map(jnp.stack, zip(*found, strict=True)), done=done)
 
 
+def action_columns(world: ArrayWorld) -> Int[np.ndarray, " K"]:
+    """The column of each turn's action in the rows of `as_trajectories`: the same in every row."""
+    return world.prompt_length + np.arange(world.turns) * (1 + world.observation_length)
+
+
 def as_trajectories(
-    prompt: Int[np.ndarray, "B P"],
+    prompt: Int[Column, "B P"],
     turns: Turns,
     *,
-    group_ids: Int[np.ndarray, " B"],
+    group_ids: Int[Column, " B"],
     version: int,
     recorded: bool = True,
 ) -> Trajectories:
     """Episodes as rows of tokens: the prompt, then an action and what the world answered, turn by turn.
 
     Args:
-        prompt: tokens of the prompts.
-        turns: arrays on the host.
+        prompt: tokens of the prompts; on the host, or under jit, as all arrays are then.
+        turns: the turns.
         group_ids: the task of each row.
         version: updates of the weights that acted.
         recorded: whether somebody sampled the actions, so that their log-probs mean something.
     """
-    acted, actions, observations = (np.asarray(x) for x in (turns.acted, turns.actions, turns.observations))
-    rows, observed = len(prompt), observations.shape[2]
+    xp: Any = jnp if isinstance(prompt, jax.Array) else np
+    acted, actions, observations = turns.acted, turns.actions, turns.observations
+    rows, observed = prompt.shape[0], observations.shape[2]
     # After the last action of a row nothing is shown any more.
-    goes_on = acted & np.concatenate([acted[1:], np.zeros_like(acted[:1])])
-    shown = np.repeat(goes_on[:, :, None], observed, axis=2)
+    goes_on = acted & xp.concatenate([acted[1:], xp.zeros_like(acted[:1])])
+    shown = xp.repeat(goes_on[:, :, None], observed, axis=2)
 
-    def row(first: np.ndarray, others: np.ndarray, before: np.ndarray) -> np.ndarray:
+    def row(first: Column, others: Column, before: Column) -> Any:
         """[B, T] from [K, B], [K, B, O] and [B, P]; the last turn shows nothing."""
-        each = np.concatenate([first[:, :, None], others], axis=2).swapaxes(0, 1).reshape(rows, -1)
-        return np.concatenate([before, each], axis=1)[:, :-observed]
+        each = xp.concatenate([first[:, :, None], others], axis=2).swapaxes(0, 1).reshape(rows, -1)
+        return xp.concatenate([before, each], axis=1)[:, :-observed]
 
-    def chosen(values: np.ndarray, outside: int) -> np.ndarray:
+    def chosen(values: Column, outside: int) -> Any:
         """The column of numbers that only actions have."""
-        others, before = (np.full(like.shape, outside, values.dtype) for like in (observations, prompt))
-        return row(np.where(acted, values, outside).astype(values.dtype), others, before)
+        others, before = (xp.full(like.shape, outside, values.dtype) for like in (observations, prompt))
+        return row(xp.where(acted, values, outside).astype(values.dtype), others, before)
 
-    step = np.broadcast_to(np.arange(len(acted), dtype=np.int32)[:, None], acted.shape)
+    step = xp.broadcast_to(xp.arange(len(acted), dtype=np.int32)[:, None], acted.shape)
     return Trajectories(
         tokens=row(actions, observations, prompt).astype(np.int32),
-        token_mask=row(acted, shown, np.ones(prompt.shape, bool)),
-        action_mask=row(acted, np.zeros_like(shown), np.zeros(prompt.shape, bool)),
-        group_ids=np.asarray(group_ids),
-        rewards=chosen(np.asarray(turns.rewards, np.float32), 0),
-        log_prob_behaviour=chosen(np.asarray(turns.log_probs, np.float32), 0) if recorded else None,
+        token_mask=row(acted, shown, xp.ones(prompt.shape, bool)),
+        action_mask=row(acted, xp.zeros_like(shown), xp.zeros(prompt.shape, bool)),
+        group_ids=group_ids,
+        rewards=chosen(turns.rewards.astype(np.float32), 0),
+        log_prob_behaviour=chosen(turns.log_probs.astype(np.float32), 0) if recorded else None,
         step_ids=chosen(step, OUTSIDE),
-        actor_ids=chosen(np.zeros_like(step), OUTSIDE),
-        versions=chosen(np.full_like(step, version), OUTSIDE),
-        ended=np.asarray(turns.done),
+        actor_ids=chosen(xp.zeros_like(step), OUTSIDE),
+        versions=chosen(xp.full_like(step, version), OUTSIDE),
+        ended=turns.done,
     )

@@ -43,6 +43,24 @@ def test_potential_variant_by_hand():
     np.testing.assert_allclose(final, expected, atol=1e-5)
 
 
+def test_a_scale_per_sign_keeps_the_sums_of_both_signs():
+    a = jnp.array([1.5, -0.7, 0.4, 0.0])
+    h = jnp.array([[0.2, 1.0, 0.6], [0.4, 0.8, 9.0], [0.1, 0.3, 0.0], [0.5, 0.5, 0.5]])
+    steps = jnp.array([[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 0, 0]], bool)
+    every = np.asarray(steps)
+    plain = np.where(every, np.asarray(a)[:, None], 0.0)
+    scaled = np.asarray(modulation.sign_preserving_advantages(a, h, steps, sharpness=1.7))
+    for side in (plain > 0, plain < 0):
+        np.testing.assert_allclose(scaled[side].sum(), plain[side].sum(), rtol=1e-6)
+    np.testing.assert_array_equal(np.sign(scaled), np.sign(plain))
+    # More where the policy was certain, by exp(k) from one end of the entropies to the other.
+    np.testing.assert_allclose(scaled[0, 0] / scaled[0, 1], np.exp(1.7 * 0.8 / 1.0), rtol=1e-5)
+    # The paper's scale keeps neither sum: its mean is 1 over steps, whatever advantage they carry.
+    normalised = modulation.normalised_entropy(h, steps)
+    printed = plain * np.asarray(modulation.self_calibrating_scale(normalised, steps, sharpness=1.7))
+    assert abs(printed[plain > 0].sum() - plain[plain > 0].sum()) > 0.1
+
+
 def test_modulation_is_a_constant_to_the_gradient():
     ids, mask = jnp.array([[0, 0, 1], [0, 1, 1]]), jnp.ones((2, 3), bool)
 
@@ -50,7 +68,11 @@ def test_modulation_is_a_constant_to_the_gradient():
         return jnp.sum(jnp.square(modulation.step_entropy(entropy, ids, mask, steps=2)[0]))
 
     np.testing.assert_array_equal(jax.grad(through)(H), np.zeros((2, 3)))
-    for function in (modulation.modulated_advantages, modulation.potential_modulated_advantages):
+    for function in (
+        modulation.modulated_advantages,
+        modulation.potential_modulated_advantages,
+        modulation.sign_preserving_advantages,
+    ):
         slope = jax.grad(lambda a, f=function: jnp.sum(jnp.square(f(a, H, STEPS))))(A)
         np.testing.assert_array_equal(slope, np.zeros(2))
 

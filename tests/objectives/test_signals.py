@@ -114,16 +114,16 @@ def gae_normalised(d):
     return np.where(m, (a - a[m].mean()) / a[m].std(ddof=1), 0.0)
 
 
-def step_entropies(d):
-    h = {}
+def step_entropies(d, *, renyi=False):
+    entropy, h = -np.log(d["collision"]) if renyi else d["entropy"], {}
     for i, s in tokens(d):
         for k in sorted({d["step_ids"][i, t] for t in s}):
-            h[i, k] = np.mean([d["entropy"][i, t] for t in s if d["step_ids"][i, t] == k])
+            h[i, k] = np.mean([entropy[i, t] for t in s if d["step_ids"][i, t] == k])
     return h
 
 
-def empg(d, *, potential=False):
-    h, a, out = step_entropies(d), normalised(d), np.zeros((B, R))
+def empg(d, *, potential=False, renyi=False):
+    h, a, out = step_entropies(d, renyi=renyi), normalised(d), np.zeros((B, R))
     low, high = min(h.values()), max(h.values())
     hn = {key: (x - low) / (high - low) for key, x in h.items()}
     mean = np.mean([math.exp(-1.3 * x) for x in hn.values()])
@@ -136,6 +136,18 @@ def empg(d, *, potential=False):
     for i, s in tokens(d):
         for t in s:
             out[i, t] = modulated[i, d["step_ids"][i, t]] - centre
+    return out
+
+
+def empg_per_sign(d):
+    h, a, out = step_entropies(d), normalised(d), np.zeros((B, R))
+    low, high = min(h.values()), max(h.values())
+    certain = {key: math.exp(-1.3 * (x - low) / (high - low)) for key, x in h.items()}
+    for i, s in tokens(d):
+        side = [key for key in certain if a[key[0]] * a[i] > 0]
+        whole, weighed = sum(abs(a[j]) for j, _ in side), sum(abs(a[j]) * certain[j, k] for j, k in side)
+        for t in s:
+            out[i, t] = a[i] * certain[i, d["step_ids"][i, t]] * whole / weighed
     return out
 
 
@@ -211,7 +223,10 @@ TRANSCRIPTIONS = {
     "gae": gae,
     "gae_normalised": gae_normalised,
     "empg": empg,
+    "empg_all_groups": empg,
+    "empg_renyi": functools.partial(empg, renyi=True),
     "empg_potential": functools.partial(empg, potential=True),
+    "empg_per_sign": empg_per_sign,
     "sparse_imitation": sparse,
     "sparse_imitation_exact": functools.partial(sparse, exact=True),
     "divergence_augmented": divergence_augmented,
@@ -248,7 +263,10 @@ READS = {
     "gae": ("discount", "trace"),
     "gae_normalised": ("discount", "trace"),
     "empg": ("sharpness", "clarity_sharpness", "clarity_weight"),
+    "empg_all_groups": ("sharpness", "clarity_sharpness", "clarity_weight"),
+    "empg_renyi": ("sharpness", "clarity_sharpness", "clarity_weight"),
     "empg_potential": ("sharpness", "clarity_sharpness", "clarity_weight"),
+    "empg_per_sign": ("sharpness",),
     "sparse_imitation": ("discount", "reward_weight"),
     "sparse_imitation_exact": ("discount", "reward_weight"),
     "divergence_augmented": ("discount", "divergence_coefficient", "trace_cap"),
@@ -319,8 +337,24 @@ def test_nothing_outside_the_mask_enters_and_nothing_is_nan(name):
     )
     result = np.asarray(advantages_of(own, equal))
     assert np.isfinite(result).all()
-    if name not in ("empg", "empg_potential"):  # whose bonus has no sign (errata F4.2)
+    if name != "empg_all_groups":  # whose bonus has no sign (errata F4.2)
         np.testing.assert_array_equal(result, np.zeros_like(result))
+
+
+def test_groups_that_only_fail_or_only_succeed_teach_empg_nothing_unless_asked():
+    d = data()
+    alike = d["rewards"].copy()
+    alike[group(d, 0)] = 1.0
+    others_only = np.isin(np.arange(B), group(d, 0), invert=True)
+    rest = d["response_mask"] & others_only[:, None]
+    for name in ("empg", "empg_renyi", "empg_potential", "empg_per_sign"):
+        found = np.asarray(advantages_of(recipe(name), inputs(rewards=alike)))
+        assert np.all(found[group(d, 0)] == 0)
+        # The others have what they have without that group: its steps are in no mean and in no range.
+        alone = inputs(rewards=alike, response_mask=rest, step_ids=np.where(rest, d["step_ids"], -1))
+        np.testing.assert_allclose(found, advantages_of(recipe(name), alone), rtol=1e-6, atol=1e-7)
+    asked = np.asarray(advantages_of(recipe("empg_all_groups"), inputs(rewards=alike)))
+    assert np.abs(asked[group(d, 0)][d["response_mask"][group(d, 0)]]).min() > 0
 
 
 @pytest.mark.parametrize("name", SIGNALS)

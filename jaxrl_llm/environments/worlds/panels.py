@@ -2,6 +2,8 @@
 
 import hashlib
 from typing import NamedTuple
+from typing import Protocol
+from typing import runtime_checkable
 
 import numpy as np
 
@@ -29,15 +31,28 @@ class Panel(NamedTuple):
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def split_panels(world: ArrayWorld | TextWorld) -> tuple[Panel, Panel]:
-    """Every task of a world, on one of two panels: (to train on, to measure on, a fixed third).
+@runtime_checkable
+class HoldsOut(Protocol):
+    """A world that says itself which of its tasks are never trained on, such as those of products never seen."""
 
-    The side of a task is a hash of the world's name and its seed: no setting of a run moves it.
+    def held_out(self, seed: int) -> bool:
+        """Whether the task is measured on; the same in every run."""
+        ...
+
+
+def split_panels(world: ArrayWorld | TextWorld) -> tuple[Panel, Panel]:
+    """Every task of a world, on one of two panels: (to train on, to measure on).
+
+    A world that is a `HoldsOut` says which side a task is on. Otherwise a hash of the world's name and the seed does,
+    and a fixed third is measured on. No setting of a run moves a task.
 
     Raises:
         ValueError: the world has so few tasks that a panel would be empty.
     """
-    held_out = np.array([is_held_out(f"{world.name}/{seed}") for seed in range(world.tasks)])
+    if isinstance(world, HoldsOut):
+        held_out = np.array([world.held_out(seed) for seed in range(world.tasks)])
+    else:
+        held_out = np.array([is_held_out(f"{world.name}/{seed}") for seed in range(world.tasks)])
     if held_out.all() or not held_out.any():
         raise ValueError(
             f"{world.name} has {world.tasks} tasks, too few for a panel to train on and one to measure on."

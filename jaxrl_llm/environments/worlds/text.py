@@ -12,7 +12,8 @@ class Reply(NamedTuple):
         reward: of this step.
         done: whether the episode is over.
         valid: whether the action was one that the world knows and could take.
-        admissible: the actions that can be taken next; empty where the world lists none, or is done.
+        admissible: actions that can be taken next, all of them where there is no free text; empty where the world lists
+            none, or is done.
     """
 
     text: str
@@ -36,15 +37,21 @@ class TextEpisode(Protocol):
         ...
 
     def step(self, action: str) -> Reply:
-        """Take an action; any text may come, as a model wrote it."""
+        """Take an action; any text may come, as a model wrote it.
+
+        One that cannot be taken is answered with `valid` False and a reward of 0, and what follows is as if it had not
+        been said. After the end every one is answered so, with `done` True.
+        """
         ...
 
     def expert(self) -> str | None:
-        """An action that leads to the end by a shortest way, or a planner's; None where nobody knows one."""
+        """An action that leads to the end by a shortest way, or a planner's; None where nobody knows one, and after the
+        end.
+        """
         ...
 
     def close(self) -> None:
-        """Let go of what the episode holds, also in the middle of it."""
+        """Let go of what the episode holds, also in the middle of it, and more than once."""
         ...
 
 
@@ -67,5 +74,9 @@ class TextWorld(Protocol):
         ...
 
     def reset(self, seed: int) -> TextEpisode:
-        """Begin the task of that seed; several episodes may be in progress at once."""
+        """Begin the task of that seed; several episodes may be in progress at once.
+
+        Raises:
+            ValueError: there is no such task.
+        """
         ...

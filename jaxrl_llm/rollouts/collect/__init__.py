@@ -22,3 +22,5 @@ from jaxrl_llm.rollouts.collect.samplers import Sampler as Sampler
 from jaxrl_llm.rollouts.collect.store import KeptCollector as KeptCollector
 from jaxrl_llm.rollouts.collect.store import Store as Store
 from jaxrl_llm.rollouts.collect.tasks import TaskCollector as TaskCollector
+from jaxrl_llm.rollouts.collect.text_agents import TextAgentCollector as TextAgentCollector
+from jaxrl_llm.rollouts.collect.text_agents import TextExpertCollector as TextExpertCollector

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxrl_llm.environments import stable_key
 from jaxrl_llm.environments.worlds import ArrayWorld
 from jaxrl_llm.environments.worlds import Panel
 from jaxrl_llm.models.tokenizers import Tokenizer
 from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.rollouts.collect.panel_tasks import PanelTasks
 from jaxrl_llm.rollouts.collect.protocol import BatchShape
 from jaxrl_llm.rollouts.collect.protocol import Brings
 from jaxrl_llm.rollouts.collect.protocol import Experience
@@ -26,13 +26,11 @@ from jaxrl_llm.rollouts.play import episode_width
 from jaxrl_llm.rollouts.play import expert_turns
 from jaxrl_llm.rollouts.play import make_play
 from jaxrl_llm.rollouts.sampling import SamplingSettings
-from jaxrl_llm.trajectory import Trajectories
-from jaxrl_llm.typing import Int
 from jaxrl_llm.typing import PRNGKey
 
 
-class _Episodes:
-    """What collectors of one world share: which tasks a batch has, and how episodes are written down."""
+class _Episodes(PanelTasks):
+    """What collectors of one world share: the letters of its episodes, and what is told of them."""
 
     def __init__(
         self,
@@ -45,22 +43,9 @@ class _Episodes:
         group_size: int,
         samples: int,
     ) -> None:
-        if panel.world != world.name:
-            raise ValueError(f"the panel is of {panel.world}; the world is {world.name}.")
-        self.world, self.panel = world, panel
-        self._tokenizer, self._letters = tokenizer, alphabet(world, tokenizer)
-        self._seed, self._samples = seed, samples
-        self._shape = BatchShape(tasks * group_size, group_size, episode_width(world), world.turns)
-
-    @property
-    def shape(self) -> BatchShape:
-        """See `Collector.shape`."""
-        return self._shape
-
-    def tasks(self, step: int) -> Int[np.ndarray, " N"]:
-        """The tasks of the batch of that step: drawn from the panel by hash, the same for every arm of a comparison."""
-        drawn = [stable_key(self._seed, step, index) % len(self.panel.seeds) for index in range(self._shape.groups)]
-        return self.panel.seeds[np.array(drawn)]
+        shape = BatchShape(tasks * group_size, group_size, episode_width(world), world.turns)
+        super().__init__(world, panel, tokenizer, seed=seed, shape=shape, samples=samples)
+        self.world, self._letters = world, alphabet(world, tokenizer)
 
     def _experience(self, seeds: np.ndarray, prompt: np.ndarray, turns: Turns, *, version: int, recorded: bool):
         groups = np.repeat(np.arange(self._shape.groups), self._shape.group_size)
@@ -73,29 +58,8 @@ class _Episodes:
                 "world/turns": acted,
                 "world/refused": (turns.acted & ~turns.valid).sum(axis=0) / acted,
             },
-            samples=self._written(seeds, rows),
-            texts=self._texts(rows, np.asarray(rows.action_mask)),
-        )
-
-    def _texts(self, rows: Trajectories, mask: np.ndarray) -> tuple[str, ...]:
-        tokens = np.asarray(rows.tokens)
-        return tuple(self._tokenizer.decode(row[real].tolist()) for row, real in zip(tokens, mask, strict=True))
-
-    def _written(self, seeds: np.ndarray, rows: Trajectories) -> tuple[dict[str, Any], ...]:
-        """The first episode of each of the first tasks."""
-        firsts = np.arange(min(self._samples, self._shape.groups)) * self._shape.group_size
-        real = np.asarray(rows.token_mask)
-        asked = np.arange(real.shape[1]) < self.world.prompt_length
-        prompts, others = self._texts(rows, real & asked), self._texts(rows, real & ~asked)
-        earned = np.asarray(rows.returns)
-        return tuple(
-            {
-                "prompt": prompts[row],
-                "answer": f"task {seeds[row // self._shape.group_size]}",
-                "text": others[row],
-                "reward": float(earned[row]),
-            }
-            for row in firsts
+            samples=self.written(seeds, rows),
+            texts=self.texts(rows, np.asarray(rows.action_mask)),
         )
 
 

@@ -1,0 +1,53 @@
+"""Episodes as tokens: pieces that are encoded by themselves, in which nobody can forge a control token."""
+
+import pytest
+
+from jaxrl_llm.models.chat import CHATML
+from jaxrl_llm.models.chat import LLAMA3
+from jaxrl_llm.models.chat import SMOLLM2
+from jaxrl_llm.models.chat import ChatFormat
+from jaxrl_llm.models.chat import Message
+from jaxrl_llm.models.chat import format_chat
+from jaxrl_llm.models.tokenizers import ByteTokenizer
+from jaxrl_llm.rollouts.wording import Script
+from jaxrl_llm.rollouts.wording import Wording
+
+CONTROL = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+LETTERS = ByteTokenizer(CONTROL)
+
+
+@pytest.mark.parametrize("chat_format", [CHATML, SMOLLM2, LLAMA3])
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_an_episode_in_a_chat_format_is_that_chat(chat_format: ChatFormat, system: str | None) -> None:
+    script = Script(Wording.of_chat(chat_format, system=system), LETTERS)
+    action = script.action("go north")
+    tokens = [*script.opening, *script.prompt("A hall."), *action, *script.answer(action, "A wall.")]
+    turns = [("user", "A hall."), ("assistant", "go north"), ("user", "A wall.")]
+    if system is not None:
+        turns.insert(0, ("system", system))
+    chat = format_chat([Message(role=role, content=text) for role, text in turns], chat_format=chat_format)
+    assert tokens == LETTERS.encode(chat)
+    assert script.said(action) == "go north"
+
+
+def test_an_action_is_heard_without_its_end_its_blanks_and_control_tokens() -> None:
+    script = Script(Wording(), LETTERS)
+    end = LETTERS.eos_id
+    assert script.said([*b"  go\t", end]) == "go"
+    assert script.said([*b"\n"]) == ""
+    assert script.said([*b" go", LETTERS.pad_id, *b" on "]) == "go on"
+    assert script.end_ids == (ord("\n"), end)
+
+
+def test_an_action_that_was_cut_is_given_its_end() -> None:
+    script = Script(Wording(shows="= "), LETTERS)
+    assert bytes(script.answer([*b"go\n"], "A wall.")) == b"= A wall.\n> "
+    assert bytes(script.answer([*b"go o"], "A wall.")) == b"\n= A wall.\n> "
+
+
+def test_names_of_control_tokens_in_a_worlds_text_are_letters() -> None:
+    """A policy could spell one, and a world repeats what it did not understand."""
+    script = Script(Wording.of_chat(CHATML), LETTERS)
+    forged = "no <|im_end|> here"
+    assert bytes(script.prompt(forged)[: len(forged)]).decode() == forged
+    assert LETTERS.encode("a<|im_end|>") == [ord("a"), LETTERS.encode("<|im_end|>")[0]]  # the tokenizer is as it was
