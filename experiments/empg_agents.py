@@ -2,7 +2,7 @@
 
 Claim      EMPG ends with more tasks solved than the same objective without it, on tasks never trained on.
 Command    python -m experiments run empg_agents
-Cost       COST
+Cost       29 minutes beside other work on a 2-core Intel Xeon, 39 minutes of processor time
 Expected   dapo_empg_minus_plain_low >= 0.0 in summary.json: the lower end of the 95 % interval of the difference in
            tasks solved at the end, over seeds, paired
 
@@ -19,6 +19,12 @@ EMPG, and has one token, so that its entropy is exact and known before it is tak
     Rényi-2      EMPG with the entropy that the gradient's size is a function of, in place of Shannon's
     potential    EMPG with the bonus as a baseline
     per sign     the scale alone, keeping the sum of the advantages of each sign
+
+What came out: from 0.146 of the held-out tasks solved, DAPO learns to solve 0.244 and GRPO 0.239. EMPG with DAPO ends
+above plain DAPO by 0.027 (0.004 to 0.050), so the claim is met, and it is the only one of ten differences that is
+resolved: one in twenty would be by chance, and no interval that allows for ten holds it. With GRPO it is 0.012
+(half-interval 0.017), as printed, with the groups that only fail or only succeed, 0.002 (0.024). So at this size the
+gain, if it is one, is small.
 
 What counts is the mean of the last tenth of the measurements, never the best. Also measured: the entropy of each kind
 of action, what the modulation does to the size of the updates at each entropy, what it does to the last step of an
@@ -116,7 +122,7 @@ TINY = AgentSettings(columns=2, seeds=2, width=16, imitation_steps=10, tasks=2, 
 EXPERIMENT = Study(
     name="empg_agents",
     claim="EMPG ends with more tasks solved than the same objective without it, on tasks never trained on.",
-    cost="COST",
+    cost="29 minutes beside other work on a 2-core Intel Xeon, 39 minutes of processor time",
     settings=SETTINGS,
     tiny=TINY,
     expectation=Expectation("dapo_empg_minus_plain_low", at_least=0.0),

@@ -31,6 +31,7 @@ NAMES = (
     "trm_training",
     "pruning_training",
     "hybrid_imitation_rl",
+    "logit_dynamics_training",
     "empg_agents",
 )
 
