@@ -26,10 +26,12 @@ from experiments.study import Section
 from experiments.study import Table
 from experiments.style import Picture
 from experiments.style import new_axes
+from experiments.words import NONE
 from jaxrl_llm.environments.worlds import split_panels
 
 COLOURS = {
     "plain": style.INK,
+    "centred": style.MUTED,
     "scale": style.ORANGE,
     "bonus": style.SKY,
     "empg": style.BLUE,
@@ -49,7 +51,9 @@ def _learning(settings: AgentSettings, results: Results) -> Picture:
     figure, axes = new_axes("batch", "held-out tasks solved")
     for base, colour in zip(BASES, (style.VERMILION, style.INK), strict=True):
         values = _curve(results, f"{base}_plain")
-        band(axes, _batches(settings), values.mean(axis=0), standard_error(values), colour, f"{base.upper()} plain")
+        half = half_width(len(values))
+        mean, error = values.mean(axis=0), standard_error(values)
+        band(axes, _batches(settings), mean, error, colour, f"{base.upper()} plain", half=half)
     legend(axes, 2)
     caption = (
         "Share of the sampled episodes that solve a task of the measuring panel, mean over "
@@ -126,8 +130,7 @@ def _sizes(settings: AgentSettings, results: Results) -> Picture:
     caption = (
         "Mean of |A| |e_a - p|, the size of the update that the policy gradient asks of the logits (per unit of step "
         "size), over all actions of DAPO with EMPG in groups that differ, by the entropy of their context: with the "
-        "advantage of the group, and with EMPG's. Uncertain contexts ask for larger updates by themselves; the scale "
-        "damps them."
+        "advantage of the group, and with EMPG's, in which scale, bonus and centring act together."
     )
     return Picture("sizes", "Size of the updates by entropy", caption, figure)
 
@@ -152,9 +155,10 @@ def _entropies(settings: AgentSettings, results: Results) -> Picture:
     return Picture("entropies", "Entropy", caption, figure)
 
 
-def _table(summary: Mapping[str, Any]) -> Table:
+def _table(summary: Mapping[str, Any], samples: int) -> Table:
     rows = []
     for name, numbers in summary["arms"].items():
+        plain = summary["arms"][f"{name.partition('_')[0]}_plain"]
         gain = "" if name.endswith("_plain") else _said(_gain(summary, name))
         rows.append(
             (
@@ -166,20 +170,20 @@ def _table(summary: Mapping[str, Any]) -> Table:
                 f"{numbers['entropy']:.2f}",
                 f"{numbers['valid']:.2f}",
                 f"{numbers['turns']:.1f}",
-                f"{numbers['last_step']:+.2f}",
+                f"{numbers['last_step'] - plain['last_step']:+.2f}",
                 f"{numbers['mutual_information']:.2f}",
             )
         )
     head = (
         "arm",
         "solved, pass@1",
-        "pass@4",
+        f"pass@{samples}",
         "greedy",
         "minus plain",
         "entropy [nats]",
         "valid actions",
         "turns",
-        "advantage of last step minus others",
+        "advantage of last step minus others, minus plain",
         "I(task; first action) [nats]",
     )
     return Table(head=head, rows=rows)
@@ -206,7 +210,9 @@ def _by_length(settings: AgentSettings, results: Results) -> Table:
 def _kinds(results: Results) -> Table:
     rows = []
     for name in ("dapo_plain", "dapo_scale", "dapo_bonus", "dapo_empg"):
-        rows.append((label(name), *(f"{results[name][f'entropy_{kind}'][:, -1].mean():.2f}" for kind in KINDS)))
+        # 0 is the mean over a batch that had no such action.
+        last = [results[name][f"entropy_{kind}"][:, -1] for kind in KINDS]
+        rows.append((label(name), *(f"{x[x > 0].mean():.2f}" if (x > 0).any() else NONE for x in last)))
     return Table(head=("entropy in the last round [nats]", "moves", "takes", "opens", "no action"), rows=rows)
 
 
@@ -247,7 +253,7 @@ def empg_page(settings: AgentSettings, results: Results, summary: Mapping[str, A
                     _gains(settings, results, _names("grpo", tuple(PARTS)[1:]), "GRPO", "gains_grpo"),
                     _gains(settings, results, _names("dapo", ("empg", *VARIANTS)), "Variants", "gains_variants"),
                 ],
-                _table(summary),
+                _table(summary, settings.samples),
             ),
             Section(
                 "Tasks by the length of their solution",
@@ -257,8 +263,8 @@ def empg_page(settings: AgentSettings, results: Results, summary: Mapping[str, A
             Section(
                 "What the modulation does",
                 [
-                    "The advantage of the last step minus that of the others shows the bonus: it has no next step to "
-                    "be clear about, so the bonus and the centring after it push it down.",
+                    "In the table above, the advantage of the last step of an episode minus that of its other steps, "
+                    "against the plain arm: the bonus lowers it, as a last step has no next one to be clear about.",
                 ],
                 [_sizes(settings, results), _entropies(settings, results)],
                 _kinds(results),

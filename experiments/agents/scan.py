@@ -55,7 +55,7 @@ from jaxrl_llm.typing import PyTree
 PAD = 0
 """Token after the end; it is a symbol too, as nothing reads it."""
 BINS = 8
-"""Bins of entropy, of one width, from certainty to the uniform policy."""
+"""Bins of entropy, of one width, from certainty to the uniform choice of an action; what is above is in the last."""
 KINDS = ("move", "take", "open", "none")
 """Kinds of actions in `Rooms`; the last are tokens that are no action."""
 

@@ -21,11 +21,16 @@ from jaxrl_llm.objectives import get_recipe
 BASES = ("grpo", "dapo")
 PARTS = {
     "plain": {},
+    "centred": {"advantage": "empg", "sharpness": 0.0, "clarity_weight": 0.0},
     "scale": {"advantage": "empg", "clarity_weight": 0.0},
     "bonus": {"advantage": "empg", "sharpness": 0.0},
     "empg": {"advantage": "empg"},
 }
-"""EMPG and its two halves, as changes of a recipe; each is tried on both bases."""
+"""EMPG and its parts, as changes of a recipe; each is tried on both bases.
+
+EMPG ends by subtracting the mean over the steps of all groups that differ, which changes the advantage by itself: long
+episodes, which are those that failed, weigh more. `centred` does only that, and the scale and the bonus have it too.
+"""
 VARIANTS = {
     "all_groups": {"advantage": "empg_all_groups"},
     "renyi": {"advantage": "empg_renyi"},
@@ -36,8 +41,9 @@ VARIANTS = {
 
 LABELS = {
     "plain": "plain",
-    "scale": "+ scale",
-    "bonus": "+ bonus",
+    "centred": "centred over steps",
+    "scale": "+ scale, centred",
+    "bonus": "+ bonus, centred",
     "empg": "EMPG",
     "all_groups": "EMPG, all groups (as printed)",
     "renyi": "EMPG with Rényi-2 entropy",

@@ -104,7 +104,7 @@ def stationary(field: Field, task: Task) -> Policy:
     """The policy of full support at which a field with a dense part vanishes, pi(a|s) ~ pi_T(a|s) exp(-E[G_t|s, a]).
 
     There is one: G_t depends on later steps alone, and with full support every state that can be reached is. Of the
-    exact field it is the optimum pi_T exp(lambda R) of J.
+    exact field it is the optimum of J: pi_T exp(lambda R) where moves are deterministic, as in Rooms.
     """
     return coefficients(field, task)[1]
 

@@ -50,12 +50,14 @@ def rest(results: Results, name: str) -> Rest:
 def lost_reward(results: Results, name: str) -> float:
     """Reward of the optimum with the same KL to the teacher, interpolated over the weights, minus that of an arm.
 
-    The frontier is concave, so that a chord lies below it and the loss is not overstated.
+    The frontier begins at the teacher and is concave, so that a chord lies below it and the loss is not overstated. NaN
+    for a KL beyond that of the largest weight.
     """
     row, known = rest(results, name), results["resting"]
     kl, reward = known["kl"][RESTING.index("hybrid")], known["reward"][RESTING.index("hybrid")]
+    kl, reward = np.append(kl, 0.0), np.append(reward, known["teacher_reward"])
     order = np.argsort(kl)
-    return float(np.interp(row.kl, kl[order], reward[order])) - row.reward
+    return float(np.interp(row.kl, kl[order], reward[order], right=np.nan)) - row.reward
 
 
 def retuned(settings: HybridSettings, results: Results, name: str) -> tuple[float, float]:

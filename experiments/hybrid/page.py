@@ -69,11 +69,11 @@ def exact_picture(settings: HybridSettings, results: Results) -> Picture:
         colour, dashes = LOOKS[name]
         axes.plot(np.arange(len(values)), values, color=colour, linestyle=dashes, label=ARMS[name].label)
         if name in RESTING and name != "hybrid":
-            axes.axhline(rest(results, name).gap, color=colour, linewidth=0.7, alpha=0.6)
+            axes.axhline(rest(results, name).gap, color=colour, linestyle=dashes, linewidth=0.7, alpha=0.6)
     legend(axes, 2)
     caption = (
         "Exact gradients, no sampling, Adam with a step size that falls to 0. Thin lines: J - J* of the policy at "
-        "which the field of the same colour vanishes, by backward induction. At the end: "
+        "which the field of the same look vanishes, by backward induction. At the end: "
         + ", ".join(f"{ARMS[name].label} {_end(settings, results, name):.2g}" for name in shown)
         + "."
     )
@@ -101,9 +101,9 @@ def frontier_picture(settings: HybridSettings, results: Results) -> Picture:
     row = rest(results, "kl_loss")
     caption = (
         f"One point per lambda, from {min(settings.weights):g} to {max(settings.weights):g}; dots: lambda = "
-        f"{settings.reward_weight:g}. The exact field rests on the frontier: no policy has more reward at its KL. KL "
-        f"loss + reward rests below it at every lambda: at lambda = {settings.reward_weight:g} it has reward "
-        f"{row.reward:.3f} at KL {row.kl:.2f}, {lost_reward(results, 'kl_loss'):.3f} less than the optimum of that KL."
+        f"{settings.reward_weight:g}. The exact field rests on the frontier: no policy has more reward at its KL. At "
+        f"lambda = {settings.reward_weight:g} KL loss + reward has reward {row.reward:.3f} at KL {row.kl:.2f}, "
+        f"{lost_reward(results, 'kl_loss'):.3f} less than the optimum of that KL."
     )
     return Picture("frontier", "Reward for KL", caption, figure)
 
@@ -155,7 +155,7 @@ def _best(settings: HybridSettings, results: Results) -> str:
     for place, row in zip(places(settings), rows, strict=True):
         best = min(UNBIASED, key=lambda name: row[names.index(name)])
         least.append(f"{place}: {ESTIMATORS[best][0]} ({row[names.index(best)]:.2g})")
-    return "least at " + "; ".join(least)
+    return "the smallest estimate at " + "; ".join(least)
 
 
 def resting_table(settings: HybridSettings, results: Results) -> Table:
@@ -226,8 +226,8 @@ def _resting_section(settings: HybridSettings, results: Results, summary: Mappin
             "A gradient with a dense part vanishes at one policy, pi_T exp(-E[G]) in every state, found by backward "
             f"induction. That of KL loss + reward, which drops the KL of later steps, has J - J* = {row.gap:.3f}: "
             f"reward {row.reward:.3f} at KL {row.kl:.3f}, where the optimum has {best.reward:.3f} at {best.kl:.3f}. "
-            f"Another lambda in its place does not mend it: the nearest of those tried, {weight:g}, leaves "
-            f"{nearest:.3f}. A discount below 1 rests elsewhere as well, since it discounts the reward too.",
+            f"With another lambda in its place, the nearest of those tried, {weight:g}, leaves {nearest:.3f} without "
+            "noise. A discount below 1 rests elsewhere as well; here it discounts the reward too.",
         ],
         [exact_picture(settings, results), frontier_picture(settings, results)],
         resting_table(settings, results),
@@ -247,7 +247,7 @@ def _sampled_section(settings: HybridSettings, results: Results) -> Section:
             f"Every arm takes {settings.updates} updates, has the same step sizes, the same numbers of episodes and a "
             "baseline that is the mean of the others of the group at the same step. Differences of J after the last "
             f"update are paired by seed, with 95 % intervals. Against hybrid: {against('kl_loss')}; "
-            f"{against('rao_blackwell')}; {against('reinforce')}.",
+            f"{against('hybrid_0.9')}; {against('rao_blackwell')}; {against('reinforce')}. All at the same lambda.",
             f"The schedules raise lambda to its final value in the first {100 * WARM_UP:.0f} % of the updates; they "
             f"are this project's, those of the note are unknown. Against a constant lambda: {schedules}.",
         ],
@@ -269,7 +269,7 @@ def _variance_section(settings: HybridSettings, results: Results, summary: Mappi
             "group; step baseline: mean coefficient of the others at the same step.",
             "At the optimum the sum of l from a step on, minus lambda R, is the same for every episode from a given "
             "state: that is what REINFORCE multiplies its scores with. Integrating l of the own step out, or replacing "
-            "later l by their means k, takes that cancellation away, so that neither must lower the variance there.",
+            "later l by their means k, takes that cancellation away, so that neither need lower the variance there.",
             f"Means against exact expectations: n |mean - expectation|² / variance is 1 on average for an estimate "
             f"without bias; it lies between {low:.2f} and {high:.2f}. Along what a KL loss leaves out of the gradient, "
             f"the mean of the nine estimates of grad J is off by at most {summary['unbiased_largest_score']:.1f} of "
@@ -282,15 +282,15 @@ def _variance_section(settings: HybridSettings, results: Results, summary: Mappi
 
 
 def page(settings: HybridSettings, results: Results, summary: Mapping[str, Any]) -> Page:
-    """What the sparse half buys: another resting point, at the price of more variance."""
+    """What the sparse half buys: another resting point; and what it costs in variance."""
     apart, low = summary["kl_loss_minus_hybrid"], summary["kl_loss_minus_hybrid_low"]
     verdict = "" if low > 0 or 2 * apart - low < 0 else ": not resolved"
     return Page(
         value=f"{apart:+.3f}",
         value_range=f"{low:+.3f} to {2 * apart - low:+.3f} nats of J",
         sentence=(
-            "J at the end of training with KL loss + reward minus that with the dense and the sparse gradient, 95 % "
-            f"interval over {settings.seeds} seeds, paired{verdict}. Without noise the two are "
+            "J at the end of training with KL loss + reward minus that with the dense and the sparse gradient, at the "
+            f"same lambda, 95 % interval over {settings.seeds} seeds, paired{verdict}. Without noise the two are "
             f"{rest(results, 'kl_loss').gap:.3f} apart."
         ),
         facts=f"{settings.tasks} tasks, {settings.seeds} seeds, {settings.updates} updates, {len(ARMS)} arms",

@@ -23,7 +23,6 @@ from experiments.hybrid.variance import scatter
 from experiments.hybrid.world import Task
 from experiments.hybrid.world import make_tasks
 from experiments.ranges import PLURAL
-from experiments.ranges import POSITIVE
 from experiments.ranges import RATE
 from experiments.ranges import SEED
 from experiments.ranges import SHARE
@@ -91,10 +90,12 @@ RANGES: Ranges = {
     "turns": Range(1, 1000),
     "map_seed": SEED,
     "tasks": SIZE,
-    "sharpness": Range(0, 100),
+    # At 0 the teacher is the start: nothing is to be learned from it.
+    "sharpness": Range(0, 100, above=True),
     "wrong": SHARE,
-    "reward_weight": POSITIVE,
-    "weights": POSITIVE,
+    # exp(lambda R) must be a number.
+    "reward_weight": Range(0, 100, above=True),
+    "weights": Range(0, 100, above=True),
     "updates": Range(1, 1_000_000),
     "group_size": PLURAL,
     "learning_rate": RATE,

@@ -8,6 +8,7 @@ was shown is ever taken away.
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from contextlib import closing
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from flax import nnx
 
+from jaxrl_llm.environments.time_limits import time_limit
 from jaxrl_llm.environments.worlds import STEP_SECONDS
 from jaxrl_llm.environments.worlds import Reply
 from jaxrl_llm.environments.worlds import TextEpisodes
@@ -181,6 +183,7 @@ def play_texts(
 
     Raises:
         ValueError: a prompt does not fit, or a task begins in two ways.
+        TimeoutError: a task does not begin in time.
     """
     clock, group_size = _Clock(), len(sample_index)
     with clock.waiting():
@@ -236,23 +239,34 @@ def expert_text(stage: TextStage, seed: int) -> Told:
 
     Raises:
         ValueError: the expert knows no action, or one that is longer than an action may be.
+        TimeoutError: the world or its expert takes too long.
     """
-    with closing(stage.world.reset(seed)) as episode:
+    name = stage.world.name
+
+    def limited() -> AbstractContextManager[None]:
+        return time_limit(stage.seconds, what=f"the expert of {name} in task {seed}")
+
+    with limited():
+        begun = stage.world.reset(seed)
+    with closing(begun) as episode:
         told = stage.begin(stage.prompt(seed, episode.prompt))
         for _ in range(stage.world.turns):
-            action = episode.expert()
+            with limited():
+                action = episode.expert()
             if action is None:
                 raise ValueError(
-                    f"the expert of {stage.world.name} knows no action in turn {told.turns + 1} of task {seed}; "
+                    f"the expert of {name} knows no action in turn {told.turns + 1} of task {seed}; "
                     "its episodes cannot be learned."
                 )
             ids = stage.script.action(action)
             if len(ids) > stage.budget.action_tokens:
                 raise ValueError(
-                    f"the expert of {stage.world.name} says {action!r} in task {seed}, {len(ids)} tokens with its "
+                    f"the expert of {name} says {action!r} in task {seed}, {len(ids)} tokens with its "
                     f"end; action_tokens is {stage.budget.action_tokens}, so the policy could not say it."
                 )
-            if not stage.answer(told, ids, [0.0] * len(ids), episode.step(stage.script.said(ids))):
+            with limited():
+                reply = episode.step(stage.script.said(ids))
+            if not stage.answer(told, ids, [0.0] * len(ids), reply):
                 break
         return told
 

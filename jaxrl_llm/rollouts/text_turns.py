@@ -143,7 +143,7 @@ class TextTurns:
         """
         # Two widths in an octave: few programs, and at most a third of padding.
         longest = max(map(len, prompts))
-        step_width = max(1 << (longest.bit_length() - 2), 8)
+        step_width = max(1 << max(longest.bit_length() - 2, 0), 8)
         width = -(-longest // step_width) * step_width
         tokens, mask = np.full((len(prompts), width), self._pad_id, np.int32), np.zeros((len(prompts), width), bool)
         for row, ids in enumerate(prompts):

@@ -6,6 +6,7 @@ What the policy chooses are its actions, each with the token that ends it. Every
 was read once is never encoded otherwise later; in what a world says, the names of control tokens are plain letters.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -68,7 +69,11 @@ class Script:
         ValueError: the end of an action is not exactly one token, or no token asks the policy to act.
         """
         self._tokenizer = tokenizer
-        self._plain = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+        # Every added token is taken for a special one, so that none of them is found in a world's text.
+        described = json.loads(tokenizer.backend.to_str())
+        for added in described["added_tokens"]:
+            added["special"] = True
+        self._plain = tokenizers.Tokenizer.from_str(json.dumps(described))
         self._plain.encode_special_tokens = True
         end = tokenizer.encode(wording.end, add_special_tokens=False)
         if len(end) != 1:

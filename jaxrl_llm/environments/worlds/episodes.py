@@ -1,6 +1,7 @@
 """A batch of text episodes that step together; one that hangs is dropped, and the others go on."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from contextlib import suppress
 
 import numpy as np
@@ -118,6 +119,7 @@ class TextEpisodes:
             return None
 
     def close(self) -> None:
-        """Let go of every episode."""
-        for row in range(len(self._episodes)):
-            self._close(row)
+        """Let go of every episode, also where one of them cannot be let go of."""
+        with ExitStack() as stack:
+            for row in range(len(self._episodes)):
+                stack.callback(self._close, row)

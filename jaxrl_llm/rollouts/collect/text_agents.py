@@ -23,6 +23,7 @@ from jaxrl_llm.rollouts.collect.dialogs import rows_to_trajectories
 from jaxrl_llm.rollouts.collect.panel_tasks import PanelTasks
 from jaxrl_llm.rollouts.collect.protocol import BatchShape
 from jaxrl_llm.rollouts.collect.protocol import Brings
+from jaxrl_llm.rollouts.collect.protocol import CollectError
 from jaxrl_llm.rollouts.collect.protocol import Experience
 from jaxrl_llm.rollouts.collect.protocol import PolicySnapshot
 from jaxrl_llm.rollouts.collect.samplers import SAMPLING
@@ -77,10 +78,10 @@ class _TextEpisodes(PanelTasks):
                 "world/turns": turns,
                 "world/refused": np.array([one.refused for one in told]) / turns,
                 "world/cut_off": np.array([one.cut_off for one in told]),
-                "world/dropped": np.array([one.dropped for one in told]),
                 "world/tokens": np.array([len(one.tokens) for one in told]),
             },
-            metrics=metrics,
+            # Of the whole batch: rows that were dropped are in no mean over rows.
+            metrics={**metrics, "world/dropped": float(np.mean([one.dropped for one in told]))},
             samples=self.written(seeds, rows),
             texts=self.texts(rows, np.asarray(rows.action_mask)),
         )
@@ -154,7 +155,14 @@ class TextAgentCollector(_TextEpisodes):
         seeds = self.tasks(step)
         key = jax.random.fold_in(key, SAMPLING)
         order, samples = jnp.arange(len(seeds)), jnp.arange(self._shape.group_size)
-        played = play_texts(self.stage, self._turns, policy.state, seeds, key, step, order, samples)
+        try:
+            played = play_texts(self.stage, self._turns, policy.state, seeds, key, step, order, samples)
+        except TimeoutError as error:
+            raise CollectError(str(error)) from error
+        if all(one.dropped for one in played.episodes):
+            raise CollectError(
+                f"{self.stage.world.name} took too long in every episode; is what it runs in still alive?"
+            )
         metrics = {"world/recomputed": float(played.recomputed), "perf/world_share": played.waiting}
         return self._experience(seeds, played.episodes, metrics, version=policy.version)
 
@@ -184,7 +192,10 @@ class TextExpertCollector(_TextEpisodes):
     def collect(self, policy: PolicySnapshot, key: PRNGKey, step: int, cursor: Mapping[str, Any]) -> Experience:
         """See `Collector.collect`."""
         seeds = self.tasks(step)
-        told = [expert_text(self.stage, int(seed)) for seed in seeds]
+        try:
+            told = [expert_text(self.stage, int(seed)) for seed in seeds]
+        except TimeoutError as error:
+            raise CollectError(str(error)) from error
         return self._experience(seeds, told, {}, version=None)
 
 

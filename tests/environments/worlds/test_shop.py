@@ -219,14 +219,14 @@ def test_products_that_are_measured_on_are_never_trained_on() -> None:
     assert not products[0] & products[1]
     assert (len(products[0]), len(products[1])) == (34, 16)
     # Whoever changes these changes what earlier runs were measured on.
-    assert (world.name, world.tasks, len(measure.seeds)) == ("shop-5f4d7725", 1791, 737)
+    assert (world.name, world.tasks, len(measure.seeds)) == ("shop-5f4d7725-15", 1791, 737)
     assert measure.sha256.startswith("bee16761")
 
 
 def test_bad_settings_and_missing_packages_are_named(monkeypatch) -> None:
     with pytest.raises(ValueError, match="turns is 6; a task of the shop can take 7"):
         Shop(turns=6)
-    with pytest.raises(ValueError, match=r"seed is 1791; the tasks of shop-5f4d7725 are 0 \.\. 1790"):
+    with pytest.raises(ValueError, match=r"seed is 1791; the tasks of shop-5f4d7725-15 are 0 \.\. 1790"):
         Shop().reset(1791)
     monkeypatch.setitem(sys.modules, "rank_bm25", None)
     pages._index.cache_clear()

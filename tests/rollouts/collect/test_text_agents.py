@@ -19,6 +19,7 @@ from jaxrl_llm.models.lora import add_lora
 from jaxrl_llm.models.tokenizers import ByteTokenizer
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.rollouts import SamplingSettings
+from jaxrl_llm.rollouts.collect import CollectError
 from jaxrl_llm.rollouts.collect import PolicySnapshot
 from jaxrl_llm.rollouts.collect import TextAgentCollector
 from jaxrl_llm.rollouts.collect import TextExpertCollector
@@ -283,19 +284,29 @@ def test_an_episode_that_hangs_is_dropped_and_the_others_go_on(monkeypatch) -> N
     monkeypatch.setattr(Climb, "step", hangs)
     collector.stage.seconds = 0.2
     experience = collector.collect(snapshot(model), jax.random.key(0), 0, {})
-    t, dropped = experience.trajectories, experience.per_row["world/dropped"]
-    assert dropped.tolist() == [True] + [False] * (len(dropped) - 1)
+    t = experience.trajectories
+    assert experience.metrics["world/dropped"] == 1 / len(t.returns)
     assert np.isnan(t.returns[0])
     assert np.isfinite(t.returns[1:]).all()
     assert experience.per_row["world/turns"][0] == 1
     assert not t.ended[0]
     check_experience(experience, collector.shape, vocab_size=TOKENIZER.vocab_size, name="text agents")
 
+    monkeypatch.setattr(Climb, "step", lambda self, action: time.sleep(5))
+    collector.stage.seconds = 0.02
+    with pytest.raises(CollectError, match="stairs-5-4 took too long in every episode"):
+        collector.collect(snapshot(model), jax.random.key(0), 0, {})
+    sizes = {name: value for name, value in SIZES.items() if name != "group_size"} | {"action_tokens": 5}
+    expert = TextExpertCollector(Stairs(), TRAIN, TOKENIZER, **sizes)
+    expert.stage.seconds = 0.02
+    with pytest.raises(CollectError, match=r"the expert of stairs-5-4 in task \d+ took longer than 0.02 s"):
+        expert.collect(None, None, 0, {})  # type: ignore[arg-type]
+
     def never_begins(seed):
         time.sleep(5)
 
     collector.stage.world.reset = never_begins
-    with pytest.raises(TimeoutError, match=r"task \d+ of stairs-5-4 did not begin within 0.2 s"):
+    with pytest.raises(CollectError, match=r"task \d+ of stairs-5-4 did not begin within 0.02 s"):
         collector.collect(snapshot(model), jax.random.key(0), 0, {})
 
 

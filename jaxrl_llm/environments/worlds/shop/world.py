@@ -281,7 +281,7 @@ class Shop:
     @property
     def name(self) -> str:
         """See `TextWorld.name`."""
-        return f"shop-{catalogue_version()}"
+        return f"shop-{catalogue_version()}-{self.turns}"
 
     @property
     def tasks(self) -> int:

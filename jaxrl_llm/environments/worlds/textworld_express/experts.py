@@ -107,7 +107,10 @@ def _play(simulator: Simulator, seed: int, fold: str, found: Map, errands: Seque
     """The actions that do these errands, as far as the task is solved; None where one cannot be done, or it is not."""
     shown, closed, path = simulator.begin(seed, fold), found.closed, []
     for errand in errands:
-        way, closed = route(found, room_of(shown), errand.room, closed)
+        try:
+            way, closed = route(found, room_of(shown), errand.room, closed)
+        except (KeyError, ValueError):  # a room that the walk did not see, or no way that it knows
+            return None
         for action in (*way, errand.action):
             if action not in shown.admissible:
                 return None

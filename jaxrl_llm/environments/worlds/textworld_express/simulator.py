@@ -18,10 +18,9 @@ ANSWER_SECONDS = 20.0
 _gateways: dict[int, Any] = {}
 """The py4j gateway to Java of each process, by its id: a fork must not talk to its parent's."""
 _free: dict[tuple[int, str, str], list[Any]] = {}
-"""Loaded games that no episode uses, by the port of their Java: loading one takes longer than most episodes."""
-
-
+"""Loaded games that no episode uses, by the process of their Java: loading one takes longer than most episodes."""
 _hung: list[Any] = []
+"""Games whose Java did not answer."""
 
 
 class Shown(NamedTuple):
@@ -100,7 +99,7 @@ class Simulator:
     def __init__(self, game: str, settings: str) -> None:
         gateway = _gateway()
         self._process = gateway.java_process
-        self._free = _free.setdefault((gateway.gateway_parameters.port, game, settings), [])
+        self._free = _free.setdefault((self._process.pid, game, settings), [])
         self._answered = True
         self._python: Any = None
         if self._free:

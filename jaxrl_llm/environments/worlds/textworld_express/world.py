@@ -31,11 +31,15 @@ class TextWorldExpressEpisode:
     def __init__(self, game: str, settings: str, fold: str, seed: int) -> None:
         self._task = (game, settings, fold, seed)
         self._simulator: Simulator | None = Simulator(game, settings)
-        self._shown = self._simulator.begin(seed, fold)
         self._taken: list[str] = []
         self._seen: dict[str, set[str]] = {}  # directions of closed doors, when a room was last seen
-        self._look()
-        self.prompt = f"{self._simulator.task().strip()}\n{self._shown.text}"
+        try:
+            self._shown = self._simulator.begin(seed, fold)
+            self._look()
+            self.prompt = f"{self._simulator.task().strip()}\n{self._shown.text}"
+        except BaseException:
+            self._simulator.close()
+            raise
         self.admissible = self._shown.admissible
 
     def _look(self) -> None:
@@ -125,7 +129,15 @@ class TextWorldExpress:
         """See `TextWorld.name`."""
         version = importlib.metadata.version("textworld-express")
         settings = "".join(self.settings.split())
-        return "-".join(["textworldexpress", version, self.game, self.measured, *([settings] if settings else [])])
+        parts = [
+            "textworldexpress",
+            version,
+            self.game,
+            self.measured,
+            str(self.turns),
+            *([settings] if settings else []),
+        ]
+        return "-".join(parts)
 
     @property
     def tasks(self) -> int:
