@@ -27,9 +27,10 @@ resolved: one in twenty would be by chance, and no interval that allows for ten 
 (half-interval 0.017), as printed, with the groups that only fail or only succeed, 0.002 (0.024). So at this size the
 gain, if it is one, is small.
 
-What counts is the mean of the last tenth of the measurements (of six: the last one), never the best. Also measured: the entropy of each kind
-of action, what the modulation does to the size of the updates at each entropy, what it does to the last step of an
-episode, and whether the policy begins every task alike (mutual information between the task and the first action).
+What counts is the mean of the last tenth of the measurements (of six: the last one), never the best. Also measured: the
+entropy of each kind of action, what the modulation does to the size of the updates at each entropy, what it does to the
+last step of an episode, and whether the policy begins every task alike (mutual information between the task and the
+first action).
 """
 
 from collections.abc import Callable

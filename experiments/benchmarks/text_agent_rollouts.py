@@ -10,10 +10,10 @@ prompt, of which the policy writes some ("chosen", a share) and is given the oth
 import argparse
 import platform
 import statistics
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from experiments.benchmarks.agent_rollouts import make_model
@@ -49,7 +49,7 @@ class Walk:
 
     def __init__(self, rooms: Rooms, seed: int) -> None:
         self._rooms, self._exits = rooms, rooms.exits
-        state, _ = rooms.reset(np.array([seed]))
+        state, _ = rooms.reset(jnp.asarray([seed]))
         self._room, self._key, self._door = (int(x[0]) for x in (state.room, state.key_room, state.door_room))
         self._has_key = False
         self.prompt = f"The key is in {self._named(self._key)}, the door in {self._named(self._door)}. {self._seen()}"
@@ -83,7 +83,13 @@ def measure(size: str, tasks: int, group_size: int, rounds: int) -> None:
     """Print a line of the table."""
     world, tokenizer, model = RoomsInWords(), ByteTokenizer(), make_model(size)
     graphdef, state = nnx.split(model)
-    sizes = {"seed": 0, "tasks": tasks, "group_size": group_size, "width": WIDTH, "action_tokens": ACTION_TOKENS}
+    sizes: dict[str, Any] = {
+        "seed": 0,
+        "tasks": tasks,
+        "group_size": group_size,
+        "width": WIDTH,
+        "action_tokens": ACTION_TOKENS,
+    }
     collector = TextAgentCollector(world, split_panels(world)[0], model, tokenizer, **sizes)
     policy, key = PolicySnapshot(graphdef, state, 0), jax.random.key(0)
     first = collector.collect(policy, key, 0, {})
