@@ -90,6 +90,7 @@ def measure(size: str, tasks: int, group_size: int, rounds: int) -> None:
         "width": WIDTH,
         "action_tokens": ACTION_TOKENS,
     }
+    sizes["action_tokens"] = ACTION_TOKENS
     collector = TextAgentCollector(world, split_panels(world)[0], model, tokenizer, **sizes)
     policy, key = PolicySnapshot(graphdef, state, 0), jax.random.key(0)
     first = collector.collect(policy, key, 0, {})
