@@ -110,9 +110,9 @@ def _differences(summary: Mapping[str, Any]) -> Picture:
     return Picture("differences", "What each part of EMPG changes", caption, figure)
 
 
-def _gain(summary: Mapping[str, Any], name: str) -> Interval:
-    mean = summary[f"{name}_minus_plain"]
-    return Interval(mean, mean - summary[f"{name}_minus_plain_low"])
+def _gain(summary: Mapping[str, Any], name: str, other: str = "plain") -> Interval:
+    mean = summary[f"{name}_minus_{other}"]
+    return Interval(mean, mean - summary[f"{name}_minus_{other}_low"])
 
 
 def _sizes(settings: AgentSettings, results: Results) -> Picture:
@@ -160,6 +160,7 @@ def _table(summary: Mapping[str, Any], samples: int) -> Table:
     for name, numbers in summary["arms"].items():
         plain = summary["arms"][f"{name.partition('_')[0]}_plain"]
         gain = "" if name.endswith("_plain") else _said(_gain(summary, name))
+        control = "" if name.endswith(("_plain", "_centred")) else _said(_gain(summary, name, "centred"))
         rows.append(
             (
                 label(name),
@@ -167,6 +168,7 @@ def _table(summary: Mapping[str, Any], samples: int) -> Table:
                 f"{numbers['solved_once']:.3f}",
                 f"{numbers['solved_greedy']:.3f}",
                 gain,
+                control,
                 f"{numbers['entropy']:.2f}",
                 f"{numbers['valid']:.2f}",
                 f"{numbers['turns']:.1f}",
@@ -180,6 +182,7 @@ def _table(summary: Mapping[str, Any], samples: int) -> Table:
         f"pass@{samples}",
         "greedy",
         "minus plain",
+        "minus centred",
         "entropy [nats]",
         "valid actions",
         "turns",
@@ -245,6 +248,12 @@ def empg_page(settings: AgentSettings, results: Results, summary: Mapping[str, A
                     "Differences that are resolved: "
                     + (", ".join(said) if said else "none")
                     + f". Of the {len(arms()) - len(BASES)} that are shown, one in twenty would look so by chance.",
+                    "EMPG ends by subtracting the mean over all steps, which changes the advantage by itself. Against "
+                    "the control that only does this, EMPG makes "
+                    + " and ".join(
+                        f"{_said(_gain(summary, f'{base}_empg', 'centred'))} with {base.upper()}" for base in BASES
+                    )
+                    + ".",
                 ],
                 [
                     _learning(settings, results),
