@@ -3,7 +3,7 @@
 Claim      When a transformer learns by policy gradient, the logits of each sampled token's context move by
            eta |A| sqrt(1 - 2 p_c + C), up to one factor for all tokens of a batch.
 Command    python -m experiments run logit_dynamics_training
-Cost       2 minutes on a 2-core Intel Xeon, 2.5 minutes of processor time
+Cost       8 minutes beside other work on a 2-core Intel Xeon, 10 minutes of processor time
 Expected   agent_rank_correlation_low >= 0.8 in summary.json: the lower end of the 95 % interval over seeds of
            Spearman's correlation between the formula and what the batch's update does to the logits
 
@@ -15,6 +15,18 @@ first order (the derivative of the logits along the change of the parameters).
 Table and agent train by plain gradient ascent, so that eta is what the formula means. SmolLM2 trains by Adam, which has
 no such eta: what is measured there is a plain gradient step from the weights of the moment, which is not taken, and
 Adam's change of the weights in ratios and orders only.
+
+What came out: the claim is missed. One token's gradient alone moves its context by the formula exactly in the table,
+and in its order in the agent (rank correlation 0.90, half-interval 0.05) and in SmolLM2 (0.85, 24 tokens at most),
+each between the extremes of its kernel. But a policy is not updated by one token: what the batch's update does to the
+same contexts is hardly ordered by the formula, 0.30 (0.06) in the table, 0.18 (0.19, not resolved) in the agent, 0.13
+in SmolLM2, since a context's row, or a network's weights, add up what all other tokens ask for. Self-regulation:
+while the table learns (reward 0.01 to 0.87) the formula's mean size falls to 0.40 and the realised one to 0.61 (0.22)
+of the first; in the agent (0.07 to 0.19) the formula falls to 0.67 (0.27) and what is realised is not resolved from
+its start.
+
+Chosen after looking: batches and step sizes, after smaller ones in which the agent did not learn. SmolLM2 takes five
+updates, over which its reward is noise.
 """
 
 import dataclasses
@@ -270,7 +282,7 @@ TINY = DynamicsSettings(
 EXPERIMENT = Study(
     name="logit_dynamics_training",
     claim="When a network learns, the logits of a sampled token move by eta |A| sqrt(1 - 2 p_c + C), up to one factor.",
-    cost="2 minutes on a 2-core Intel Xeon, 2.5 minutes of processor time",
+    cost="8 minutes beside other work on a 2-core Intel Xeon, 10 minutes of processor time",
     settings=SETTINGS,
     tiny=TINY,
     expectation=Expectation("agent_rank_correlation_low", at_least=0.8),
