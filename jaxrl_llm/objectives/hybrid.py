@@ -141,8 +141,8 @@ def sparse_coefficient(
     gradient.
 
     Pass d_u = l_u for the plain estimate, or d_u = k_u, the exact KL of the context, for the Rao-Blackwell form: the
-    same expectation, and usually but not provably a smaller variance. Steps are response tokens; masked ones are
-    skipped.
+    same expectation, and another variance: smaller far from the optimum and larger near it in what was measured (errata
+    F1.1). Steps are response tokens; masked ones are skipped.
 
     Args:
         divergence_t: l_t or k_t of each token [nats].
