@@ -24,7 +24,7 @@ EMPG, and has one token, so that its entropy is exact and known before it is tak
 What came out: from 0.146 of the held-out tasks solved, DAPO learns to solve 0.244 and GRPO 0.239. EMPG with DAPO ends
 above plain DAPO by 0.027 (0.004 to 0.050), so the claim is met; but it does not survive its control. Centring alone
 does 0.016 (0.004 to 0.029) with GRPO, where EMPG does 0.012 (half-interval 0.017), and against it EMPG is not
-resolved: -0.004 (0.010) with GRPO, 0.024 (0.028) with DAPO. As printed, with the groups that only fail or only
+resolved: -0.004 (0.009) with GRPO, 0.024 (0.028) with DAPO. As printed, with the groups that only fail or only
 succeed, EMPG is at 0.002 (0.024) from plain. Two of twelve differences from plain are resolved, and one in twenty
 would be by chance. So at this size no gain of entropy modulation is shown. The control was added after the other arms
 had been seen.

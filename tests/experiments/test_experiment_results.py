@@ -79,3 +79,27 @@ def test_figures_of_the_errata_are_those_of_the_kept_runs() -> None:
     assert all(lower < 0 < upper for _, lower, upper in added)
     halves = sorted(upper - mean for mean, _, upper in added)
     assert f"half-intervals {halves[0]:.3f} to {halves[-1]:.3f}" in text
+
+
+def test_figures_of_the_errata_of_agents_are_those_of_the_kept_runs() -> None:
+    """Errata F1.1, F1.2 and F4.5."""
+    text = " ".join((ROOT / "docs" / "errata.md").read_text().split())
+    hybrid, empg = (read_json(RESULTS / f"{name}.json")["summary"] for name in ("hybrid_imitation_rl", "empg_agents"))
+    start, optimum = (hybrid["variance"][place] for place in ("start", "optimum"))
+    assert f"is {start['rao_blackwell_step']:.2f} against {start['hybrid_step']:.1f} at the start" in text
+    assert f"and {optimum['rao_blackwell_step']:.2f} against {optimum['hybrid_step']:.2f} at the optimum" in text
+    resting = {name: row["gap"] for name, row in hybrid["resting"].items()}
+    assert f"vanishes {resting['kl_loss']:.3f} nats of J above the optimum" in text
+    assert f"discount 0.9 at {resting['hybrid_0.9']:.3f}" in text
+    assert resting["hybrid"] < 1e-9
+    arm = hybrid["sampled"]["hybrid_0.9"]
+    assert arm["minus_hybrid"] + arm["minus_hybrid_half_interval"] < 0
+    assert arm["gap"] == min(other["gap"] for other in hybrid["sampled"].values())
+
+    def said(name: str) -> str:
+        return f"{empg[name]:.3f} +- {empg[name] - empg[f'{name}_low']:.3f}"
+
+    assert f"plain DAPO by {said('dapo_empg_minus_plain')} of" in text
+    assert f"plain GRPO by {said('grpo_empg_minus_plain')};" in text
+    assert f"{said('dapo_empg_minus_centred')} and {said('grpo_empg_minus_centred')}." in text
+    assert f"all equal, {said('dapo_all_groups_minus_plain')}." in text
