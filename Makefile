@@ -50,7 +50,7 @@ test-float64: $(STAMP)
 test-sharded: $(STAMP)
 	XLA_FLAGS="$(XLA_FLAGS) --xla_force_host_platform_device_count=8" $(PYTEST) $(PARALLEL) tests/sharded
 
-## test-worlds  the games of TextWorldExpress (needs Java; installs the extra `worlds`, 5 MB, into .venv-worlds)
+## test-worlds  the games of TextWorldExpress (needs Java; installs the extra `worlds`, 14 MB, into .venv-worlds)
 WORLDS := $(CURDIR)/.venv-worlds
 test-worlds: $(WORLDS)/.installed
 	JAX_PLATFORMS=cpu PYTHONPATH=$(WORLDS) $(PYTEST) tests/worlds
