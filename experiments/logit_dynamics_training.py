@@ -72,29 +72,29 @@ class DynamicsSettings:
     Attributes:
         seeds: tables and agents, each trained so many times at once; the language model once.
         seed: seed of all random numbers.
-        points: probes along each training.
+        points: probes along each training, first and last included.
         tokens: tokens of each batch whose gradient is taken alone; at least 8.
         rows: of the grid of rooms.
         columns: of the grid of rooms.
-        turns: actions of an episode.
-        tasks: tasks per batch.
-        group_size: episodes of each task.
-        table_steps: updates of the table.
-        table_learning_rate: its eta.
+        turns: actions after which an episode is cut off.
+        tasks: different tasks in a batch of episodes.
+        group_size: episodes of each task in a batch.
+        table_steps: updates of the table of logits.
+        table_learning_rate: eta of the table's plain gradient steps.
         agent_width: width of the agent's transformer.
-        agent_layers: its layers.
+        agent_layers: layers of the agent's transformer.
         agent_imitation_steps: updates on shortest solutions before reinforcement learning.
-        agent_steps: updates of the agent.
-        agent_learning_rate: its eta.
+        agent_steps: updates of the agent by policy gradient.
+        agent_learning_rate: eta of the agent's plain gradient steps.
         language_model: "smollm2_135m", or "random": a tiny model of bytes.
         language_task: what the language model learns.
         language_layers: how many of its layers learn, from the top.
-        language_prompts: problems per batch.
-        language_group_size: answers to each.
+        language_prompts: problems in a batch of the language model.
+        language_group_size: answers to each of these problems.
         language_prompt_length: width of the prompts. [tokens]
         language_response_length: width of the answers. [tokens]
         language_steps: updates of the language model.
-        language_points: probes along its training.
+        language_points: probes along the language model's training.
         language_training_rate: step size of Adam, by which it learns.
         language_learning_rate: eta of the plain step that is probed.
         language_power_iterations: products with a context's kernel for its largest eigenvalue.

@@ -49,13 +49,13 @@ class HybridSettings:
         columns: of the grid of rooms.
         extra: doors beyond those of a tree.
         turns: actions after which an episode is cut off.
-        map_seed: which map.
+        map_seed: seed of the map that is never shown.
         tasks: tasks of the map; each has a policy of its own.
         sharpness: logit of the teacher's preferred action above all others. [nats]
         wrong: share of the states in which the teacher prefers a wrong action.
         reward_weight: lambda of J = KL to the teacher - lambda reward. [nats]
         weights: lambdas whose resting policies are compared.
-        updates: of the policy.
+        updates: updates of the policy in every arm.
         group_size: episodes of each task per update.
         learning_rate: first step size of Adam.
         seeds: runs of each arm from sampled episodes.
