@@ -5,6 +5,7 @@ import ctypes
 import gc
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -44,21 +45,48 @@ def _raise_in(thread: int, error: type[BaseException] | None) -> None:
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), raised)
 
 
+def _ours(frame: FrameType) -> bool:
+    return frame.f_code.co_filename in (__file__, contextlib.__file__)
+
+
+def _caller() -> FrameType | None:
+    """The frame whose `with` statement has a time limit."""
+    frame = sys._getframe(1)
+    while frame is not None and _ours(frame):
+        frame = frame.f_back
+    return frame
+
+
+def _may_ring(thread: int, caller: FrameType | None) -> bool | None:
+    """Whether an error may be raised in the thread now: not while it enters or leaves the limit. None where the caller
+    has returned, so that nobody would catch it; another thread may have the number of this one by then.
+    """
+    frame = sys._current_frames().get(thread)
+    may = not _keeps_the_alarm(frame)
+    while frame is not None and frame is not caller:
+        may, frame = may and not _ours(frame), frame.f_back
+    return None if frame is None else may
+
+
 @contextmanager
 def _watched(seconds: float, what: str) -> Iterator[None]:
     """`time_limit` of a thread that signals do not reach."""
     thread, over, turn, rang = threading.get_ident(), threading.Event(), threading.Lock(), False
+    caller = _caller()
 
     def watch() -> None:
         nonlocal rang
         delay = seconds
         while not over.wait(delay):
             with turn:
-                if over.is_set():
+                may = None if over.is_set() else _may_ring(thread, caller)
+                if may is None:
                     return
-                # Again and again, since a bare `except:` inside the call may swallow it.
-                rang, delay = True, REPEAT_SECONDS
-                _raise_in(thread, AlarmError)
+                if may:
+                    # Again and again, since a bare `except:` inside the call may swallow it.
+                    rang = True
+                    _raise_in(thread, AlarmError)
+                delay = REPEAT_SECONDS
 
     watcher = threading.Thread(target=watch, name="time-limit", daemon=True)
     watcher.start()

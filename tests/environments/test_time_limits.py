@@ -1,6 +1,7 @@
 """Time limits: they end loops that never end, and leave every other timer as it was."""
 
 import signal
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -138,6 +139,26 @@ def test_a_thread_goes_on_after_calls_that_end_in_time():
         return sum(range(10_000)), late
 
     assert in_a_thread(many)[0] == sum(range(10_000))
+
+
+def test_limits_that_end_when_they_ring_leave_no_watcher_in_busy_threads():
+    """A watcher that went on would ring in whatever thread has the number of its own by then."""
+    end = time.monotonic() + 3.0
+
+    def many():
+        late = 0
+        while time.monotonic() < end:
+            try:
+                with time_limit(0.002):
+                    time.sleep(0.0018 + 0.0001 * (late % 5))
+            except TimeLimitError:
+                late += 1
+        return late
+
+    with ThreadPoolExecutor(3) as pool:
+        assert min(pool.map(lambda _: many(), range(3))) > 0
+    time.sleep(0.2)
+    assert not [thread.name for thread in threading.enumerate() if thread.name == "time-limit"]
 
 
 def test_an_alarm_at_the_very_end_leaves_no_timer_and_no_error():
