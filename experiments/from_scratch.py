@@ -33,6 +33,7 @@ GRPO has no entropy bonus here. Two of the trust regions are the same, since the
 reached before that of the mean. Without the bonus rloo ends at 0.02 and ppo at 0.00: their entropy is gone after a
 hundred steps. With their papers' threshold of the mean, trm and trm_avg end at 0.12 and 0.00 (seed 0); hybrid with the
 sampled divergence instead of the exact one, a reward weight of 100 and twice the rate, at 0.13 over the five seeds.
+empg was measured with the steps of all groups (`empg_all_groups`), before it left out those whose rewards are equal.
 
 The model reads and writes bytes. The reward is the share of places that are right, so there is something to follow from
 the first step. A third of the 10,000 strings is never trained on; 128 of that third are the held-out problems.

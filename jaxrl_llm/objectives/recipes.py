@@ -167,6 +167,7 @@ _ALL = (
         _PPO,
         name="empg",
         source="Wang et al. 2025, arXiv 2509.09265 (advantages from `modulation.modulated_advantages`)",
+        # Without the groups whose rewards are all equal, unlike the paper's listing (errata F4.2).
         advantage="empg",
     ),
     Recipe(
