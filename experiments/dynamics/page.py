@@ -67,10 +67,12 @@ def scatter(name: str, part: Arrays) -> Picture:
 
 
 def _course(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str, label: str, dashes: str) -> np.ndarray:
-    """Mean over seeds with a 95 % band, as a share of the first; returns the mean. Seeds without an advantage in the
-    batch of a probe have no number there, and a probe needs two that have.
+    """Mean over seeds with a 95 % band, as a share of the first; returns the mean, empty where there is none. Seeds
+    without an advantage in the batch of a probe have no number there, and a probe needs two that have.
     """
     usable = np.isfinite(values).sum(axis=0) >= 2
+    if not usable.any():
+        return np.array([])
     columns = [column[np.isfinite(column)] for column in values.T[usable]]
     mean = np.array([column.mean() for column in columns])
     half = np.array([half_width(len(column)) * standard_error(column) for column in columns])
@@ -90,8 +92,8 @@ def regulation(name: str, part: Arrays) -> Picture:
         (realised_per_advantage(part, BATCH), LOOKS[BATCH][0], "the batch's update", "-"),
     ):
         course = _course(axes, part["probe_steps"], sizes, colour, label, dashes)
-        said.append(f"{label} {course[-1]:.2f}")
-        largest = max(largest, float(course.max()))
+        said.append(f"{label} {course[-1]:.2f}" if len(course) else f"{label} {words.NONE}")
+        largest = max([largest, *course.tolist()])
     # A band of few seeds may be wider than all that is to be seen.
     axes.set_ylim(0, 1.3 * largest)
     legend(axes, 3)
