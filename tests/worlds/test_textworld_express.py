@@ -61,7 +61,7 @@ def test_panels_are_the_folds() -> None:
             assert episode.prompt.startswith("Your task is to search the environment and find the coin.")
             episode.close()
     simulator.close()
-    assert world.name == "textworldexpress-1.1.0-coin-test"
+    assert world.name == f"textworldexpress-1.1.0-coin-test-{world.turns}"
     assert TextWorldExpress("coin", "numLocations = 3, includeDoors=0").name.endswith("-numLocations=3,includeDoors=0")
 
 
