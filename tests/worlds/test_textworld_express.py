@@ -204,7 +204,7 @@ def test_several_processes_play_at_once_and_alike() -> None:
 
 def test_games_are_used_again_and_java_ends_with_its_process() -> None:
     world = TextWorldExpress("twc")
-    free = java._free[(java._gateway().gateway_parameters.port, "twc", "")]
+    free = java._free[(java._gateway().java_process.pid, "twc", "")]
     before = len(free)
     for seed in range(5):
         world.reset(seed).close()
