@@ -151,15 +151,15 @@ def test_imitation_offline_is_the_forward_kl_on_the_teachers_states():
 
 @pytest.mark.parametrize("name", RESTING)
 def test_fields_vanish_where_backward_induction_says(name):
-    _, task = drawn(3)
+    _, task = drawn(7)
     field = ARMS[name].field._replace(reward_weight=LAMBDA)
     rests, best = stationary(field, task), stationary(Field(LAMBDA), task)
     np.testing.assert_allclose(jax.grad(field_loss)(rests, field, task), 0.0, atol=1e-14)
     away = distance(rests, best, task)
     np.testing.assert_allclose(away, objective(rests, task) - objective(best, task), atol=1e-13)
     if name != "hybrid":
-        assert float(away) > 1e-5
-        assert np.abs(jax.grad(objective)(rests, task)).max() > 1e-5
+        assert float(away) > 1e-3
+        assert np.abs(jax.grad(objective)(rests, task)).max() > 1e-3
 
 
 def test_the_optimum_is_the_teacher_tilted_by_the_reward_in_rooms():
