@@ -2,10 +2,11 @@
 
 It has the run folder, settings, progress and report of every experiment. A part is a function without arguments that
 returns named arrays; `parts/<name>.npz` is written when it ends, so that a run that was stopped goes on after its last
-finished part.
+finished part. One that takes long is `Resumable`: it has a folder for checkpoints of its own.
 """
 
 import dataclasses
+import shutil
 import time
 from collections.abc import Callable
 from collections.abc import Mapping
@@ -30,11 +31,27 @@ from experiments.settings import flat_settings
 from experiments.style import Picture
 from jaxrl_llm.durable import sync
 from jaxrl_llm.exploration import PosteriorError
+from jaxrl_llm.training.run.errors import TrainingError
 from jaxrl_llm.training.run.interrupts import StopAtOnce
 from jaxrl_llm.training.run.interrupts import StoppedError
+from jaxrl_llm.training.run.reporting import Reporter
 
 Arrays = dict[str, np.ndarray]
-Parts = Mapping[str, Callable[[], Mapping[str, Any]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Resumable:
+    """A part that goes on by itself where it was stopped.
+
+    Attributes:
+        compute: (a folder of its own, what is told in a word or two how far it is) -> named arrays; the folder is
+            removed once they are kept.
+    """
+
+    compute: Callable[[Path, Callable[[str], None]], Mapping[str, Any]]
+
+
+Parts = Mapping[str, Callable[[], Mapping[str, Any]] | Resumable]
 Results = Mapping[str, Arrays]
 SECONDS = "seconds"
 """Every part also keeps how long it took, under this name."""
@@ -153,8 +170,14 @@ def damaged_parts(run: RunFolder) -> dict[str, str]:
     return damaged
 
 
+def _own_folder(run: RunFolder, name: str) -> Path:
+    return run.path / "parts" / f"{name}.checkpoints"
+
+
 def forget_results(run: RunFolder) -> None:
     """Remove the parts of a run whose settings were changed."""
+    for folder in (run.path / "parts").glob("*.checkpoints"):
+        shutil.rmtree(folder)
     for path in (run.path / "parts").glob("*.npz"):
         path.unlink()
 
@@ -189,7 +212,7 @@ def run_parts(run: RunFolder, parts: Parts) -> str | None:
         None when all are there now; else what asked to stop.
 
     Raises:
-        UserError: the folder cannot be written, or an agent's posterior is none any more.
+        UserError: the folder cannot be written, an agent's posterior is none any more, or training cannot go on.
     """
     (run.path / "parts").mkdir(exist_ok=True)
     _set_aside(run, damaged_parts(run))
@@ -201,7 +224,7 @@ def run_parts(run: RunFolder, parts: Parts) -> str | None:
             for number, (name, part) in enumerate(missing.items(), start=done + 1):
                 reporter.phase(name)
                 start = time.perf_counter()
-                values = {key: np.asarray(value) for key, value in part().items()}
+                values = {key: np.asarray(value) for key, value in _computed(run, name, part, reporter).items()}
                 seconds = time.perf_counter() - start
                 unfinished = _path(run, name).with_suffix(".unfinished")
                 unfinished.unlink(missing_ok=True)
@@ -209,14 +232,26 @@ def run_parts(run: RunFolder, parts: Parts) -> str | None:
                     np.savez_compressed(file, allow_pickle=False, **values, **{SECONDS: np.asarray(seconds)})
                 sync(unfinished)
                 unfinished.replace(_path(run, name))
+                shutil.rmtree(_own_folder(run, name), ignore_errors=True)
                 reporter.finish_step(number, {}, {"total": seconds})
     except OSError as error:
         raise UserError(f"Cannot write into {run.path / 'parts'}: {error.strerror}.") from error
     except PosteriorError as error:
         raise UserError(f"The posterior of an agent broke: {error}") from error
+    except TrainingError as error:
+        raise UserError(str(error)) from error
     except StoppedError as stopped:
         return stopped.reason
     return None
+
+
+def _computed(
+    run: RunFolder, name: str, part: Callable[[], Mapping[str, Any]] | Resumable, reporter: Reporter
+) -> Mapping[str, Any]:
+    """The arrays of a part."""
+    if isinstance(part, Resumable):
+        return part.compute(_own_folder(run, name), lambda said: reporter.phase(f"{name}, {said}"))
+    return part()
 
 
 def kept_parts(run: RunFolder, parts: Parts) -> str:

@@ -83,23 +83,30 @@ def _check(response_mask: Bool[Array, "B T"], **arrays: Float[Array, "B T"]) -> 
     require_dtype("boolean", response_mask=response_mask)
 
 
+def _per_step(discount: ScalarLike | Float[Array, "B T"], like: Float[Array, "B T"]) -> Float[Array, "B T"]:
+    """A discount for each step of each row."""
+    if jnp.ndim(discount):
+        require_same_shape(ratio_t=like, discount=discount)
+    return jnp.broadcast_to(jnp.asarray(discount, like.dtype), like.shape)
+
+
 @checked
 def multi_step_divergence(
     pseudo_reward_t: Float[Array, "B T"],
     ratio_t: Float[Array, "B T"],
     response_mask: Bool[Array, "B T"],
     *,
-    discount: ScalarLike = 0.99,
+    discount: ScalarLike | Float[Array, "B T"] = 0.99,
     trace_cap: ScalarLike = 1.0,
 ) -> Float[Array, "B T"]:
-    """D_t = phi_t + discount W_{t+1},  W_t = min(1, rho_t) phi_t + discount min(trace_cap, rho_t) W_{t+1}, W = 0 at the
-    end.
+    """D_t = phi_t + discount_t W_{t+1},  W_t = min(1, rho_t) phi_t + discount_t min(trace_cap, rho_t) W_{t+1}, W = 0 at
+    the end.
 
     Args:
         pseudo_reward_t: phi of each step.
         ratio_t: rho_t = pi / pi_old of the taken actions.
         response_mask: true at the steps of the policy; others are skipped.
-        discount: per step.
+        discount: of what follows a step; an array has one for each, 0 where an episode ends within a row.
         trace_cap: 1 gives the n-step sum; 0 keeps phi_t + discount min(1, rho_{t+1}) phi_{t+1}, which the code calls
             1-step.
 
@@ -115,12 +122,13 @@ def multi_step_divergence(
     zeros = jnp.zeros(ratio_t.shape[0], ratio_t.dtype)
 
     def step(later, column):
-        phi, ratio, real = column
-        value = phi + discount * later
-        own = jnp.minimum(ratio, 1) * phi + discount * jnp.minimum(ratio, trace_cap) * later
+        phi, ratio, real, factor = column
+        value = phi + factor * later
+        own = jnp.minimum(ratio, 1) * phi + factor * jnp.minimum(ratio, trace_cap) * later
         return jnp.where(real, own, later), jnp.where(real, value, zeros)
 
-    _, values = jax.lax.scan(step, zeros, (pseudo_reward_t.T, ratio_t.T, response_mask.T), reverse=True)
+    columns = (pseudo_reward_t.T, ratio_t.T, response_mask.T, _per_step(discount, ratio_t).T)
+    _, values = jax.lax.scan(step, zeros, columns, reverse=True)
     return jax.lax.stop_gradient(values.T)
 
 
@@ -131,14 +139,14 @@ def v_trace(
     ratio_t: Float[Array, "B T"],
     response_mask: Bool[Array, "B T"],
     *,
-    discount: ScalarLike = 0.99,
+    discount: ScalarLike | Float[Array, "B T"] = 0.99,
     ratio_cap: ScalarLike = 1.0,
     trace_cap: ScalarLike = 1.0,
     bootstrap: Float[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """V-trace: v_t = V_t + delta_t + discount min(trace_cap, rho_t)(v_{t+1} - V_{t+1}), Q_t = r_t + discount v_{t+1}.
+    """V-trace: v_t = V_t + delta_t + discount_t min(trace_cap, rho_t)(v_{t+1} - V_{t+1}).
 
-    delta_t = min(ratio_cap, rho_t)(r_t + discount V_{t+1} - V_t). Source: IMPALA (Espeholt et al. 2018, arXiv
+    Q_t = r_t + discount_t v_{t+1}, delta_t = min(ratio_cap, rho_t)(r_t + discount_t V_{t+1} - V_t). Source: IMPALA (Espeholt et al. 2018, arXiv
     1802.01561, eq. 1).
 
     Args:
@@ -146,7 +154,7 @@ def v_trace(
         rewards_t: reward of step t.
         ratio_t: rho_t = pi / pi_old of the taken actions.
         response_mask: true at the steps of the policy; others are skipped.
-        discount: per step.
+        discount: of what follows a step; an array has one for each, 0 where an episode ends within a row.
         ratio_cap: truncation of the correction.
         trace_cap: truncation of the trace.
         bootstrap: value after the last step of each row, 0 if None (the episode has ended). It enters V and v alike.
@@ -165,14 +173,14 @@ def v_trace(
 
     def step(carry, column):
         next_value, next_target = carry
-        value, reward, ratio, real = column
-        delta = jnp.minimum(ratio, ratio_cap) * (reward + discount * next_value - value)
-        target = value + delta + discount * jnp.minimum(ratio, trace_cap) * (next_target - next_value)
-        q = reward + discount * next_target
+        value, reward, ratio, real, factor = column
+        delta = jnp.minimum(ratio, ratio_cap) * (reward + factor * next_value - value)
+        target = value + delta + factor * jnp.minimum(ratio, trace_cap) * (next_target - next_value)
+        q = reward + factor * next_target
         carry = (jnp.where(real, value, next_value), jnp.where(real, target, next_target))
         return carry, (jnp.where(real, target, zeros), jnp.where(real, q, zeros))
 
-    columns = (values_t.T, rewards_t.T, ratio_t.T, response_mask.T)
+    columns = (values_t.T, rewards_t.T, ratio_t.T, response_mask.T, _per_step(discount, ratio_t).T)
     _, (targets, q) = jax.lax.scan(step, (last, last), columns, reverse=True)
     return jax.lax.stop_gradient(targets.T), jax.lax.stop_gradient(q.T)
 

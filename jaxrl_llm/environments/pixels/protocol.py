@@ -21,15 +21,13 @@ class Answer(NamedTuple):
     """What an `ArrayGame` answers to an action.
 
     observation: shown next: of a new game if this one is over. reward: of this step. terminated: the game is over, and
-    nothing follows. truncated: it was cut off at its step limit, and more would have followed. last_observation: what
-    this step itself led to: the same as `observation` unless the game is over or cut off.
+    nothing follows. truncated: it was cut off at its step limit, and more would have followed.
     """
 
     observation: Float[Array, "*shape"]
     reward: Float[Array, ""]
     terminated: Bool[Array, ""]
     truncated: Bool[Array, ""]
-    last_observation: Float[Array, "*shape"]
 
 
 class ArrayGame(Protocol):

@@ -1,4 +1,4 @@
-"""Atomic, sealed checkpoints over Orbax: the arrays of a `TrainState` and, in the same commit, what the host must
+"""Atomic, sealed checkpoints over Orbax: the arrays of a run and, in the same commit, what the host must
 remember.
 """
 
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ from jaxrl_llm.training.run.seals import what_is_broken
 from jaxrl_llm.training.run.seals import write_seal
 from jaxrl_llm.training.run.state import TrainState
 from jaxrl_llm.training.run.state import named_leaves
+from jaxrl_llm.typing import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +108,8 @@ def _is_key(leaf: Any) -> bool:
 UNFINISHED, DROPPED, ASIDE = ".unfinished-", ".dropped-", ".set-aside"
 """Of names of folders: being written, being removed (both swept away later), and damaged (kept for a person)."""
 
+State = TypeVar("State")
+"""The arrays of a run: a `TrainState`, or any other tree of arrays."""
 Fits = Callable[[Progress], str | None]
 """Why a checkpoint does not fit what lies around it, as the end of a sentence; None where it does."""
 Say = Callable[[str], None]
@@ -210,7 +214,7 @@ class Checkpoints:
                 "free some space or choose another run folder."
             )
 
-    def save(self, state: TrainState, progress: Progress) -> Path:
+    def save(self, state: PyTree, progress: Progress) -> Path:
         """Write one checkpoint, atomically; saving the same step twice keeps the first.
 
         Raises:
@@ -266,8 +270,8 @@ class Checkpoints:
         return place
 
     def restore(
-        self, template: TrainState, *, fits: Fits = lambda _: None, say: Say = lambda _: None
-    ) -> tuple[TrainState, Progress] | None:
+        self, template: State, *, fits: Fits = lambda _: None, say: Say = lambda _: None
+    ) -> tuple[State, Progress] | None:
         """The newest sound checkpoint laid out like `template` (tree, dtypes, shapes, devices), or None if there is
         none at all. Newer ones that are not sound are set aside once an older one is found that is.
 
@@ -303,7 +307,7 @@ class Checkpoints:
             )
         return None
 
-    def _restore(self, step: int, template: TrainState, fits: Fits) -> tuple[TrainState, Progress]:
+    def _restore(self, step: int, template: State, fits: Fits) -> tuple[State, Progress]:
         """One checkpoint, verified.
 
         Raises:
