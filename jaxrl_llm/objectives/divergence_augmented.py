@@ -146,8 +146,8 @@ def v_trace(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """V-trace: v_t = V_t + delta_t + discount_t min(trace_cap, rho_t)(v_{t+1} - V_{t+1}).
 
-    Q_t = r_t + discount_t v_{t+1}, delta_t = min(ratio_cap, rho_t)(r_t + discount_t V_{t+1} - V_t). Source: IMPALA (Espeholt et al. 2018, arXiv
-    1802.01561, eq. 1).
+    Q_t = r_t + discount_t v_{t+1}, delta_t = min(ratio_cap, rho_t)(r_t + discount_t V_{t+1} - V_t). Source: IMPALA
+    (Espeholt et al. 2018, arXiv 1802.01561, eq. 1).
 
     Args:
         values_t: V of the state in which step t was taken.

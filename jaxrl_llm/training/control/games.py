@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from jaxrl_llm import categorical
 from jaxrl_llm.environments.pixels.protocol import ArrayGame
-from jaxrl_llm.masked import masked_mean
 from jaxrl_llm.training.control.learner import Learner
 from jaxrl_llm.training.control.learner import Learning
 from jaxrl_llm.training.control.learner import Metrics
@@ -124,7 +123,7 @@ class GameTrainer:
             params = state.learning.params
             playing, rollout, metrics = self._play(params, state.playing, keys[0])
             if self.settings.measured:
-                metrics |= self._measure(params, state.before, rollout)
+                metrics |= self.learner.measure(params, state.before, rollout)
             replay = remember(state.replay, rollout)
             learning, learned = self._update(state.learning, replay, keys[1])
             before = params if self.settings.measured else ()
@@ -163,20 +162,3 @@ class GameTrainer:
             columns[name] = jnp.concatenate([columns[name], last[:, None]], axis=1)
         returns, count = (jnp.sum(values) for values in ended)
         return playing, Rollout(**columns, memory=memory), {"returns": returns, "ended": count}
-
-    def _measure(self, params: PyTree, before: PyTree, rollout: Rollout) -> Metrics:
-        """The divergence of the policy that played from the one before, in the states that it met.
-
-        These are states of the new policy, so the mean of KL(pi || pi_old) is the Bregman divergence of the occupancies
-        (in undiscounted frequencies) for the conditional entropy, and the mean temporal difference of the old values
-        what the new policy gained, by the performance difference.
-        """
-        logits, _, _ = self.learner.forward(params, rollout.shown, rollout.began, rollout.memory)
-        old, values, _ = self.learner.forward(before, rollout.shown, rollout.began, rollout.memory)
-        learned = rollout.real & ~rollout.cut
-        gained = rollout.reward + rollout.discount * values[:, 1:] - values[:, :-1]
-        return {
-            "occupancy_divergence": masked_mean(categorical.kl(logits, old)[:, :-1], learned),
-            "occupancy_tv": masked_mean(categorical.total_variation(logits, old)[:, :-1], learned),
-            "gained": masked_mean(gained, learned),
-        }

@@ -7,8 +7,8 @@ For a step t of an older policy with log pi_old(a|s), with rho = pi/pi_old under
     D_t   the discounted sum of the divergence's pseudo-reward from t on, through truncated ratios
     loss  surrogate(rho, A - coefficient D) + value (V - v)^2 / 2 - entropy H
 
-Each is a function of `jaxrl_llm.objectives`. Departures from the paper's code: errata F8.1 to F8.3, and the error of the
-values is not weighted by rho.
+Each is a function of `jaxrl_llm.objectives`. Departures from the paper's code: errata F8.1 to F8.3, and the error of
+the values is not weighted by rho.
 """
 
 import functools
@@ -192,3 +192,20 @@ class Learner:
         made = metrics.pop("finite") > 0
         means = {name: masked_mean(jnp.where(made, values, 0), made) for name, values in metrics.items()}
         return learning, means | {"skipped": jnp.sum(~made).astype(jnp.float32)}
+
+    def measure(self, params: PyTree, before: PyTree, rollout: Rollout) -> Metrics:
+        """The divergence of the policy that played from the one before, in the states that it met.
+
+        These are states of the new policy, so the mean of KL(pi || pi_old) is the Bregman divergence of the occupancies
+        (in undiscounted frequencies) for the conditional entropy, and the mean temporal difference of the old values
+        what the new policy gained, by the performance difference.
+        """
+        logits, _, _ = self.forward(params, rollout.shown, rollout.began, rollout.memory)
+        old, values, _ = self.forward(before, rollout.shown, rollout.began, rollout.memory)
+        learned = rollout.real & ~rollout.cut
+        gained = rollout.reward + rollout.discount * values[:, 1:] - values[:, :-1]
+        return {
+            "occupancy_divergence": masked_mean(categorical.kl(logits, old)[:, :-1], learned),
+            "occupancy_tv": masked_mean(categorical.total_variation(logits, old)[:, :-1], learned),
+            "gained": masked_mean(gained, learned),
+        }

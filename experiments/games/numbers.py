@@ -1,0 +1,148 @@
+"""From the metrics of an arm, [seeds, iterations], to what is reported."""
+
+from collections.abc import Mapping
+from typing import Any
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments.games.settings import FRESH
+from experiments.games.settings import Arm
+from experiments.games.settings import GameSettings
+from experiments.games.settings import all_arms
+from experiments.games.settings import control_settings
+from experiments.lab.numbers import Interval
+from experiments.lab.numbers import over_seeds
+from experiments.lab.numbers import window
+from experiments.study import Arrays
+from experiments.study import Results
+
+POINTS = 20
+"""Of a learning curve: the games that ended between two of them are one number."""
+PUBLISHED = {
+    "asterix": {"actor-critic": 19, "gymnax": 15, "pgx": 23.5},
+    "breakout": {"actor-critic": 17.5, "gymnax": 28, "pgx": 50},
+    "freeway": {"actor-critic": 47, "gymnax": 58, "pgx": 63.5},
+    "seaquest": {"actor-critic": 15, "pgx": 54},
+    "space_invaders": {"actor-critic": 185, "gymnax": 131, "pgx": 149},
+}
+"""Returns that others print, the first and the last read off plots: the actor-critic of MinAtar's paper after 5 million
+frames, sticky; PPO of gymnax-blines after 10 million, not sticky; PPO of pgx after 20 million, sticky."""
+BEST_OF = "pgx"
+"""Whose return stands for a skilled player in the relative score."""
+
+
+class Drift(NamedTuple):
+    """How far a policy is from the one before, and what it gained, in means over a run.
+
+    divergence: of the occupancies, E_{s ~ pi} KL(pi || pi_old) [nats]. tv: E_{s ~ pi} TV(pi, pi_old) [prob]. allowed:
+    what the divergence would be at most if every update reached the maximum of its objective.
+    """
+
+    divergence: Interval
+    tv: Interval
+    allowed: Interval
+
+
+def curve(part: Arrays, points: int = POINTS) -> np.ndarray:
+    """[seeds, points]: mean return of the games that ended; where none did, that of the point before."""
+    pieces = np.array_split(np.arange(part["returns"].shape[1]), min(points, part["returns"].shape[1]))
+    ended = np.stack([part["ended"][:, piece].sum(axis=1) for piece in pieces], axis=1)
+    total = np.stack([part["returns"][:, piece].sum(axis=1) for piece in pieces], axis=1)
+    means = np.where(ended > 0, total / np.maximum(ended, 1), np.nan)
+    for place in range(1, means.shape[1]):
+        means[:, place] = np.where(np.isnan(means[:, place]), means[:, place - 1], means[:, place])
+    return np.nan_to_num(means)
+
+
+def frames(settings: GameSettings, points: int) -> np.ndarray:
+    """The last frame of each point of a curve."""
+    pieces = np.array_split(np.arange(settings.iterations), points)
+    return np.array([piece[-1] + 1 for piece in pieces]) * settings.parallel * settings.steps
+
+
+def final(part: Arrays) -> np.ndarray:
+    """One per seed: mean return of the games that ended in the last tenth of the run."""
+    last = window(part["returns"].shape[1])
+    return part["returns"][:, -last:].sum(axis=1) / np.maximum(part["ended"][:, -last:].sum(axis=1), 1)
+
+
+def whole(part: Arrays) -> np.ndarray:
+    """One per seed: the mean of the learning curve, which is high for those that learn soon."""
+    return curve(part).mean(axis=1)
+
+
+def relative(results: Results, arm: Arm, base: Arm) -> np.ndarray:
+    """One per seed: the paper's relative score, (ours - theirs) / (max(skilled, theirs) - chance), at the end.
+
+    The skilled player is `PUBLISHED`, as no human scores of MinAtar are known to us.
+    """
+    ours, theirs = final(results[arm.name]), final(results[base.name])
+    chance = float(final(results[f"{arm.game}.chance"])[0])
+    return (ours - theirs) / (max(PUBLISHED[arm.game][BEST_OF], float(theirs.mean())) - chance)
+
+
+def drift(settings: GameSettings, part: Arrays, arm: Arm) -> Drift:
+    """Divergence of successive policies, and what it may be: the maximum of r . mu - c D_F is at least that of staying,
+    0, so c D_F <= the gain; both in advantages of size 1.
+    """
+    gain = (part["gained"][:, 1:] / np.maximum(part["scale"][:, :-1], 1e-8)).mean(axis=1)
+    divergence = part["occupancy_divergence"][:, 1:].mean(axis=1)
+    coefficient = control_settings(settings, arm).method.coefficient
+    return Drift(
+        over_seeds(divergence),
+        over_seeds(part["occupancy_tv"][:, 1:].mean(axis=1)),
+        over_seeds(gain / max(coefficient, 1e-8)),
+    )
+
+
+def named(settings: GameSettings, game: str, method: str) -> Arm:
+    """The arm of a method with the reuse of the claim."""
+    return Arm(game, method, 1 if method == FRESH else settings.reuse, settings.sticky)
+
+
+def over_games(settings: GameSettings, results: Results, method: str, base: str) -> Interval:
+    """Relative score of a method over another, mean over games; seed by seed."""
+    scores = [relative(results, named(settings, game, method), named(settings, game, base)) for game in settings.games]
+    return over_seeds(np.mean(scores, axis=0))
+
+
+def summarise(settings: GameSettings, results: Results) -> dict[str, Any]:
+    """Every arm in numbers, and the relative scores of the methods."""
+    arms = all_arms(settings)
+    summary: dict[str, Any] = {
+        "frames": settings.iterations * settings.parallel * settings.steps,
+        "chance": {game: float(final(results[f"{game}.chance"])[0]) for game in settings.games},
+        "arms": {arm.name: _numbers(settings, results, arm) for arm in arms},
+        "relative": {},
+    }
+    for method in settings.arms:
+        for base in ("ppo", "kl_one_step", FRESH):
+            if base in settings.arms and method != base:
+                score = over_games(settings, results, method, base)
+                summary["relative"][f"{method}_over_{base}"] = {"mean": score.mean, "half_interval": score.half}
+    claimed = summary["relative"].get("kl_over_ppo", {"mean": 0.0, "half_interval": 0.0})
+    summary["kl_over_ppo"] = claimed["mean"]
+    summary["kl_over_ppo_low"] = claimed["mean"] - claimed["half_interval"]
+    return summary
+
+
+def _numbers(settings: GameSettings, results: Results, arm: Arm) -> Mapping[str, float]:
+    part = results[arm.name]
+    end, mean, moved = over_seeds(final(part)), over_seeds(whole(part)), drift(settings, part, arm)
+    return {
+        "end": end.mean,
+        "end_half_interval": end.half,
+        "mean": mean.mean,
+        "mean_half_interval": mean.half,
+        "updates": settings.iterations * control_settings(settings, arm).updates,
+        "occupancy_divergence": moved.divergence.mean,
+        "occupancy_divergence_half_interval": moved.divergence.half,
+        "allowed_divergence": moved.allowed.mean,
+        "allowed_divergence_half_interval": moved.allowed.half,
+        "policy_tv": moved.tv.mean,
+        "effective_share": float(part["effective_share"].mean()),
+        "entropy": float(part["entropy"][:, -1].mean()),
+        "skipped": float(part["skipped"].sum()),
+        "frames_per_second": float(part["returns"].size * settings.parallel * settings.steps / part["seconds"]),
+    }
