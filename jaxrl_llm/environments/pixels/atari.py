@@ -168,7 +168,8 @@ class Atari:
         if over is None:
             raise RuntimeError("the games have not begun; call reset(seed) before step.")
         pictures, rewards, ended, cut, info = simulator.step(self._checked(actions))
-        # ale-py's own episodic_life begins a new game after a life: here the game goes on.
+        # ale-py's own episodic_life begins a new game after a life: here the game goes on. Not where a new game has
+        # begun, as the one before may have won lives; nor at 0 lives, which some games show before they end.
         lost = ~over & (info["lives"] < self._lives) & (info["lives"] > 0) & self._rules.episodic_life
         self._over, self._lives = ended | cut, info["lives"]
         self._scores = np.where(over, 0.0, self._scores) + rewards
