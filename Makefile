@@ -6,7 +6,8 @@ PYTHON ?= $(shell .ci/find_python)
 VENV := .venv
 BIN := $(VENV)/bin
 ACCELERATOR ?=
-EXTRAS := llm,engines,experiments,test,notebooks$(if $(ACCELERATOR),$(comma)$(ACCELERATOR))
+# atari-gpl: the tests play its games; nothing that is shipped names or needs it.
+EXTRAS := llm,engines,experiments,control,atari-gpl,test,notebooks$(if $(ACCELERATOR),$(comma)$(ACCELERATOR))
 comma := ,
 STAMP := $(VENV)/.installed
 # Compiled programs are kept between runs: the second start of anything is several times faster.
