@@ -121,8 +121,8 @@ class HostTrainer:
         metrics = {name: np.array([[row[name] for row in rows]], np.float32) for name in rows[0]}
         return HostState(jnp.asarray(first + iterations, jnp.int32), state.key, learning, before, replay), metrics
 
-    def policy(self, params: PyTree, key: PRNGKey) -> Callable[[np.ndarray], int]:
-        """What plays one game: observations to actions, drawn from the policy.
+    def policy(self, params: PyTree, key: PRNGKey) -> Callable[[np.ndarray], np.ndarray]:
+        """What plays one game: its observation [1, *shape] to an action [1], drawn from the policy.
 
         Args:
             params: of the network.
@@ -130,12 +130,12 @@ class HostTrainer:
         """
         memory, steps = self.learner.memory(1), iter(range(1 << 30))
 
-        def act(shown: np.ndarray) -> int:
+        def act(shown: np.ndarray) -> np.ndarray:
             nonlocal memory
             step = next(steps)
             began = np.array([step == 0])
-            action, _, memory = self._act(params, shown[None], began, memory, jax.random.fold_in(key, step))
-            return int(action[0])
+            action, _, memory = self._act(params, shown, began, memory, jax.random.fold_in(key, step))
+            return np.asarray(action)
 
         return act
 

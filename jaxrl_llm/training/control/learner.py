@@ -180,7 +180,7 @@ class Learner:
 
         def step(learning: Learning, chosen: Any) -> tuple[Learning, Metrics]:
             (_, metrics), slope = jax.value_and_grad(self.loss, has_aux=True)(learning.params, take(replay, *chosen))
-            norm = optax.global_norm(slope)
+            norm = optax.tree.norm(slope)
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
             change, opt_state = self._optimizer.update(slope, learning.opt_state, learning.params)
             moved = Learning(optax.apply_updates(learning.params, change), opt_state)
