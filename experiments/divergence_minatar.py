@@ -17,7 +17,17 @@ from experiments.study import Study
 
 SETTINGS = GameSettings()
 
-TINY = GameSettings(games=("breakout",), seeds=2, iterations=10, parallel=8, steps=8, minibatches=2, reuse=4, every=5)
+TINY = GameSettings(
+    games=("breakout",),
+    arms=("ppo", "kl"),
+    seeds=2,
+    iterations=10,
+    parallel=8,
+    steps=8,
+    minibatches=2,
+    reuse=4,
+    every=5,
+)
 
 EXPERIMENT = Study(
     name="divergence_minatar",

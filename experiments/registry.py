@@ -34,6 +34,7 @@ NAMES = (
     "logit_dynamics_training",
     "empg_agents",
     "divergence_minatar",
+    "divergence_atari",
 )
 
 
