@@ -190,6 +190,9 @@ def test_figures_of_the_errata_are_those_of_the_kept_run():
     assert f"without any future by {errors['one_step']['chains']:.0%}".replace("%", " %") in text
     ratios = [kept["same_coefficient"]["current"][family]["drift_ratio"] for family in FAMILIES]
     assert max(abs(ratio - 1) for ratio in ratios) < 0.035
+    chain = kept["same_coefficient"]["old"]["chain"]
+    assert f"{chain['drift_ratio']:.2f} times as far on the chain" in text
+    assert chain["gain"]["multi_step"] < chain["gain"]["one_step"]
 
 
 @pytest.mark.parametrize(
