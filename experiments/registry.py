@@ -33,6 +33,7 @@ NAMES = (
     "hybrid_imitation_rl",
     "logit_dynamics_training",
     "empg_agents",
+    "divergence_chain",
     "divergence_minatar",
     "divergence_atari",
 )

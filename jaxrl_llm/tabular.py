@@ -1,6 +1,7 @@
-"""Finite MDPs of a fixed horizon as arrays: their types, exact planning and exact evaluation.
+"""Finite MDPs as arrays: of a fixed horizon their types, exact planning and evaluation; discounted ones, solved.
 
-Steps are numbered h = 1..H in formulas and 0..H-1 in arrays; V_{H+1} = 0. Everything is jit-, vmap- and grad-able.
+Steps are numbered h = 1..H in formulas and 0..H-1 in arrays; V_{H+1} = 0. A discounted MDP has the same P(s'|s, a) at
+every step and no end. Everything is jit-, vmap- and grad-able.
 """
 
 import math
@@ -15,6 +16,7 @@ from jax.core import Tracer
 from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Int
+from jaxtyping import ScalarLike
 
 from jaxrl_llm.checks import require_rank
 
@@ -163,6 +165,50 @@ def evaluate(mdp: TabularMdp, policy: Int[Array, "H S"]) -> Float[Array, "_ S"]:
 def start_value(mdp: TabularMdp, values: Float[Array, "_ S"]) -> Float[Array, ""]:
     """The mean of V_1 over the first state."""
     return mdp.initial @ values[0]
+
+
+def discounted_sums(
+    transitions: Float[Array, "S A S"],
+    policy: Float[Array, "S A"],
+    per_state: Float[Array, " S"],
+    *,
+    discount: ScalarLike,
+) -> Float[Array, " S"]:
+    """x(s) = c(s) + discount sum_a pi(a|s) sum_s' P(s'|s, a) x(s'): what a policy adds up without an end.
+
+    Args:
+        transitions: P, the same at every step.
+        policy: pi; weights that sum to less than 1 in a state stop there with what is missing.
+        per_state: c, what is met in each state; sum_a pi r for the values of a policy.
+        discount: per step, below 1.
+
+    Returns:
+        x.
+    """
+    moves = jnp.einsum("sa,sat->st", policy, transitions)
+    return jnp.linalg.solve(jnp.eye(len(per_state), dtype=per_state.dtype) - discount * moves, per_state)
+
+
+def discounted_occupancy(
+    transitions: Float[Array, "S A S"],
+    policy: Float[Array, "S A"],
+    initial: Float[Array, " S"],
+    *,
+    discount: ScalarLike,
+) -> Float[Array, " S"]:
+    """d(s) = (1 - discount) sum_t discount^t P(s_t = s), a law over states.
+
+    Args:
+        transitions: P, the same at every step.
+        policy: pi.
+        initial: law of the first state.
+        discount: per step, below 1.
+
+    Returns:
+        d.
+    """
+    moves = jnp.einsum("sa,sat->ts", policy, transitions)
+    return (1 - discount) * jnp.linalg.solve(jnp.eye(len(initial), dtype=initial.dtype) - discount * moves, initial)
 
 
 def require_probabilities(**arrays: Float[Array, "..."]) -> None:

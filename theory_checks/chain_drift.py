@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from jaxrl_llm import tabular
 from jaxrl_llm.objectives import divergence_augmented as augmented
 
 STATES, DISCOUNT, COEFFICIENT = 8, 0.9, 0.5
@@ -21,22 +22,21 @@ def reuse(*, future: bool, reuses: int, rate: float = 100.0) -> tuple[jax.Array,
     start = jnp.zeros(STATES).at[0].set(1.0)
     old = jnp.tile(jnp.array([1.0, 0.0]), (STATES, 1))
 
-    def solve(pi, per_state):
-        return jnp.linalg.solve(jnp.eye(STATES) - DISCOUNT * jnp.einsum("sa,sat->st", pi, kernel), per_state)
-
     def occupancy(pi):
-        step = jnp.einsum("sa,sat->st", pi, kernel)
-        return (1 - DISCOUNT) * jnp.linalg.solve(jnp.eye(STATES) - DISCOUNT * step.T, start)
+        return tabular.discounted_occupancy(kernel, pi, start, discount=DISCOUNT)
+
+    def values(pi, rewards):
+        return tabular.discounted_sums(kernel, pi, jnp.sum(pi * rewards, axis=1), discount=DISCOUNT)
 
     pi_old = jax.nn.softmax(old)
     d_old = occupancy(pi_old)
-    value_old = solve(pi_old, reward)
+    value_old = values(pi_old, jnp.broadcast_to(reward[:, None], old.shape))
     advantages = reward[:, None] + DISCOUNT * kernel @ value_old - value_old[:, None]
 
     def update(logits, _):
         pi = jax.nn.softmax(logits)
         phi = augmented.pseudo_reward(jax.nn.log_softmax(logits), jax.nn.log_softmax(old))
-        charge = phi + DISCOUNT * kernel @ solve(pi, jnp.sum(pi * phi, axis=1)) if future else phi
+        charge = phi + DISCOUNT * kernel @ values(pi, phi) if future else phi
         gains = augmented.augmented_advantages(advantages, charge, coefficient=COEFFICIENT)
         slope = jax.grad(lambda z: jnp.sum(d_old[:, None] * jax.nn.softmax(z) * gains))(logits)
         moved = logits + rate / reuses * slope

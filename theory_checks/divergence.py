@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_llm import categorical
+from jaxrl_llm import tabular
 from jaxrl_llm.objectives import divergence_augmented as augmented
 from theory_checks.check import Check
 from theory_checks.check import World
@@ -26,21 +27,16 @@ def _draw_mdps(generator: np.random.Generator, count: int) -> list[Any]:
     return [tuple(jnp.asarray(x) for x in (kernel, old, old + step * generator.normal(size=old.shape)))]
 
 
-def _chain(kernel: jax.Array, pi: jax.Array) -> jax.Array:
-    return jnp.einsum("sa,sat->st", pi, kernel)
-
-
 def _occupancy(kernel: jax.Array, logits: jax.Array) -> jax.Array:
     """(1 - discount) sum_t discount^t P(s_t = s), from state 0."""
-    step = _chain(kernel, jax.nn.softmax(logits))
     start = jnp.zeros(STATES).at[0].set(1.0)
-    return (1 - DISCOUNT) * jnp.linalg.solve(jnp.eye(STATES) - DISCOUNT * step.T, start)
+    return tabular.discounted_occupancy(kernel, jax.nn.softmax(logits), start, discount=DISCOUNT)
 
 
 def _policy_gradient(kernel, logits, phi, *, future=True, states=None) -> jax.Array:
     """E_{d, pi}[Q grad log pi], Q the discounted sum of the pseudo-reward phi held fixed."""
     pi = jax.nn.softmax(logits)
-    value = jnp.linalg.solve(jnp.eye(STATES) - DISCOUNT * _chain(kernel, pi), jnp.sum(pi * phi, axis=1))
+    value = tabular.discounted_sums(kernel, pi, jnp.sum(pi * phi, axis=1), discount=DISCOUNT)
     q = phi + (DISCOUNT * jnp.einsum("sat,t->sa", kernel, value) if future else 0.0)
     states = _occupancy(kernel, logits) if states is None else states
     weights = jax.lax.stop_gradient(states[:, None] * pi * q)
