@@ -76,6 +76,10 @@ def pseudo_reward(
     return jax.lax.stop_gradient(log_prob)
 
 
+UNROLL = 8
+"""Steps of the recursions in one turn of their loop: with few rows a turn costs more than what it computes."""
+
+
 def _check(response_mask: Bool[Array, "B T"], **arrays: Float[Array, "B T"]) -> None:
     require_rank(2, "B T", response_mask=response_mask, **arrays)
     require_same_shape(response_mask=response_mask, **arrays)
@@ -128,7 +132,7 @@ def multi_step_divergence(
         return jnp.where(real, own, later), jnp.where(real, value, zeros)
 
     columns = (pseudo_reward_t.T, ratio_t.T, response_mask.T, _per_step(discount, ratio_t).T)
-    _, values = jax.lax.scan(step, zeros, columns, reverse=True)
+    _, values = jax.lax.scan(step, zeros, columns, reverse=True, unroll=UNROLL)
     return jax.lax.stop_gradient(values.T)
 
 
@@ -181,7 +185,7 @@ def v_trace(
         return carry, (jnp.where(real, target, zeros), jnp.where(real, q, zeros))
 
     columns = (values_t.T, rewards_t.T, ratio_t.T, response_mask.T, _per_step(discount, ratio_t).T)
-    _, (targets, q) = jax.lax.scan(step, (last, last), columns, reverse=True)
+    _, (targets, q) = jax.lax.scan(step, (last, last), columns, reverse=True, unroll=UNROLL)
     return jax.lax.stop_gradient(targets.T), jax.lax.stop_gradient(q.T)
 
 

@@ -31,9 +31,21 @@ def _linear(inputs: int, outputs: int, scale: float, rngs: nnx.Rngs) -> nnx.Line
 class Convolution(nnx.Module):
     """y[i, j] = relu( sum over a window of side `size` at (i, j) * stride of x W + b ), without padding."""
 
-    def __init__(self, channels: int, features: int, *, size: int, stride: int = 1, rngs: nnx.Rngs) -> None:
-        """Weights for windows of `size` x `size` x `channels`."""
-        self.size, self.stride = size, stride
+    def __init__(
+        self, channels: int, features: int, *, size: int, stride: int = 1, by_index: bool = False, rngs: nnx.Rngs
+    ) -> None:
+        """Weights for windows of `size` x `size` x `channels`.
+
+        Args:
+            channels: of what goes in.
+            features: of what comes out.
+            size: side of a window.
+            stride: steps between windows.
+            by_index: windows are gathered by their indices: a tenth faster for small boards, and slow where a gradient
+                with respect to the input is asked for.
+            rngs: of the weights.
+        """
+        self.size, self.stride, self.by_index = size, stride, by_index
         self.linear = _linear(size * size * channels, features, np.sqrt(2), rngs)
 
     def side(self, side: int) -> int:
@@ -43,6 +55,11 @@ class Convolution(nnx.Module):
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 F"]:
         """The layer."""
         rows, columns = self.side(x.shape[1]), self.side(x.shape[2])
+        if self.by_index:
+            i, j, u, v, c = np.indices((rows, columns, self.size, self.size, x.shape[3]))
+            index = ((i * self.stride + u) * x.shape[2] + j * self.stride + v) * x.shape[3] + c
+            windows = x.reshape(x.shape[0], -1)[:, index.reshape(rows, columns, -1)]
+            return jax.nn.relu(self.linear(windows))
         last = [self.stride * (count - 1) + 1 for count in (rows, columns)]
         windows = [
             x[:, i : i + last[0] : self.stride, j : j + last[1] : self.stride]
@@ -73,7 +90,8 @@ class Torso(nnx.Module):
         plan = {"minatar": [(16, 3, 1)], "nature": [(32, 8, 4), (64, 4, 2), (64, 3, 1)], "mlp": []}[kind]
         sides, channels, layers = list(shape[:2]), shape[-1], []
         for features, size, stride in plan:
-            layers.append(Convolution(channels, features, size=size, stride=stride, rngs=rngs))
+            board = kind == "minatar"
+            layers.append(Convolution(channels, features, size=size, stride=stride, by_index=board, rngs=rngs))
             sides, channels = [layers[-1].side(side) for side in sides], features
             if min(sides) < 1:
                 raise ValueError(f"the torso {kind!r} needs larger pictures than {shape[0]} x {shape[1]}.")

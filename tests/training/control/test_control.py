@@ -316,12 +316,13 @@ def test_networks_read_rows_as_they_read_steps(wanted, memory):
         assert not np.allclose(shuffled[0, :2], logits[0, :2])
 
 
-def test_a_convolution_is_that_of_jax():
+@pytest.mark.parametrize("by_index", [False, True])
+def test_a_convolution_is_that_of_jax(by_index):
     from flax import nnx
 
     from jaxrl_llm.training.control.networks import Convolution
 
-    layer = Convolution(3, 5, size=4, stride=2, rngs=nnx.Rngs(0))
+    layer = Convolution(3, 5, size=4, stride=2, by_index=by_index, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (2, 11, 9, 3))
     kernel = layer.linear.kernel[...].reshape(4, 4, 3, 5)
     expected = jax.lax.conv_general_dilated(x, kernel, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
