@@ -127,8 +127,10 @@ def summarise(settings: GameSettings, results: Results) -> dict[str, Any]:
     return summary
 
 
-def _numbers(settings: GameSettings, results: Results, arm: Arm) -> Mapping[str, float]:
+def _numbers(settings: GameSettings, results: Results, arm: Arm) -> Mapping[str, Any]:
     part = results[arm.name]
+    values = curve(part)
+    halves = [over_seeds(column).half for column in values.T]
     end, mean, moved = over_seeds(final(part)), over_seeds(whole(part)), drift(settings, part, arm)
     return {
         "end": end.mean,
@@ -144,5 +146,7 @@ def _numbers(settings: GameSettings, results: Results, arm: Arm) -> Mapping[str,
         "effective_share": float(part["effective_share"].mean()),
         "entropy": float(part["entropy"][:, -1].mean()),
         "skipped": float(part["skipped"].sum()),
+        "curve": [round(float(value), 3) for value in values.mean(axis=0)],
+        "curve_half_intervals": [round(half, 3) for half in halves],
         "frames_per_second": float(part["returns"].size * settings.parallel * settings.steps / part["seconds"]),
     }

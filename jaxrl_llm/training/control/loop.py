@@ -80,7 +80,7 @@ def train(
     seeds: Sequence[int],
     *,
     every: int,
-    folder: Path | None = None,
+    folder: Path | str | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Trained:
     """Train every seed to the end; with a folder, go on from its newest checkpoint, to the last bit.
@@ -103,7 +103,7 @@ def train(
     total, kept = trainer.settings.iterations, describe(trainer, seeds)
     state = trainer.init(jnp.asarray(seeds))
     metrics = {name: np.zeros((len(seeds), total), np.float32) for name in trainer.measures}
-    checkpoints, done = None if folder is None else Checkpoints(folder), 0
+    checkpoints, done = None if folder is None else Checkpoints(Path(folder)), 0
     if checkpoints is not None:
         (state, metrics), done = _restored(checkpoints, (state, metrics), kept, say)
     while done < total:
