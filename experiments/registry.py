@@ -52,8 +52,9 @@ class Expectation:
     at_least: float
 
     def check(self, summary: Mapping[str, Any]) -> bool:
-        """Whether the summary meets the claim."""
-        return summary[self.quantity] >= self.at_least
+        """Whether the summary meets the claim; what could not be measured does not."""
+        value = summary[self.quantity]
+        return value is not None and value >= self.at_least
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -186,11 +187,11 @@ def get_parts(study: Study, settings: Any) -> Parts:
     """What is to be computed.
 
     Raises:
-        UserError: the settings do not fit each other.
+        UserError: the settings do not fit each other, or a package is missing.
     """
     try:
         return study.parts(settings)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise UserError(str(error)) from error
 
 
@@ -224,8 +225,9 @@ def run_parts(run: RunFolder, parts: Parts) -> str | None:
             for number, (name, part) in enumerate(missing.items(), start=done + 1):
                 reporter.phase(name)
                 start = time.perf_counter()
-                values = {key: np.asarray(value) for key, value in _computed(run, name, part, reporter).items()}
-                seconds = time.perf_counter() - start
+                computed, earlier = _computed(run, name, part, reporter)
+                values = {key: np.asarray(value) for key, value in computed.items()}
+                seconds = earlier + time.perf_counter() - start
                 unfinished = _path(run, name).with_suffix(".unfinished")
                 unfinished.unlink(missing_ok=True)
                 with unfinished.open("wb") as file:
@@ -247,11 +249,21 @@ def run_parts(run: RunFolder, parts: Parts) -> str | None:
 
 def _computed(
     run: RunFolder, name: str, part: Callable[[], Mapping[str, Any]] | Resumable, reporter: Reporter
-) -> Mapping[str, Any]:
-    """The arrays of a part."""
-    if isinstance(part, Resumable):
-        return part.compute(_own_folder(run, name), lambda said: reporter.phase(f"{name}, {said}"))
-    return part()
+) -> tuple[Mapping[str, Any], float]:
+    """The arrays of a part, and the seconds that it had taken before it was stopped."""
+    if not isinstance(part, Resumable):
+        return part(), 0.0
+    folder, start = _own_folder(run, name), time.perf_counter()
+    folder.mkdir(exist_ok=True)
+    spent, earlier = folder / "seconds.txt", 0.0
+    with suppress(ValueError):
+        earlier = float(spent.read_text()) if spent.exists() else 0.0
+
+    def say(said: str) -> None:
+        reporter.phase(f"{name}, {said}")
+        spent.write_text(str(earlier + time.perf_counter() - start))
+
+    return part.compute(folder, say), earlier
 
 
 def kept_parts(run: RunFolder, parts: Parts) -> str:
@@ -259,7 +271,7 @@ def kept_parts(run: RunFolder, parts: Parts) -> str:
     kept = [name for name in parts if _path(run, name).exists()]
     names = ", ".join(kept if len(kept) <= 6 else [*kept[:3], "...", kept[-1]])
     said = f"{len(kept)} of {len(parts)} parts are kept in {run.path / 'parts'}"
-    return f"{said} ({names})" if kept else f"{said}; the one that was being computed is not"
+    return f"{said} ({names})" if kept else f"{said}; the one that was being computed is not done"
 
 
 def write_study_summary(run: RunFolder, study: Study, arguments: RunArguments) -> dict[str, Any]:
@@ -286,4 +298,5 @@ def ending(summary: Mapping[str, Any]) -> str:
     """The result in one line."""
     quantity, least = summary["expected"]["quantity"], summary["expected"]["at_least"]
     met = {True: "claim met", False: "claim missed", None: "a tiny run claims nothing"}[summary["claim_met"]]
-    return f"{quantity.replace('_', ' ')} {summary[quantity]:.4g}, expected at least {least:g}: {met}"
+    value = "not measured" if summary[quantity] is None else f"{summary[quantity]:.4g}"
+    return f"{quantity.replace('_', ' ')} {value}, expected at least {least:g}: {met}"

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from experiments.figures import legend
 from experiments.games.numbers import curve
 from experiments.games.page import COLOURS
+from experiments.games.page import DASHED
 from experiments.games.settings import LABELS
 from experiments.ranges import NOT_NEGATIVE
 from experiments.ranges import RATE
@@ -38,7 +39,7 @@ from jaxrl_llm.training.control import HostTrainer
 from jaxrl_llm.training.control import train
 from jaxrl_llm.training.run.optimizer import OptimizerSettings
 
-SHOTS = (40, 160, 280, 400, 520, 640)
+SHOTS = (0, 150, 300, 450, 600, 750)
 """Steps of a game of which the report shows the picture."""
 
 
@@ -48,7 +49,7 @@ class AtariSettings:
 
     Attributes:
         game: name of an Atari game in ale-py.
-        arms: ways to learn that are compared, see `experiments.games.settings.LABELS`.
+        arms: methods of `jaxrl_llm.training.control.METHODS` that are compared.
         seed: seed of all random numbers of each arm.
         iterations: batches that each arm plays and learns from.
         parallel: games that are played at once.
@@ -95,7 +96,7 @@ RANGES: Ranges = {
     "iterations": Range(2, 1_000_000),
     "parallel": SIZE,
     "steps": SIZE,
-    "size": Range(36, 210),
+    "size": Range(36, 160),
     "frame_skip": Range(1, 60),
     "sticky": Range(0, 1, below=True),
     "reuse": Range(1, 1000),
@@ -117,8 +118,12 @@ def parts(settings: AtariSettings) -> Parts:
         ValueError: a setting that cannot be.
     """
     check_ranges(settings, RANGES)
+    if not settings.arms:
+        raise ValueError(f"Field --arms is empty; it must name one at least, of {', '.join(METHODS)}.")
     for name in settings.arms:
         require_choice("Field --arms", name, tuple(METHODS))
+    # Before anything is computed: whether the package is there, and the game.
+    _games(settings, 1).close()
     return {name: Resumable(_compute(settings, _numbers(settings, name))) for name in settings.arms}
 
 
@@ -141,19 +146,26 @@ def _numbers(settings: AtariSettings, name: str) -> ControlSettings:
     )
 
 
+def _games(settings: AtariSettings, count: int) -> Atari:
+    """The games.
+
+    Raises:
+        ValueError: there is no such game.
+        ImportError: ale-py is not installed.
+    """
+    options = {"size": settings.size, "frame_skip": settings.frame_skip, "sticky": settings.sticky}
+    return Atari(settings.game, count, **options)
+
+
 def _compute(settings: AtariSettings, numbers: ControlSettings) -> Callable[..., Mapping[str, Any]]:
     def compute(folder: Path, say: Callable[[str], None]) -> Mapping[str, Any]:
-        games = Atari(
-            settings.game,
-            settings.parallel,
-            size=settings.size,
-            frame_skip=settings.frame_skip,
-            sticky=settings.sticky,
-        )
+        games = _games(settings, settings.parallel)
         try:
             trainer = HostTrainer(games, numbers)
             trained = train(trainer, [settings.seed], every=settings.every, folder=folder, say=say)
-            policy = trainer.policy(trained.state.learning.params, jax.random.key(settings.seed))
+            # A root of its own: those of training come from the seed.
+            key = jax.random.fold_in(jax.random.key(settings.seed), 3)
+            policy = trainer.policy(trained.state.learning.params, key)
             shots = games.screenshots(policy, SHOTS, seed=settings.seed)
         finally:
             games.close()
@@ -162,12 +174,12 @@ def _compute(settings: AtariSettings, numbers: ControlSettings) -> Callable[...,
     return compute
 
 
-def _scores(part: Arrays, share: float) -> float:
-    """Mean score of the games that ended in the first or, below 0, the last share of the run; NaN where none did."""
+def _scores(part: Arrays, share: float) -> float | None:
+    """Mean score of the games that ended in the first or, below 0, the last share of the run; None where none did."""
     count = max(1, round(abs(share) * part["returns"].shape[1]))
     where = slice(0, count) if share > 0 else slice(-count, None)
     ended = part["ended"][0, where].sum()
-    return float(part["returns"][0, where].sum() / ended) if ended else float("nan")
+    return float(part["returns"][0, where].sum() / ended) if ended else None
 
 
 def summarise(settings: AtariSettings, results: Results) -> dict[str, Any]:
@@ -179,7 +191,7 @@ def summarise(settings: AtariSettings, results: Results) -> dict[str, Any]:
             "start": _scores(part, 0.1),
             "end": _scores(part, -0.1),
             "games": float(part["ended"].sum()),
-            "occupancy_divergence": float(part["occupancy_divergence"][:, 1:].mean()),
+            "occupancy_divergence": float(np.nanmean(part["occupancy_divergence"])),
             "effective_share": float(part["effective_share"].mean()),
             "entropy": float(part["entropy"][0, -1]),
             "skipped": float(part["skipped"].sum()),
@@ -195,7 +207,8 @@ def _learning(settings: AtariSettings, results: Results) -> Picture:
     for name in settings.arms:
         values = curve(results[name], points=40)[0]
         at = (np.arange(len(values)) + 1) / len(values) * settings.frames / 1e6
-        axes.plot(at, values, color=COLOURS[name], label=LABELS[name])
+        dashes = "--" if name in DASHED else "-"
+        axes.plot(at, values, color=COLOURS[name], linestyle=dashes, label=LABELS[name])
     legend(axes, 2)
     caption = (
         f"Mean score of the games of {settings.game} that ended since the point before, against millions of frames: "
@@ -225,8 +238,8 @@ def atari_page(settings: AtariSettings, results: Results, summary: Mapping[str, 
     rows = [
         (
             LABELS[name],
-            f"{numbers['start']:.1f}",
-            f"{numbers['end']:.1f}",
+            "none ended" if numbers["start"] is None else f"{numbers['start']:.1f}",
+            "none ended" if numbers["end"] is None else f"{numbers['end']:.1f}",
             f"{numbers['games']:.0f}",
             f"{numbers['occupancy_divergence']:.4f}",
             f"{numbers['effective_share']:.3f}",
@@ -246,8 +259,9 @@ def atari_page(settings: AtariSettings, results: Results, summary: Mapping[str, 
         "steps/s",
     )
     first = settings.arms[0] if "kl" not in settings.arms else "kl"
+    claimed = summary["arms"][first]["end"]
     return Page(
-        value=f"{summary['score_at_the_end']:+.1f}",
+        value="no game ended" if claimed is None else f"{claimed:+.1f}",
         value_range="points, own minus the opponent's" if settings.game == "pong" else "points",
         sentence=(
             f"Mean score of the last tenth of the run with “{LABELS[first]}”, every batch used {settings.reuse} times: "
@@ -261,8 +275,8 @@ def atari_page(settings: AtariSettings, results: Results, summary: Mapping[str, 
             Section(
                 "Scores",
                 [
-                    "The games are played in a thread by the policy of two updates ago while the update learns from "
-                    "the batch before; the ratios know it.",
+                    "The games are played in a thread while the updates learn from the batch before, so by the policy "
+                    "from before these updates; the ratios know it.",
                 ],
                 [_learning(settings, results), *(_strip(settings, results, name) for name in settings.arms)],
                 Table(head=head, rows=rows),

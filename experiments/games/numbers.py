@@ -11,9 +11,9 @@ from experiments.games.settings import Arm
 from experiments.games.settings import GameSettings
 from experiments.games.settings import all_arms
 from experiments.games.settings import control_settings
+from experiments.games.settings import named
 from experiments.lab.numbers import Interval
 from experiments.lab.numbers import over_seeds
-from experiments.lab.numbers import window
 from experiments.study import Arrays
 from experiments.study import Results
 
@@ -33,43 +33,39 @@ BEST_OF = "pgx"
 
 
 class Drift(NamedTuple):
-    """How far a policy is from the one before, and what it gained, in means over a run.
+    """How far a policy is from the one before, in means over a run.
 
-    divergence: of the occupancies, E_{s ~ pi} KL(pi || pi_old) [nats]. tv: E_{s ~ pi} TV(pi, pi_old) [prob]. allowed:
-    what the divergence would be at most if every update reached the maximum of its objective.
+    divergence: of the occupancies, E_{s ~ pi} KL(pi || pi_old) [nats]. tv: E_{s ~ pi} TV(pi, pi_old) [prob]. gain: what
+    a step earns more than under the policy before, in advantages of size 1.
     """
 
     divergence: Interval
     tv: Interval
-    allowed: Interval
+    gain: Interval
 
 
 def curve(part: Arrays, points: int = POINTS) -> np.ndarray:
-    """[seeds, points]: mean return of the games that ended; where none did, that of the point before."""
+    """[seeds, points]: mean return of the games that ended since the point before; NaN where none did."""
     pieces = np.array_split(np.arange(part["returns"].shape[1]), min(points, part["returns"].shape[1]))
     ended = np.stack([part["ended"][:, piece].sum(axis=1) for piece in pieces], axis=1)
     total = np.stack([part["returns"][:, piece].sum(axis=1) for piece in pieces], axis=1)
-    means = np.where(ended > 0, total / np.maximum(ended, 1), np.nan)
-    for place in range(1, means.shape[1]):
-        means[:, place] = np.where(np.isnan(means[:, place]), means[:, place - 1], means[:, place])
-    return np.nan_to_num(means)
+    return np.where(ended > 0, total / np.maximum(ended, 1), np.nan)
 
 
 def frames(settings: GameSettings, points: int) -> np.ndarray:
     """The last frame of each point of a curve."""
-    pieces = np.array_split(np.arange(settings.iterations), points)
+    pieces = np.array_split(np.arange(settings.whole.iterations), points)
     return np.array([piece[-1] + 1 for piece in pieces]) * settings.parallel * settings.steps
 
 
 def final(part: Arrays) -> np.ndarray:
-    """One per seed: mean return of the games that ended in the last tenth of the run."""
-    last = window(part["returns"].shape[1])
-    return part["returns"][:, -last:].sum(axis=1) / np.maximum(part["ended"][:, -last:].sum(axis=1), 1)
+    """One per seed: mean return of whole games that the learned policy plays."""
+    return part["whole"].mean(axis=1)
 
 
-def whole(part: Arrays) -> np.ndarray:
+def over_the_run(part: Arrays) -> np.ndarray:
     """One per seed: the mean of the learning curve, which is high for those that learn soon."""
-    return curve(part).mean(axis=1)
+    return np.nanmean(curve(part), axis=1)
 
 
 def relative(results: Results, arm: Arm, base: Arm) -> np.ndarray:
@@ -82,23 +78,22 @@ def relative(results: Results, arm: Arm, base: Arm) -> np.ndarray:
     return (ours - theirs) / (max(PUBLISHED[arm.game][BEST_OF], float(theirs.mean())) - chance)
 
 
-def drift(settings: GameSettings, part: Arrays, arm: Arm) -> Drift:
-    """Divergence of successive policies, and what it may be: the maximum of r . mu - c D_F is at least that of staying,
-    0, so c D_F <= the gain; both in advantages of size 1.
+def drift(part: Arrays) -> Drift:
+    """Of successive policies. The gain is the mean temporal difference under the new policy less that under the old,
+    of the same values: the performance difference, with states as often as they are met.
     """
-    gain = (part["gained"][:, 1:] / np.maximum(part["scale"][:, :-1], 1e-8)).mean(axis=1)
-    divergence = part["occupancy_divergence"][:, 1:].mean(axis=1)
-    coefficient = control_settings(settings, arm).method.coefficient
+    gain = part["surprise_before"][:, 1:] - part["surprise"][:, :-1]
     return Drift(
-        over_seeds(divergence),
+        over_seeds(part["occupancy_divergence"][:, 1:].mean(axis=1)),
         over_seeds(part["occupancy_tv"][:, 1:].mean(axis=1)),
-        over_seeds(gain / max(coefficient, 1e-8)),
+        over_seeds((gain / np.maximum(part["scale"][:, :-1], 1e-8)).mean(axis=1)),
     )
 
 
-def named(settings: GameSettings, game: str, method: str) -> Arm:
-    """The arm of a method with the reuse of the claim."""
-    return Arm(game, method, 1 if method == FRESH else settings.reuse, settings.sticky)
+def has_bound(settings: GameSettings, arm: Arm) -> bool:
+    """Whether the divergence that is measured is the one that the arm's objective holds small."""
+    method = control_settings(settings, arm).method
+    return method.divergence == "kl" and method.coefficient > 0
 
 
 def over_games(settings: GameSettings, results: Results, method: str, base: str) -> Interval:
@@ -109,44 +104,47 @@ def over_games(settings: GameSettings, results: Results, method: str, base: str)
 
 def summarise(settings: GameSettings, results: Results) -> dict[str, Any]:
     """Every arm in numbers, and the relative scores of the methods."""
-    arms = all_arms(settings)
+    arms, settings = all_arms(settings), settings.whole
     summary: dict[str, Any] = {
         "frames": settings.iterations * settings.parallel * settings.steps,
         "chance": {game: float(final(results[f"{game}.chance"])[0]) for game in settings.games},
         "arms": {arm.name: _numbers(settings, results, arm) for arm in arms},
         "relative": {},
     }
-    for method in settings.arms:
-        for base in ("ppo", "kl_one_step", FRESH):
+    for base in ("ppo", "kl_one_step", FRESH):
+        for method in settings.arms:
             if base in settings.arms and method != base:
                 score = over_games(settings, results, method, base)
                 summary["relative"][f"{method}_over_{base}"] = {"mean": score.mean, "half_interval": score.half}
-    claimed = summary["relative"].get("kl_over_ppo", {"mean": 0.0, "half_interval": 0.0})
-    summary["kl_over_ppo"] = claimed["mean"]
-    summary["kl_over_ppo_low"] = claimed["mean"] - claimed["half_interval"]
+    claimed = summary["relative"].get("kl_over_ppo")
+    summary["kl_over_ppo_low"] = None if claimed is None else claimed["mean"] - claimed["half_interval"]
     return summary
 
 
 def _numbers(settings: GameSettings, results: Results, arm: Arm) -> Mapping[str, Any]:
     part = results[arm.name]
-    values = curve(part)
-    halves = [over_seeds(column).half for column in values.T]
-    end, mean, moved = over_seeds(final(part)), over_seeds(whole(part)), drift(settings, part, arm)
+    values, moved = curve(part), drift(part)
+    end, mean = over_seeds(final(part)), over_seeds(over_the_run(part))
     return {
         "end": end.mean,
         "end_half_interval": end.half,
-        "mean": mean.mean,
-        "mean_half_interval": mean.half,
+        "over_the_run": mean.mean,
+        "over_the_run_half_interval": mean.half,
         "updates": settings.iterations * control_settings(settings, arm).updates,
         "occupancy_divergence": moved.divergence.mean,
         "occupancy_divergence_half_interval": moved.divergence.half,
-        "allowed_divergence": moved.allowed.mean,
-        "allowed_divergence_half_interval": moved.allowed.half,
         "policy_tv": moved.tv.mean,
+        "gain": moved.gain.mean,
+        "gain_half_interval": moved.gain.half,
         "effective_share": float(part["effective_share"].mean()),
         "entropy": float(part["entropy"][:, -1].mean()),
         "skipped": float(part["skipped"].sum()),
-        "curve": [round(float(value), 3) for value in values.mean(axis=0)],
-        "curve_half_intervals": [round(half, 3) for half in halves],
+        "curve": [_known(value) for value in values.mean(axis=0)],
+        "curve_half_intervals": [_known(over_seeds(column).half) for column in values.T],
         "frames_per_second": float(part["returns"].size * settings.parallel * settings.steps / part["seconds"]),
     }
+
+
+def _known(value: float) -> float | None:
+    """To three digits after the point; None for what is no number, which JSON does not have."""
+    return round(float(value), 3) if np.isfinite(value) else None

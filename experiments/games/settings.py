@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.ranges import NOT_NEGATIVE
 from experiments.ranges import PLURAL
 from experiments.ranges import RATE
 from experiments.ranges import SEED
-from experiments.ranges import SHARE
 from experiments.ranges import SIZE
 from experiments.ranges import Range
 from experiments.ranges import Ranges
@@ -32,22 +33,25 @@ from jaxrl_llm.training.run.optimizer import OptimizerSettings
 FRESH = "fresh"
 """The arm that uses every batch once, while it is new."""
 MAIN = ("ppo", "kl_one_step", "kl")
-"""Arms that `--full` also trains with other reuse, and without sticky actions."""
+"""Arms that are also trained with other numbers of uses, and without sticky actions."""
+OTHER_REUSES = (1, 4, 16)
 LABELS = {
     FRESH: "PPO, each batch once",
     "ppo": "PPO",
     "vtrace": "V-trace",
     "unregularised": "no clip, no divergence",
-    "kl_one_step": "KL, one-step",
-    "kl": "KL, multi-step",
+    "kl_one_step": "KL, one-step (cD = 0)",
+    "kl": "KL, multi-step (cD = 1)",
     "kl_clipped": "KL, multi-step, clipped",
     "kl_truncated": "KL, multi-step, V-trace",
-    "reverse_kl": "reverse KL",
-    "hellinger": "Hellinger",
-    "total_variation": "total variation",
-    "entropy": "entropy alone",
+    "reverse_kl": "reverse KL, multi-step",
+    "hellinger": "Hellinger, multi-step",
+    "total_variation": "total variation, multi-step",
+    "entropy": "entropy alone, multi-step",
 }
 """Every arm in words: what is held small, and how."""
+LIMIT = 2500
+"""Steps of the longest game of MinAtar."""
 
 
 class Arm(NamedTuple):
@@ -80,7 +84,9 @@ class GameSettings:
     Attributes:
         games: games of MinAtar that are learned.
         arms: ways to learn that are compared, see `experiments.games.settings.LABELS`.
-        full: also every other arm, each main arm at reuse 1, 4 and 16, and without sticky actions.
+        reuses: other numbers of uses of a batch with which PPO and the KL arms are trained too.
+        also_not_sticky: whether PPO and the KL arms are trained without sticky actions too.
+        full: all four games and all arms, uses 1, 4 and 16, not sticky too, at least 10 seeds and 250 batches.
         seeds: agents trained at once in each arm, with weights and games of their own.
         seed: number of the first of these agents.
         iterations: batches that each agent plays and learns from.
@@ -97,6 +103,8 @@ class GameSettings:
 
     games: tuple[str, ...] = ("breakout", "space_invaders")
     arms: tuple[str, ...] = (FRESH, "ppo", "kl_one_step", "kl")
+    reuses: tuple[int, ...] = ()
+    also_not_sticky: bool = False
     full: bool = False
     seeds: int = 5
     seed: int = 0
@@ -111,6 +119,22 @@ class GameSettings:
     sticky: float = 0.1
     every: int = 10
 
+    @property
+    def whole(self) -> "GameSettings":
+        """With what `full` asks for."""
+        if not self.full:
+            return self
+        return dataclasses.replace(
+            self,
+            games=tuple(dict.fromkeys((*self.games, "breakout", "space_invaders", "asterix", "freeway"))),
+            arms=tuple(dict.fromkeys((*self.arms, *LABELS))),
+            reuses=tuple(dict.fromkeys((*self.reuses, *OTHER_REUSES))),
+            also_not_sticky=True,
+            full=False,
+            seeds=max(self.seeds, 10),
+            iterations=max(self.iterations, 250),
+        )
+
 
 RANGES: Ranges = {
     "seeds": PLURAL,
@@ -119,13 +143,13 @@ RANGES: Ranges = {
     "parallel": SIZE,
     "steps": SIZE,
     "reuse": Range(1, 1000),
+    "reuses": Range(1, 1000),
     "replay": Range(1, 1000),
     "minibatches": SIZE,
     "learning_rate": RATE,
     "coefficient": NOT_NEGATIVE,
     "sticky": Range(0, 1, below=True),
     "every": SIZE,
-    "discount": SHARE,
 }
 """What the fields of `GameSettings` may be."""
 
@@ -136,6 +160,7 @@ def all_arms(settings: GameSettings) -> list[Arm]:
     Raises:
         ValueError: a game or an arm that there is not, or none.
     """
+    settings = settings.whole
     for what, names, known in (("games", settings.games, GAMES), ("arms", settings.arms, LABELS)):
         if not names:
             raise ValueError(f"Field --{what} is empty; it must name one at least, of {', '.join(known)}.")
@@ -143,17 +168,20 @@ def all_arms(settings: GameSettings) -> list[Arm]:
             require_choice(f"Field --{what}", name, tuple(known))
     made: dict[Arm, None] = {}
     for game in settings.games:
-        for method in settings.arms:
-            made[Arm(game, method, 1 if method == FRESH else settings.reuse, settings.sticky)] = None
-        if settings.full:
-            made |= dict.fromkeys(_others(settings, game))
+        arms = [named(settings, game, method) for method in settings.arms]
+        for reuse in settings.reuses:
+            # PPO that uses a batch once is the arm that does so.
+            names = [FRESH if (name, reuse) == ("ppo", 1) else name for name in MAIN]
+            arms += [Arm(game, name, reuse, settings.sticky) for name in names]
+        if settings.also_not_sticky:
+            arms += [Arm(game, name, settings.reuse, 0.0) for name in MAIN]
+        made |= dict.fromkeys(arms)
     return list(made)
 
 
-def _others(settings: GameSettings, game: str) -> list[Arm]:
-    arms = [Arm(game, name, settings.reuse, settings.sticky) for name in LABELS if name != FRESH]
-    arms += [Arm(game, name, reuse, settings.sticky) for reuse in (1, 4, 16) for name in MAIN]
-    return arms + [Arm(game, name, settings.reuse, 0.0) for name in MAIN]
+def named(settings: GameSettings, game: str, method: str) -> Arm:
+    """The arm of a method with the reuse of the claim."""
+    return Arm(game, method, 1 if method == FRESH else settings.reuse, settings.sticky)
 
 
 def control_settings(settings: GameSettings, arm: Arm) -> ControlSettings:
@@ -183,34 +211,37 @@ def parts(settings: GameSettings) -> Parts:
 
     Raises:
         ValueError: a setting that cannot be.
+        ImportError: gymnax is not installed.
     """
     check_ranges(settings, RANGES)
-    seeds = range(settings.seed, settings.seed + settings.seeds)
+    arms, settings = all_arms(settings), settings.whole
+    made: dict[str, Any] = {f"{game}.chance": _of_chance(settings, game) for game in settings.games}
+    for arm in arms:
+        made[arm.name] = Resumable(_of_arm(settings, arm, MinAtar(arm.game, sticky=arm.sticky)))
+    return made
 
-    def of_arm(arm: Arm) -> Resumable:
-        numbers = control_settings(settings, arm)
 
-        def compute(folder: Path, say: Callable[[str], None]) -> Mapping[str, np.ndarray]:
-            trainer = GameTrainer(MinAtar(arm.game, sticky=arm.sticky), numbers)
-            return train(trainer, seeds, every=settings.every, folder=folder, say=say).metrics
+def _of_arm(settings: GameSettings, arm: Arm, game: MinAtar) -> Callable[..., Mapping[str, Any]]:
+    numbers, seeds = control_settings(settings, arm), range(settings.seed, settings.seed + settings.seeds)
 
-        return Resumable(compute)
+    def compute(folder: Path, say: Callable[[str], None]) -> Mapping[str, Any]:
+        trainer = GameTrainer(game, numbers)
+        trained = train(trainer, seeds, every=settings.every, folder=folder, say=say)
+        # Whole games, in which no agent has been: what ended while it trained began under older policies.
+        whole = trainer.play_whole(trained.state.learning, jax.random.key(2**32 - 1), limit=LIMIT)
+        return {**trained.metrics, "whole": np.asarray(whole)}
 
-    chance = {f"{game}.chance": _of_chance(settings, game) for game in settings.games}
-    return chance | {arm.name: of_arm(arm) for arm in all_arms(settings)}
+    return compute
 
 
 def _of_chance(settings: GameSettings, game: str) -> Callable[[], Mapping[str, Any]]:
-    """Returns of a policy that never learns: one whose actions are as probable as each other."""
-    still = dataclasses.replace(
-        control_settings(settings, Arm(game, FRESH, 1, settings.sticky)),
-        optimizer=OptimizerSettings(learning_rate=0.0),
-        iterations=max(10, settings.iterations // 4),
-        measured=False,
-    )
+    """Whole games of a network of zeros, to which all actions are as probable."""
+    arm = Arm(game, FRESH, 1, settings.sticky)
+    trainer = GameTrainer(MinAtar(game, sticky=settings.sticky), control_settings(settings, arm))
 
     def compute() -> Mapping[str, Any]:
-        trainer = GameTrainer(MinAtar(game, sticky=settings.sticky), still)
-        return train(trainer, [settings.seed], every=still.iterations).metrics
+        learning = trainer.init(jnp.asarray([settings.seed])).learning
+        nothing = learning._replace(params=jax.tree.map(jnp.zeros_like, learning.params))
+        return {"whole": np.asarray(trainer.play_whole(nothing, jax.random.key(2**32 - 1), limit=LIMIT))}
 
     return compute

@@ -1,9 +1,9 @@
 """MinAtar: five games of Atari on boards of 10 x 10, from gymnax, with the sticky actions of the original.
 
 Source: Young and Tian 2019 (arXiv 1903.03176). Differences from the original, which are gymnax's: an episode is cut
-off after 1,000 steps (Freeway's 2,500 are a rule of the game); the actions are those that a game has a use for, where
-the original offers six to all. As in the original the last action is repeated with probability 0.1, which gymnax leaves
-out, and games become harder with time where they do there.
+off after 1,000 steps (Freeway's end is such a cut too, after 2,500, where it is a rule of the original); the actions
+are those that a game has a use for, where the original offers six to all. As in the original the last action is
+repeated with probability 0.1, which gymnax leaves out, and games become harder with time where they do there.
 """
 
 import difflib
@@ -32,8 +32,8 @@ ACTIONS = ("noop", "left", "up", "right", "down", "fire")
 """The six actions of the original, by its numbers."""
 
 
-class Playing(NamedTuple):
-    """A game that is being played.
+class StickyState(NamedTuple):
+    """A game with what stickiness needs to know.
 
     game: gymnax's state. action: the last one that was taken.
     """
@@ -81,12 +81,12 @@ class MinAtar:
         """10 x 10 squares and a channel for each kind of thing."""
         return tuple(self._env.obs_shape)
 
-    def reset(self, key: PRNGKey) -> tuple[Playing, Bool[Array, "H W C"]]:
+    def reset(self, key: PRNGKey) -> tuple[StickyState, Bool[Array, "H W C"]]:
         """A new game, and what it shows."""
         observation, game = self._env.reset_env(key, self._params)
-        return _strong(Playing(game, jnp.zeros((), jnp.int32))), observation != 0
+        return _strong(StickyState(game, jnp.zeros((), jnp.int32))), observation != 0
 
-    def step(self, key: PRNGKey, state: Playing, action: Int[Array, ""]) -> tuple[Playing, Answer]:
+    def step(self, key: PRNGKey, state: StickyState, action: Int[Array, ""]) -> tuple[StickyState, Answer]:
         """The game after an action, and what it answers; a game that ends begins again."""
         sticky_key, step_key, reset_key = jax.random.split(key, 3)
         again = jax.random.bernoulli(sticky_key, self._sticky)
@@ -95,7 +95,7 @@ class MinAtar:
         cut = self._env.is_truncated(game, self._params)
         begun, first = self.reset(reset_key)
         over = terminated | cut
-        after = jax.tree.map(lambda new, old: jnp.where(over, new, old), begun, _strong(Playing(game, action)))
+        after = jax.tree.map(lambda new, old: jnp.where(over, new, old), begun, _strong(StickyState(game, action)))
         answer = Answer(
             observation=jnp.where(over, first, shown != 0),
             reward=jnp.asarray(reward, jnp.float32),
@@ -105,7 +105,7 @@ class MinAtar:
         return after, answer
 
 
-def _strong(state: Playing) -> Playing:
+def _strong(state: StickyState) -> StickyState:
     """The state without the weak types of Python's numbers, with which a program would be compiled twice."""
     return jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, jnp.asarray(leaf).dtype), state)
 

@@ -20,8 +20,8 @@ from jaxrl_llm.typing import PRNGKey
 class Answer(NamedTuple):
     """What an `ArrayGame` answers to an action.
 
-    observation: shown next: of a new game if this one is over. reward: of this step. terminated: the game is over, and
-    nothing follows. truncated: it was cut off at its step limit, and more would have followed.
+    observation: shown next, bool or floating: of a new game if this one is over. reward: of this step. terminated: the
+    game is over, and nothing follows. truncated: it was cut off at its step limit, and more would have followed.
     """
 
     observation: Float[Array, "*shape"]
@@ -60,10 +60,10 @@ class ArrayGame(Protocol):
 class HostAnswer(NamedTuple):
     """What N games on the host answer to an action each.
 
-    observation: what each shows next; after a game has ended this is its last picture, and the step after that shows
-    the first one of a new game, whatever the action was. reward: of this step. terminated, truncated: as in `Answer`;
-    where a game is learnt life by life, a lost life is `terminated` too, and the same game goes on. real: false where
-    the step did nothing but begin a new game: its action was not taken. scores: of the games that ended in this step or
+    observation: what each shows next, in bytes (uint8); after a game has ended this is its last picture, and the step
+    after that shows the first one of a new game, whatever the action was. reward: of this step. terminated, truncated:
+    as in `Answer`; where a game is learnt life by life, a lost life is `terminated` too, and the same game goes on.
+    real: false where the step did nothing but begin a new game: its action was not taken. scores: of the games that ended in this step or
     were cut off, by the game's own count, whatever `reward` is; NaN elsewhere.
     """
 

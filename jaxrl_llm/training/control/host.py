@@ -1,10 +1,12 @@
 """Actor-critics in games outside JAX: the games are played in a thread while the update learns from the batch before.
 
-A batch is played by the policy of two updates ago, whatever takes longer, so a run is the same each time; the ratios of
-the objective know it. After a checkpoint the games begin anew: what simulators hold cannot be saved.
+A batch is played by the policy from before the iteration that runs meanwhile, whatever takes longer, so a run is the
+same each time; the ratios of the objective know it. After a checkpoint the games begin anew, played by the policy as it
+is: what simulators hold cannot be saved.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +32,9 @@ from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Int
 from jaxrl_llm.typing import PRNGKey
 from jaxrl_llm.typing import PyTree
+
+MEASURED = ("occupancy_divergence", "occupancy_tv", "surprise", "surprise_before")
+"""Metrics that compare a policy with the one before: NaN where there is none, after a start."""
 
 
 @jax.tree_util.register_dataclass
@@ -117,7 +122,10 @@ class HostTrainer:
                 now = (jnp.asarray(number, jnp.int32), state.key, learning, before)
                 learning, replay, metrics = self._learn(now, replay, played.rollout, played.params)
                 before = played.params
-                rows.append(jax.device_get(metrics) | {"returns": played.scores.sum(), "ended": len(played.scores)})
+                # One policy plays the first two batches: there is none before it to be measured against.
+                unknown = dict.fromkeys(MEASURED, np.nan) if number < first + 2 and self.settings.measured else {}
+                ended = {"returns": played.scores.sum(), "ended": len(played.scores)}
+                rows.append(jax.device_get(metrics) | unknown | ended)
         metrics = {name: np.array([[row[name] for row in rows]], np.float32) for name in rows[0]}
         return HostState(jnp.asarray(first + iterations, jnp.int32), state.key, learning, before, replay), metrics
 
@@ -128,7 +136,7 @@ class HostTrainer:
             params: of the network.
             key: of the draws.
         """
-        memory, steps = self.learner.memory(1), iter(range(1 << 30))
+        memory, steps = self.learner.memory(1), itertools.count()
 
         def act(shown: np.ndarray) -> np.ndarray:
             nonlocal memory
@@ -184,8 +192,10 @@ class _Player:
     def __init__(self, trainer: HostTrainer, state: HostState) -> None:
         self._trainer, self._key = trainer, jax.random.fold_in(state.key, 2)
         # A seed of their own after each checkpoint, or the same games would be begun again and again.
-        seed = jax.random.bits(jax.random.fold_in(self._key, state.iteration), (), jnp.uint32)
+        seed = jax.random.bits(jax.random.fold_in(jax.random.fold_in(self._key, 0), state.iteration), (), jnp.uint32)
         self._shown = trainer.game.reset(int(seed) & 0x7FFFFFFF)
+        if self._shown.dtype != np.uint8:
+            raise ValueError(f"{trainer.game.name} shows arrays of {self._shown.dtype}; games on the host show bytes.")
         self._began = np.ones(trainer.settings.games, bool)
         self._memory = trainer.learner.memory(trainer.settings.games)
 
@@ -212,7 +222,7 @@ class _Player:
             }
             for name, values in column.items():
                 columns[name].append(values)
-            scores.append(answer.scores[np.isfinite(answer.scores)])
+            scores.append(answer.scores[~np.isnan(answer.scores)])
             # What follows a step that took no action is the first picture of a new game.
             self._shown, self._began = answer.observation, ~answer.real
         columns["shown"].append(self._shown)

@@ -7,8 +7,10 @@ For a step t of an older policy with log pi_old(a|s), with rho = pi/pi_old under
     D_t   the discounted sum of the divergence's pseudo-reward from t on, through truncated ratios
     loss  surrogate(rho, A - coefficient D) + value (V - v)^2 / 2 - entropy H
 
-Each is a function of `jaxrl_llm.objectives`. Departures from the paper's code: errata F8.1 to F8.3, and the error of
-the values is not weighted by rho.
+Each is a function of `jaxrl_llm.objectives`. Q - V is the advantage of V-trace, one step behind that of GAE: "ppo" is
+PPO's clip on it. Departures from the paper's code: errata F8.1 to F8.3; the value at the end of a row is that of the
+network, not a return that was stored; log-ratios are clamped at 20, not 10; games are drawn without replacement and
+without priorities; the error of the values is not weighted by rho.
 """
 
 import functools
@@ -133,7 +135,7 @@ class Learner:
             return Targets(goal, advantage, scale, jnp.zeros_like(advantage))
         phi = augmented.pseudo_reward(log_prob, rollout.log_prob, divergence=method.divergence)
         divergence = augmented.multi_step_divergence(
-            phi, ratio, rollout.real, discount=rollout.discount, trace_cap=method.trace
+            phi, ratio, rollout.real, discount=rollout.discount, trace_cap=method.divergence_trace
         )
         return Targets(goal, advantage, scale, divergence)
 
@@ -197,15 +199,20 @@ class Learner:
         """The divergence of the policy that played from the one before, in the states that it met.
 
         These are states of the new policy, so the mean of KL(pi || pi_old) is the Bregman divergence of the occupancies
-        (in undiscounted frequencies) for the conditional entropy, and the mean temporal difference of the old values
-        what the new policy gained, by the performance difference.
+        (in undiscounted frequencies) for the conditional entropy. `surprise` is the mean temporal difference of the
+        values of the policy that played, `surprise_before` of those of the one before: the latter less the former of
+        the batch before is what the new policy gained per step, by the performance difference, whatever the values.
         """
-        logits, _, _ = self.forward(params, rollout.shown, rollout.began, rollout.memory)
-        old, values, _ = self.forward(before, rollout.shown, rollout.began, rollout.memory)
+        logits, own, _ = self.forward(params, rollout.shown, rollout.began, rollout.memory)
+        old, before_it, _ = self.forward(before, rollout.shown, rollout.began, rollout.memory)
         learned = rollout.real & ~rollout.cut
-        gained = rollout.reward + rollout.discount * values[:, 1:] - values[:, :-1]
+
+        def surprise(values: Float[Array, "B T1"]) -> Float[Array, ""]:
+            return masked_mean(rollout.reward + rollout.discount * values[:, 1:] - values[:, :-1], learned)
+
         return {
             "occupancy_divergence": masked_mean(categorical.kl(logits, old)[:, :-1], learned),
             "occupancy_tv": masked_mean(categorical.total_variation(logits, old)[:, :-1], learned),
-            "gained": masked_mean(gained, learned),
+            "surprise": surprise(own),
+            "surprise_before": surprise(before_it),
         }

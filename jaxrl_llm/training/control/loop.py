@@ -95,17 +95,37 @@ def train(
     Raises:
         ValueError: `every` is below 1, or there is no seed.
         ChangedSettingsError: the folder's run has other settings, another game, or a game with other actions.
-        NonFiniteError: rewards, losses or gradients are not finite.
+        NonFiniteError: a return is not finite, or no update of an iteration could be made.
         StorageError: a checkpoint cannot be written, or none can be read.
     """
     if every < 1 or not seeds:
-        raise ValueError(f"every is {every} and there are {len(seeds)} seeds; there must be one of each at least.")
-    total, kept = trainer.settings.iterations, describe(trainer, seeds)
+        raise ValueError(f"every is {every} and seeds are {list(seeds)}; every must be 1 or more, and one seed there.")
+    total, kept = trainer.settings.iterations, describe(trainer, seeds, every)
     state = trainer.init(jnp.asarray(seeds))
     metrics = {name: np.zeros((len(seeds), total), np.float32) for name in trainer.measures}
-    checkpoints, done = None if folder is None else Checkpoints(Path(folder)), 0
-    if checkpoints is not None:
+    if folder is None:
+        return _go_on(trainer, seeds, every, kept, state, metrics, 0, None, say)
+    checkpoints = Checkpoints(Path(folder))
+    try:
         (state, metrics), done = _restored(checkpoints, (state, metrics), kept, say)
+        return _go_on(trainer, seeds, every, kept, state, metrics, done, checkpoints, say)
+    finally:
+        checkpoints.close()
+
+
+def _go_on(
+    trainer: Trainer,
+    seeds: Sequence[int],
+    every: int,
+    kept: dict[str, Any],
+    state: Any,
+    metrics: dict[str, np.ndarray],
+    done: int,
+    checkpoints: Checkpoints | None,
+    say: Callable[[str], None],
+) -> Trained:
+    """From `done` iterations to the last."""
+    total = trainer.settings.iterations
     while done < total:
         count = min(every, total - done)
         state, piece = trainer.run(state, count)
@@ -117,14 +137,13 @@ def train(
             updates = done * trainer.settings.updates
             checkpoints.save((state, metrics), Progress(done, kept, frozen_hash="", file_bytes={}, updates=updates))
         say(f"{done / total:.0%}")
-    if checkpoints is not None:
-        checkpoints.close()
     return Trained(state, metrics)
 
 
-def describe(trainer: Trainer, seeds: Sequence[int]) -> dict[str, Any]:
+def describe(trainer: Trainer, seeds: Sequence[int], every: int) -> dict[str, Any]:
     """What a run must agree in with the checkpoint that it goes on from, by name."""
-    game = {"game": trainer.game.name, "actions": list(trainer.game.actions), "seeds": list(seeds)}
+    # Games on the host begin anew after `every` iterations, and a loop of another length is another program.
+    game = {"game": trainer.game.name, "actions": list(trainer.game.actions), "seeds": list(seeds), "every": every}
     return flatten_settings(game) | flatten_settings(trainer.settings)
 
 

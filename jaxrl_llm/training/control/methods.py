@@ -26,8 +26,8 @@ class Method:
         surrogate: one of `SURROGATES`.
         divergence: a name of `divergence_augmented.PSEUDO_REWARDS` for what is held small, or "none".
         coefficient: 1 / eta, of the divergence in advantages whose root mean square is 1.
-        trace: cD, the cap of the ratios through which later divergence is seen: 1 for all of it, 0 for that of the next
-            step alone (which the paper's code calls one-step).
+        divergence_trace: cD, the cap of the ratios through which later divergence is seen: 1 for all of it, 0 for that
+            of the next step alone (which the paper's code calls one-step).
         clip: of "clipped": the ratio counts between 1 - clip and 1 + clip.
     """
 
@@ -35,14 +35,14 @@ class Method:
     surrogate: Literal["clipped", "importance_weighted", "truncated"] = "clipped"
     divergence: str = "none"
     coefficient: float = 1.0
-    trace: float = 1.0
+    divergence_trace: float = 1.0
     clip: float = 0.2
 
     def __post_init__(self) -> None:
         """Refuse what is not there."""
         require_choice("surrogate", self.surrogate, SURROGATES)
         require_choice("divergence", self.divergence, ("none", *augmented.PSEUDO_REWARDS))
-        for field in ("coefficient", "trace", "clip"):
+        for field in ("coefficient", "divergence_trace", "clip"):
             value = getattr(self, field)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{field} is {value}; it must be a number of 0 or more.")
@@ -53,7 +53,7 @@ METHODS = {
     for method in (
         Method("ppo"),
         Method("vtrace", "truncated"),
-        Method("kl_one_step", "importance_weighted", "kl", trace=0.0),
+        Method("kl_one_step", "importance_weighted", "kl", divergence_trace=0.0),
         Method("kl", "importance_weighted", "kl"),
         Method("kl_clipped", "clipped", "kl"),
         Method("kl_truncated", "truncated", "kl"),

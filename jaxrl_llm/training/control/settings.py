@@ -17,11 +17,12 @@ class ControlSettings:
         games: games that are played at once.
         steps: steps of each game in a batch.
         iterations: batches in the whole run.
-        reuse: how often every step is used by an update.
+        reuse: how often every step is used by an update, on average where `replay` does not divide it; the first
+            batches, which fill the replay alone, more often.
         replay: batches that are kept: a batch is used over as many iterations as this.
         minibatches: parts into which a batch is cut; an update takes a part of the kept batches of this size.
         discount: of what follows a step.
-        trace: cap of the ratios in V-trace; on data of the policy itself it is the lambda of TD(lambda).
+        trace: cap of the ratios in V-trace; on data of the policy itself it is the lambda of its targets' TD(lambda).
         entropy: weight of the policy's entropy in the loss.
         value: weight of the squared error of the values in the loss.
         optimizer: step size, its schedule, and so on.

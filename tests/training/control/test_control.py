@@ -27,6 +27,7 @@ from jaxrl_llm.training.control.rollouts import Rollout
 from jaxrl_llm.training.control.rollouts import draw
 from jaxrl_llm.training.control.rollouts import empty_replay
 from jaxrl_llm.training.control.rollouts import remember
+from jaxrl_llm.training.control.rollouts import take
 
 LENGTH = 5
 SMALL = ControlSettings(
@@ -110,8 +111,8 @@ def drawn(rows=3, steps=6, seed=0):
 
 
 def plain_targets(rollout, ratio, values, trace, cap):
-    """V-trace and the divergence by double sums over the rest of each game, step by step."""
-    goal, charge = np.zeros(rollout.reward.shape), np.zeros(rollout.reward.shape)
+    """V-trace, its advantage and the divergence by double sums over the rest of each game, step by step."""
+    goal, charge, gain = (np.zeros(rollout.reward.shape) for _ in range(3))
     for row in range(len(goal)):
         steps = np.flatnonzero(rollout.real[row])
         following = [*values[row, steps[1:]], values[row, -1]]
@@ -129,21 +130,27 @@ def plain_targets(rollout, ratio, values, trace, cap):
                     seen = np.prod([min(cap, weight[j]) for j in range(t + 1, u)]) * np.prod(discount[t:u])
                     charge[row, steps[t]] += seen * min(1, weight[u]) * phi[u]
             goal[row, steps[t]] += value[t]
-    return goal, charge
+        later = [*goal[row, steps[1:]], values[row, -1]]
+        gain[row, steps] = reward + discount * later - value
+    return goal, charge, gain
 
 
 @pytest.mark.parametrize("cap", [0.0, 1.0])
 def test_targets_are_the_sums_of_their_games(cap):
-    settings = dataclasses.replace(SMALL, method=dataclasses.replace(METHODS["kl"], trace=cap))
+    settings = dataclasses.replace(SMALL, method=dataclasses.replace(METHODS["kl"], divergence_trace=cap))
     rollout, learner = drawn(), Learner((LENGTH,), 2, settings)
     rng = np.random.default_rng(1)
     log_prob = np.log(rng.uniform(0.2, 0.9, rollout.reward.shape)).astype(np.float32)
     values = rng.normal(size=rollout.began.shape).astype(np.float32)
     targets = learner.targets(jax.tree.map(jnp.asarray, rollout), jnp.asarray(log_prob), jnp.asarray(values))
-    goal, charge = plain_targets(rollout, np.exp(log_prob - rollout.log_prob), values, settings.trace, cap)
+    goal, charge, gain = plain_targets(rollout, np.exp(log_prob - rollout.log_prob), values, settings.trace, cap)
     real = rollout.real
     np.testing.assert_allclose(np.asarray(targets.value)[real], goal[real], rtol=2e-4, atol=1e-5)
     np.testing.assert_allclose(np.asarray(targets.divergence)[real], charge[real], rtol=2e-4, atol=1e-5)
+    learned = real & ~rollout.cut
+    scale = np.sqrt(np.mean(gain[learned] ** 2))
+    assert float(targets.scale) == pytest.approx(scale, rel=1e-4)
+    np.testing.assert_allclose(np.asarray(targets.advantage)[learned], gain[learned] / scale, rtol=2e-4, atol=1e-5)
     # A step that was cut off is its own target, and a wrong sign would be seen.
     cut = real & rollout.cut
     assert cut.any()
@@ -155,7 +162,7 @@ def test_nothing_is_learned_from_steps_that_were_not_taken_or_cut_off():
     rollout = jax.tree.map(jnp.asarray, drawn())
     learner = Learner((LENGTH,), 2, SMALL)
     params = learner.init(jax.random.key(0)).params
-    idle = ~rollout.real
+    idle = ~rollout.real | rollout.cut
     wild = rollout._replace(
         reward=jnp.where(idle, 1e6, rollout.reward), action=jnp.where(idle, 1 - rollout.action, rollout.action)
     )
@@ -169,15 +176,19 @@ def test_nothing_is_learned_from_steps_that_were_not_taken_or_cut_off():
 @pytest.mark.parametrize(("places", "reuse"), [(1, 3), (4, 8), (4, 2)])
 def test_every_game_is_used_as_often_as_said(places, reuse):
     games, size, batches = 6, 3, 24
-    rollout = drawn(rows=games)
-    replay = empty_replay(jax.tree.map(jnp.asarray, rollout), places)
+    rollout = jax.tree.map(jnp.asarray, drawn(rows=games))
+    replay = empty_replay(rollout, places)
     used = np.zeros((batches, games))
     for number in range(batches):
-        replay = remember(replay, jax.tree.map(jnp.asarray, rollout))
-        place, row = (np.asarray(x) for x in draw(replay, jax.random.key(number), reuse=reuse, size=size))
+        # The reward says which batch and which game it is.
+        mark = jnp.full(rollout.reward.shape, 100.0 * number) + jnp.arange(games)[:, None]
+        replay = remember(replay, rollout._replace(reward=mark))
+        place, row = draw(replay, jax.random.key(number), reuse=reuse, size=size)
         assert place.shape == (reuse * games // size, size)
-        newest = [max(n for n in range(number + 1) if n % places == p) for p in range(min(places, number + 1))]
-        np.add.at(used, ([newest[p] for p in place.ravel()], row.ravel()), 1)
+        read = np.asarray(take(replay, place.ravel(), row.ravel()).reward[:, 0]).astype(int)
+        assert read.min() // 100 >= max(0, number - places + 1)
+        np.add.at(used, (read // 100, read % 100), 1)
+    assert used.sum() == batches * reuse * games
     whole = used[places : batches - places]
     if reuse % places == 0:
         assert (whole == reuse).all()
@@ -227,8 +238,9 @@ def stop_at(share):
     return say
 
 
-def test_a_run_goes_on_to_the_bit(tmp_path):
-    trainer = GameTrainer(Corridor(), SMALL)
+@pytest.mark.parametrize("memory", [0, 4])
+def test_a_run_goes_on_to_the_bit(tmp_path, memory):
+    trainer = GameTrainer(Corridor(), dataclasses.replace(SMALL, memory=memory))
     whole = train(trainer, [0, 1], every=2)
     with pytest.raises(Stopped):
         train(trainer, [0, 1], every=2, folder=tmp_path, say=stop_at("50%"))
@@ -253,8 +265,44 @@ def test_another_game_another_action_or_another_setting_is_refused(tmp_path):
     for name, trainer in others.items():
         with pytest.raises(ChangedSettingsError, match=rf"\n  {name}: "):
             train(trainer, [0], every=4, folder=tmp_path)
+    trainer = GameTrainer(Corridor(), SMALL)
     with pytest.raises(ChangedSettingsError, match=r"\n  seeds: \[0\] -> \[1\]"):
-        train(GameTrainer(Corridor(), SMALL), [1], every=4, folder=tmp_path)
+        train(trainer, [1], every=4, folder=tmp_path)
+    with pytest.raises(ChangedSettingsError, match=r"\n  every: 4 -> 2"):
+        train(trainer, [0], every=2, folder=tmp_path)
+
+
+def test_whole_games_are_played_to_their_end():
+    trainer = GameTrainer(Corridor(), dataclasses.replace(SMALL, games=64))
+    learning = trainer.init(jnp.arange(2)).learning
+    # All weights zero, all actions as probable: five steps right are one game in 32.
+    nothing = learning._replace(params=jax.tree.map(jnp.zeros_like, learning.params))
+    chance = np.asarray(trainer.play_whole(nothing, jax.random.key(0), limit=10))
+    assert chance.shape == (2, 64)
+    assert set(np.unique(chance)) <= {0.0, 1.0}
+    assert chance.mean() < 0.15
+    # A policy that always goes right wins each, once, whatever comes after.
+    params = nothing.params
+    params.policy.bias[...] = jnp.tile(jnp.array([-50.0, 50.0]), (2, 1))
+    assert (trainer.play_whole(nothing._replace(params=params), jax.random.key(0), limit=10) == 1).all()
+    assert (trainer.play_whole(nothing._replace(params=params), jax.random.key(0), limit=4) == 0).all()
+
+
+class Broken(HostCorridor):
+    """Its simulator fails in the second batch."""
+
+    steps = 0
+
+    def step(self, actions):
+        self.steps += 1
+        if self.steps > 6:
+            raise RuntimeError("the simulator is gone")
+        return super().step(actions)
+
+
+def test_a_simulator_that_fails_is_heard():
+    with pytest.raises(RuntimeError, match="the simulator is gone"):
+        train(HostTrainer(Broken(), SMALL), [0], every=4)
 
 
 def test_a_reward_that_is_no_number_stops_the_run(tmp_path):
