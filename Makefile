@@ -12,7 +12,8 @@ comma := ,
 STAMP := $(VENV)/.installed
 # Compiled programs are kept between runs: the second start of anything is several times faster.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
-export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.3
+# All of them: most take less than JAX's threshold, and processes that test side by side make many alike.
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 PYTEST := $(BIN)/python -m pytest -q
 # A file stays in one process, so that what its tests share is made once; the longest, the notebooks, goes out first.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder

@@ -190,8 +190,14 @@ def test_figures_of_the_errata_are_those_of_the_kept_run():
     assert f"without any future by {errors['one_step']['chains']:.0%}".replace("%", " %") in text
     ratios = [kept["same_coefficient"]["current"][family]["drift_ratio"] for family in FAMILIES]
     assert max(abs(ratio - 1) for ratio in ratios) < 0.035
-    chain = kept["same_coefficient"]["old"]["chain"]
+    assert f"advantages of the old policy {shares('full_entropy', 'old')} %" in text
+    above = [100 * kept["equal_drift"]["current"]["multi_step"][family]["gain_above"] for family in RANDOM]
+    assert "by {:.1f}, {:.1f} and {:.1f} % of the return gained".format(*above) in text
+    old = kept["same_coefficient"]["old"]
+    chain = old["chain"]
     assert f"{chain['drift_ratio']:.2f} times as far on the chain" in text
+    assert f"{old['chains']['drift_ratio']:.2f} in random ones" in text
+    assert f"({old['sparse']['drift_ratio']:.2f} and {old['dense']['drift_ratio']:.2f})" in text
     assert chain["gain"]["multi_step"] < chain["gain"]["one_step"]
 
 

@@ -63,8 +63,8 @@ class HostAnswer(NamedTuple):
     observation: what each shows next, in bytes (uint8); after a game has ended this is its last picture, and the step
     after that shows the first one of a new game, whatever the action was. reward: of this step. terminated, truncated:
     as in `Answer`; where a game is learnt life by life, a lost life is `terminated` too, and the same game goes on.
-    real: false where the step did nothing but begin a new game: its action was not taken. scores: of the games that ended in this step or
-    were cut off, by the game's own count, whatever `reward` is; NaN elsewhere.
+    real: false where the step did nothing but begin a new game: its action was not taken. scores: of the games that
+    ended in this step or were cut off, by the game's own count, whatever `reward` is; NaN elsewhere.
     """
 
     observation: np.ndarray
