@@ -17,8 +17,8 @@ from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Bool
 from jaxrl_llm.typing import Float
 
-TORSOS = ("minatar", "nature", "mlp")
-"""Of `ActorCritic`: for boards of squares, for pictures, for vectors."""
+TORSOS = ("minatar", "nature", "small", "mlp")
+"""Of `ActorCritic`: for boards of squares, for pictures of 84 x 84, of half of that, for vectors."""
 Memory = tuple[Float[Array, "B M"], ...]
 """What an LSTM carries: cell and output; () where there is none."""
 
@@ -72,8 +72,9 @@ class Convolution(nnx.Module):
 class Torso(nnx.Module):
     """From what a game shows to a vector of `width` numbers.
 
-    minatar: one convolution of 16 features (Young and Tian 2019); nature: three, of 32, 64 and 64 (Mnih et al. 2015);
-    both followed by a layer. mlp: two layers.
+    minatar: one convolution of 16 features (Young and Tian 2019); nature: three, of 32, 64 and 64 (Mnih et al. 2015),
+    which leave one place of pictures of 42 x 42; small: three of 32, which leave 7 x 7 of them; followed by a layer.
+    mlp: two layers.
     """
 
     def __init__(self, kind: str, shape: Sequence[int], width: int, *, rngs: nnx.Rngs) -> None:
@@ -87,7 +88,12 @@ class Torso(nnx.Module):
         if len(shape) != (1 if kind == "mlp" else 3):
             wanted = "one axis" if kind == "mlp" else "height, width and channels"
             raise ValueError(f"the torso {kind!r} reads arrays with {wanted}; the game shows {tuple(shape)}.")
-        plan = {"minatar": [(16, 3, 1)], "nature": [(32, 8, 4), (64, 4, 2), (64, 3, 1)], "mlp": []}[kind]
+        plan = {
+            "minatar": [(16, 3, 1)],
+            "nature": [(32, 8, 4), (64, 4, 2), (64, 3, 1)],
+            "small": [(32, 3, 2), (32, 3, 2), (32, 3, 1)],
+            "mlp": [],
+        }[kind]
         sides, channels, layers = list(shape[:2]), shape[-1], []
         for features, size, stride in plan:
             board = kind == "minatar"

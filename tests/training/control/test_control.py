@@ -340,7 +340,10 @@ class Wanted(NamedTuple):
     shape: tuple[int, ...]
 
 
-@pytest.mark.parametrize("wanted", [Wanted("minatar", (10, 10, 4)), Wanted("nature", (42, 42, 2)), Wanted("mlp", (7,))])
+@pytest.mark.parametrize(
+    "wanted",
+    [Wanted("minatar", (10, 10, 4)), Wanted("nature", (36, 36, 1)), Wanted("small", (20, 20, 2)), Wanted("mlp", (7,))],
+)
 @pytest.mark.parametrize("memory", [0, 6])
 def test_networks_read_rows_as_they_read_steps(wanted, memory):
     from flax import nnx
