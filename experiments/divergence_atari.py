@@ -1,7 +1,6 @@
-"""From pictures alone, with every batch used eight times, the multi-step divergence learns to hold its own in Pong.
+"""From pictures alone, every batch used eight times, the multi-step divergence holds its own in Pong.
 
-Claim      From pictures alone, with every batch used eight times, the multi-step divergence learns to hold its own in
-           Pong.
+Claim      From pictures alone, every batch used eight times, the multi-step divergence holds its own in Pong.
 Command    python -m experiments run divergence_atari
 Cost       TODO
 Expected   score_at_the_end >= 0.0 in summary.json: as many points as the opponent, in the last tenth of the run

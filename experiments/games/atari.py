@@ -5,6 +5,7 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from typing import Literal
 
 import jax
 import numpy as np
@@ -55,6 +56,7 @@ class AtariSettings:
         parallel: games that are played at once.
         steps: steps of each of these games in a batch.
         size: side of the grey square pictures that are learned from.
+        torso: network that reads them: "nature" for pictures of 84 x 84, "small" for half of that.
         frame_skip: frames that every action is held for.
         sticky: how probable it is in each frame that the action before stays.
         reuse: how often every step is used by an update.
@@ -74,6 +76,7 @@ class AtariSettings:
     parallel: int = 16
     steps: int = 64
     size: int = 42
+    torso: Literal["small", "nature"] = "small"
     frame_skip: int = 4
     sticky: float = 0.0
     reuse: int = 8
@@ -139,7 +142,7 @@ def _numbers(settings: AtariSettings, name: str) -> ControlSettings:
         optimizer=OptimizerSettings(
             learning_rate=settings.learning_rate, schedule="linear", epsilon=1e-5, max_grad_norm=0.5
         ),
-        torso="nature",
+        torso=settings.torso,
         width=settings.width,
         memory=settings.memory,
         measured=True,

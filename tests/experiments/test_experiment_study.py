@@ -12,9 +12,13 @@ from experiments.cli import main
 from experiments.results import keep
 from experiments.results import write_tables
 from experiments.run_folder import RunFolder
+from experiments.run_folder import UserError
+from experiments.study import Resumable
 from experiments.study import read_results
+from experiments.study import run_parts
 from jaxrl_llm.exploration import Gaussian
 from jaxrl_llm.exploration import thompson_sampling
+from jaxrl_llm.training import StorageError
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +89,27 @@ def test_a_posterior_that_breaks_ends_the_run_with_a_sentence(capsys, tmp_path, 
     monkeypatch.setattr("experiments.linear_bandit.thompson_sampling", broken)
     assert main(["run", "linear_bandit", "--tiny", "--runs-folder", str(tmp_path)]) == 2
     assert "The posterior of an agent broke: covariance 0 of 6 has smallest eigenvalue" in capsys.readouterr().err
+
+
+def test_a_part_goes_on_where_it_was_stopped_and_its_seconds_add_up(tmp_path):
+    run = RunFolder(tmp_path / "study" / "one")
+    run.path.mkdir(parents=True)
+
+    def compute(folder, say):
+        half = folder / "half"
+        if half.exists():
+            return {"value": np.arange(3)}
+        half.touch()
+        say("50%")
+        raise StorageError("the disk is full")
+
+    with pytest.raises(UserError, match="the disk is full"):
+        run_parts(run, {"long": Resumable(compute)})
+    (spent,) = run.path.glob("parts/*/seconds.txt")
+    assert float(spent.read_text()) > 0
+    spent.write_text("100.0")
+    assert run_parts(run, {"long": Resumable(compute)}) is None
+    part = read_results(run)["long"]
+    assert part["value"].tolist() == [0, 1, 2]
+    assert 100 < part["seconds"] < 110
+    assert not spent.parent.exists()
