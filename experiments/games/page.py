@@ -150,7 +150,7 @@ def _score(summary: Mapping[str, Any], name: str) -> Interval:
 
 def _drift(settings: GameSettings, results: Results, game: str) -> Picture:
     """Divergence of successive policies against frames."""
-    figure, axes = new_axes("frames of each agent [thousands]", "divergence of successive occupancies [nats]")
+    figure, axes = new_axes("frames of each agent [thousands]", "KL from the policy before [nats]")
     axes.set_yscale("log")
     for method in settings.arms:
         part = results[named(settings, game, method).name]
