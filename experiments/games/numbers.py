@@ -113,7 +113,8 @@ def summarise(settings: GameSettings, results: Results) -> dict[str, Any]:
     }
     for base in ("ppo", "kl_one_step", FRESH):
         for method in settings.arms:
-            if base in settings.arms and method != base:
+            known = {f"{method}_over_{base}", f"{base}_over_{method}"} & {*summary["relative"]}
+            if base in settings.arms and method != base and not known:
                 score = over_games(settings, results, method, base)
                 summary["relative"][f"{method}_over_{base}"] = {"mean": score.mean, "half_interval": score.half}
     claimed = summary["relative"].get("kl_over_ppo")
