@@ -193,7 +193,7 @@ def _table(settings: GameSettings, results: Results, summary: Mapping[str, Any],
             gain = _said(over_seeds(final(results[arm.name]) - final(results[base.name])))
         allowed = ""
         if has_bound(settings, arm):
-            allowed = f"{numbers['gain'] / settings.coefficient:.3f} ± {_half(numbers, settings):.3f}"
+            allowed = f"{numbers['gain'] / settings.coefficient:.4f} ± {_half(numbers, settings):.4f}"
         skipped = f" ({numbers['skipped']:.0f} skipped)" if numbers["skipped"] else ""
         rows.append(
             (
