@@ -1,5 +1,6 @@
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -162,3 +163,22 @@ def test_everything_is_a_constant_to_the_gradient():
 def test_bad_input_is_a_sentence(without_type_hook):
     with pytest.raises(ValueError, match="divergence is 'KL'; it must be one of kl, reverse_kl"):
         augmented.pseudo_reward(PHI, PHI, divergence="KL")
+
+
+def test_a_discount_of_each_step_ends_episodes_within_a_row():
+    rng = np.random.default_rng(3)
+    phi, values, rewards = (jnp.asarray(rng.normal(size=(2, 6)), jnp.float32) for _ in range(3))
+    ratio, every = jnp.exp(0.5 * jnp.asarray(rng.normal(size=(2, 6)), jnp.float32)), jnp.ones((2, 6), bool)
+    bootstrap = jnp.asarray(rng.normal(size=2), jnp.float32)
+    cut = jnp.full((2, 6), 0.8).at[:, 2].set(0.0)
+    charge = augmented.multi_step_divergence(phi, ratio, every, discount=cut)
+    targets = augmented.v_trace(values, rewards, ratio, every, discount=cut, bootstrap=bootstrap)
+    for part, last in ((slice(0, 3), None), (slice(3, 6), bootstrap)):
+        piece = [x[:, part] for x in (phi, values, rewards, ratio, every)]
+        alone = augmented.multi_step_divergence(piece[0], piece[3], piece[4], discount=0.8)
+        np.testing.assert_allclose(charge[:, part], alone, rtol=1e-5, atol=1e-6)
+        goals = augmented.v_trace(piece[1], piece[2], piece[3], piece[4], discount=0.8, bootstrap=last)
+        for whole, one in zip(targets, goals, strict=True):
+            np.testing.assert_allclose(whole[:, part], one, rtol=1e-5, atol=1e-6)
+    with pytest.raises((ValueError, jaxtyping.TypeCheckError), match="discount"):
+        augmented.multi_step_divergence(phi, ratio, every, discount=cut[:, 1:])
