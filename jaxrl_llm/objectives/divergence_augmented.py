@@ -91,6 +91,7 @@ def _per_step(discount: ScalarLike | Float[Array, "B T"], like: Float[Array, "B 
     """A discount for each step of each row."""
     if jnp.ndim(discount):
         require_same_shape(ratio_t=like, discount=discount)
+        require_dtype("floating", discount=discount)
     return jnp.broadcast_to(jnp.asarray(discount, like.dtype), like.shape)
 
 
