@@ -209,7 +209,8 @@ def verdict(record: Record) -> dict[str, str]:
         said = "A tiny run: it shows that everything works and claims nothing."
         return {"kind": "open", "word": "no claim", "sentence": said}
     quantity, least = summary["expected"]["quantity"], summary["expected"]["at_least"]
-    said = f"Expected: {quantity.replace('_', ' ')} of at least {least:g}; measured: {summary[quantity]:.3f}."
+    measured = "nothing" if summary[quantity] is None else f"{summary[quantity]:.3f}"
+    said = f"Expected: {quantity.replace('_', ' ')} of at least {least:g}; measured: {measured}."
     if summary["changed_settings"]:
         said += f" Settings changed from those of the claim: {', '.join(summary['changed_settings'])}."
     if summary["claim_met"]:

@@ -80,8 +80,10 @@ def _summary(content: dict[str, Any]) -> str | None:
     if not isinstance(expected, dict) or not _is_number(expected.get("at_least")):
         return "expected must say what is at least needed"
     quantity = expected.get("quantity")
-    if not isinstance(quantity, str) or not _is_float(content.get(quantity)):
-        return "the quantity that is expected must be a number in it"
+    if not isinstance(quantity, str) or quantity not in content:
+        return "the quantity that is expected must be in it"
+    if content[quantity] is not None and not _is_float(content[quantity]):
+        return "the quantity that is expected must be a number in it, or null where it could not be measured"
     if "claim_met" not in content or not (content["claim_met"] is None or type(content["claim_met"]) is bool):
         return "claim_met must be true, false or null"
     changed = content.get("changed_settings")

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from experiments.figures import legend
 from experiments.games.numbers import curve
+from experiments.games.numbers import mean_of_known
 from experiments.games.page import COLOURS
 from experiments.games.page import DASHED
 from experiments.games.settings import LABELS
@@ -32,6 +33,7 @@ from experiments.study import Section
 from experiments.study import Table
 from experiments.style import Picture
 from experiments.style import new_axes
+from experiments.words import NONE
 from jaxrl_llm.checks import require_choice
 from jaxrl_llm.environments.pixels import Atari
 from jaxrl_llm.training.control import METHODS
@@ -185,6 +187,12 @@ def _scores(part: Arrays, share: float) -> float | None:
     return float(part["returns"][0, where].sum() / ended) if ended else None
 
 
+def _known_or_none(values: np.ndarray) -> float | None:
+    """Mean of what is a number; None where nothing is."""
+    mean = float(mean_of_known(values))
+    return mean if np.isfinite(mean) else None
+
+
 def summarise(settings: AtariSettings, results: Results) -> dict[str, Any]:
     """Every arm in numbers: scores at the beginning and at the end, how far its policies went, and speed."""
     summary: dict[str, Any] = {"frames": settings.frames, "arms": {}}
@@ -194,7 +202,7 @@ def summarise(settings: AtariSettings, results: Results) -> dict[str, Any]:
             "start": _scores(part, 0.1),
             "end": _scores(part, -0.1),
             "games": float(part["ended"].sum()),
-            "occupancy_divergence": float(np.nanmean(part["occupancy_divergence"])),
+            "occupancy_divergence": _known_or_none(part["occupancy_divergence"][0]),
             "effective_share": float(part["effective_share"].mean()),
             "entropy": float(part["entropy"][0, -1]),
             "skipped": float(part["skipped"].sum()),
@@ -244,7 +252,7 @@ def atari_page(settings: AtariSettings, results: Results, summary: Mapping[str, 
             "none ended" if numbers["start"] is None else f"{numbers['start']:.1f}",
             "none ended" if numbers["end"] is None else f"{numbers['end']:.1f}",
             f"{numbers['games']:.0f}",
-            f"{numbers['occupancy_divergence']:.4f}",
+            NONE if numbers["occupancy_divergence"] is None else f"{numbers['occupancy_divergence']:.4f}",
             f"{numbers['effective_share']:.3f}",
             f"{numbers['entropy']:.2f}",
             f"{numbers['steps_per_second']:.0f}",

@@ -65,7 +65,13 @@ def final(part: Arrays) -> np.ndarray:
 
 def over_the_run(part: Arrays) -> np.ndarray:
     """One per seed: the mean of the learning curve, which is high for those that learn soon."""
-    return np.nanmean(curve(part), axis=1)
+    return mean_of_known(curve(part))
+
+
+def mean_of_known(values: np.ndarray) -> np.ndarray:
+    """Mean over the last axis of what is a number; NaN where nothing is."""
+    known = np.isfinite(values)
+    return np.where(known, values, 0).sum(axis=-1) / np.where(known.any(axis=-1), known.sum(axis=-1), np.nan)
 
 
 def relative(results: Results, arm: Arm, base: Arm) -> np.ndarray:
@@ -129,8 +135,8 @@ def _numbers(settings: GameSettings, results: Results, arm: Arm) -> Mapping[str,
     return {
         "end": end.mean,
         "end_half_interval": end.half,
-        "over_the_run": mean.mean,
-        "over_the_run_half_interval": mean.half,
+        "over_the_run": _known(mean.mean),
+        "over_the_run_half_interval": _known(mean.half),
         "updates": settings.iterations * control_settings(settings, arm).updates,
         "occupancy_divergence": moved.divergence.mean,
         "occupancy_divergence_half_interval": moved.divergence.half,

@@ -203,7 +203,9 @@ def _table(settings: GameSettings, results: Results, summary: Mapping[str, Any],
                 f"{numbers['updates']:,}{skipped}",
                 f"{numbers['end']:.2f} ± {numbers['end_half_interval']:.2f}",
                 gain,
-                f"{numbers['over_the_run']:.2f} ± {numbers['over_the_run_half_interval']:.2f}",
+                "unknown"
+                if numbers["over_the_run"] is None
+                else f"{numbers['over_the_run']:.2f} ± {numbers['over_the_run_half_interval']:.2f}",
                 f"{numbers['occupancy_divergence']:.4f} ± {numbers['occupancy_divergence_half_interval']:.4f}",
                 allowed,
                 f"{numbers['policy_tv']:.3f}",

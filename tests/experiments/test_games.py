@@ -57,6 +57,16 @@ def test_a_point_without_games_is_not_known():
     np.testing.assert_allclose(curve(part, points=2), [[3, 8]])
 
 
+def test_a_game_that_never_ends_has_no_mean_return():
+    results = results_of(SETTINGS)
+    arm = named(SETTINGS, "breakout", "kl")
+    results[arm.name]["ended"][:] = results[arm.name]["returns"][:] = 0
+    summary = summarise(SETTINGS, results)
+    assert summary["arms"][arm.name]["over_the_run"] is None
+    assert "NaN" not in json.dumps(summary)
+    minatar_page(SETTINGS, results, summary)
+
+
 def test_the_relative_score_is_that_of_the_paper():
     results = results_of(SETTINGS)
     ours, theirs = named(SETTINGS, "breakout", "kl"), named(SETTINGS, "breakout", "ppo")
@@ -150,6 +160,7 @@ def test_atari_without_a_finished_game_and_settings_that_cannot_be():
     part = made_up(1, 20) | {"screenshots": np.zeros((2, 210, 160, 3), np.uint8)}
     assert atari.summarise(settings, {"kl": part})["score_at_the_end"] == pytest.approx(1.0)
     part["ended"][:] = part["returns"][:] = 0
+    part["occupancy_divergence"][:] = np.nan
     summary = atari.summarise(settings, {"kl": part})
     assert summary["score_at_the_end"] is None
     assert not divergence_atari.EXPERIMENT.expectation.check(summary)
