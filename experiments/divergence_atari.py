@@ -2,13 +2,14 @@
 
 Claim      From pictures alone, every batch used eight times, the multi-step divergence holds its own in Pong.
 Command    python -m experiments run divergence_atari
-Cost       about half an hour on two quiet cores of an Intel Xeon; needs the extra `atari-gpl` (ale-py is under the GPL)
+Cost       about 50 minutes on two cores of an Intel Xeon, by the first fifth of one arm (305 s); needs the extra
+           `atari-gpl` (ale-py is under the GPL)
 Expected   score_at_the_end >= 0.0 in summary.json: as many points as the opponent, in the last tenth of the run
 
 Two million frames of Pong (half a million steps, each held for four frames), one run each of PPO and the multi-step KL,
-grey pictures of 42 x 42 so that it takes half an hour and not three; `--size 84 --torso nature` is the usual one. No
-result is kept yet. A first try had the network for 84 x 84, whose convolutions leave one place of such pictures: PPO
-stayed at -20.3 for all two million frames (12 minutes).
+grey pictures of 42 x 42 so that it takes one hour and not three; `--size 84 --torso nature` is the usual one. No
+result is kept yet. A first try had the network for 84 x 84 (`--torso nature`), whose convolutions leave one place of
+such pictures: PPO stayed at -20.3 for all two million frames (727 s).
 """
 
 from experiments.games.atari import RANGES
@@ -28,7 +29,7 @@ TINY = AtariSettings(
 EXPERIMENT = Study(
     name="divergence_atari",
     claim="From pictures alone, every batch used eight times, the multi-step divergence holds its own in Pong.",
-    cost="about half an hour on two quiet cores of an Intel Xeon",
+    cost="about 50 minutes on two cores of an Intel Xeon, by the first fifth of one arm",
     settings=SETTINGS,
     tiny=TINY,
     expectation=Expectation("score_at_the_end", at_least=0.0),

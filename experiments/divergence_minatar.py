@@ -2,7 +2,7 @@
 
 Claim      With every batch used eight times, a multi-step divergence ends with higher returns than PPO's clip.
 Command    python -m experiments run divergence_minatar
-Cost       18 minutes on two quiet cores of an Intel Xeon, compilation included; `--full` about a day
+Cost       18 minutes on two quiet cores of an Intel Xeon, compilation included; `--full` about a day (estimated)
 Expected   kl_over_ppo_low >= 1e-06 in summary.json: the lower end of the 95 % interval of the relative score of the
            multi-step KL over PPO with as much reuse, mean over games, paired by seed; missed, see below
 

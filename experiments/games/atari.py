@@ -40,7 +40,6 @@ from jaxrl_llm.training.control import METHODS
 from jaxrl_llm.training.control import ControlSettings
 from jaxrl_llm.training.control import HostTrainer
 from jaxrl_llm.training.control import train
-from jaxrl_llm.training.run.optimizer import OptimizerSettings
 
 SHOTS = (0, 150, 300, 450, 600, 750)
 """Steps of a game of which the report shows the picture."""
@@ -141,9 +140,7 @@ def _numbers(settings: AtariSettings, name: str) -> ControlSettings:
         reuse=settings.reuse,
         replay=min(settings.reuse, settings.replay),
         minibatches=settings.minibatches,
-        optimizer=OptimizerSettings(
-            learning_rate=settings.learning_rate, schedule="linear", epsilon=1e-5, max_grad_norm=0.5
-        ),
+        optimizer=dataclasses.replace(ControlSettings().optimizer, learning_rate=settings.learning_rate),
         torso=settings.torso,
         width=settings.width,
         memory=settings.memory,

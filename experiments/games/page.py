@@ -193,7 +193,8 @@ def _table(settings: GameSettings, results: Results, summary: Mapping[str, Any],
             gain = _said(over_seeds(final(results[arm.name]) - final(results[base.name])))
         allowed = ""
         if has_bound(settings, arm):
-            allowed = f"{numbers['gain'] / settings.coefficient:.4f} ± {_half(numbers, settings):.4f}"
+            gained, half = (numbers[name] / settings.coefficient for name in ("gain", "gain_half_interval"))
+            allowed = f"{gained:.4f} ± {half:.4f}"
         skipped = f" ({numbers['skipped']:.0f} skipped)" if numbers["skipped"] else ""
         rows.append(
             (
@@ -230,10 +231,6 @@ def _table(settings: GameSettings, results: Results, summary: Mapping[str, Any],
         "frames/s of all seeds",
     )
     return Table(head=head, rows=rows)
-
-
-def _half(numbers: Mapping[str, Any], settings: GameSettings) -> float:
-    return numbers["gain_half_interval"] / settings.coefficient
 
 
 def _said(gain: Interval, digits: int = 2) -> str:

@@ -28,7 +28,6 @@ from jaxrl_llm.training.control import METHODS
 from jaxrl_llm.training.control import ControlSettings
 from jaxrl_llm.training.control import GameTrainer
 from jaxrl_llm.training.control import train
-from jaxrl_llm.training.run.optimizer import OptimizerSettings
 
 FRESH = "fresh"
 """The arm that uses every batch once, while it is new."""
@@ -199,9 +198,7 @@ def control_settings(settings: GameSettings, arm: Arm) -> ControlSettings:
         reuse=arm.reuse,
         replay=min(arm.reuse, settings.replay),
         minibatches=settings.minibatches,
-        optimizer=OptimizerSettings(
-            learning_rate=settings.learning_rate, schedule="linear", epsilon=1e-5, max_grad_norm=0.5
-        ),
+        optimizer=dataclasses.replace(ControlSettings().optimizer, learning_rate=settings.learning_rate),
         measured=True,
     )
 

@@ -23,26 +23,12 @@ def _stub(names: dict[str, tuple[str, ...]]) -> None:
         sys.modules[name] = module
 
 
-def main() -> None:
-    """Time whole runs after a first one, without compilation, and print one JSON line."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("work", type=Path)
-    work = json.loads(parser.parse_args().work.read_text())
-    sys.path.insert(0, work["peer"])
-    wrappers = {"brax.envs.wrappers.training": ("EpisodeWrapper", "AutoResetWrapper")}
-    _stub({"brax": ("envs",), "brax.envs": (), "brax.envs.wrappers": (), **wrappers, "navix": ()})
-
-    import distrax
-    import flax.linen as nn
+def _five_values() -> None:
+    """Let gymnax's games answer as those that the peer was written for: what is over, and little in `info`, which the
+    peer keeps for each step."""
     import gymnax
-    import jax
-    import numpy as np
-    from flax.linen.initializers import constant
-    from flax.linen.initializers import orthogonal
 
     class FiveValues:
-        """A step's five values: what is over, and nothing in `info` that would be kept for each step."""
-
         def __init__(self, env):
             self._env = env
 
@@ -55,11 +41,17 @@ def main() -> None:
 
     make = gymnax.make
     gymnax.make = lambda *args, **options: (lambda env, params: (FiveValues(env), params))(*make(*args, **options))
-    import ppo
+
+
+def _network() -> type:
+    """MinAtar's network, as a class that takes the place of the peer's."""
+    import distrax
+    import flax.linen as nn
+    import numpy as np
+    from flax.linen.initializers import constant
+    from flax.linen.initializers import orthogonal
 
     class ActorCritic(nn.Module):
-        """MinAtar's network."""
-
         action_dim: int
         activation: str = "relu"
 
@@ -75,7 +67,22 @@ def main() -> None:
             value = nn.Dense(1, kernel_init=orthogonal(1.0), bias_init=constant(0.0))(x)
             return distrax.Categorical(logits=logits), value[..., 0]
 
-    ppo.ActorCritic = ActorCritic
+    return ActorCritic
+
+
+def main() -> None:
+    """Time whole runs after a first one, without compilation, and print one JSON line."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("work", type=Path)
+    work = json.loads(parser.parse_args().work.read_text())
+    sys.path.insert(0, work["peer"])
+    wrappers = {"brax.envs.wrappers.training": ("EpisodeWrapper", "AutoResetWrapper")}
+    _stub({"brax": ("envs",), "brax.envs": (), "brax.envs.wrappers": (), **wrappers, "navix": ()})
+    _five_values()
+    import jax
+    import ppo
+
+    ppo.ActorCritic = _network()
     settings = {
         "LR": 5e-3,
         "NUM_ENVS": work["games"],
@@ -103,8 +110,9 @@ def main() -> None:
         seconds.append(time.perf_counter() - start)
         processor.append(time.process_time() - before)
     versions = {name: version(name) for name in ("jax", "flax", "gymnax", "distrax")}
-    shown = {"seconds": seconds[1:], "processor": processor[1:], "compiling": compiling, "versions": versions}
-    print(json.dumps(shown))
+    print(
+        json.dumps({"seconds": seconds[1:], "processor": processor[1:], "compiling": compiling, "versions": versions})
+    )
 
 
 if __name__ == "__main__":

@@ -158,6 +158,64 @@ def test_targets_are_the_sums_of_their_games(cap):
     assert np.abs(charge[real]).max() > 0.1
 
 
+def log_softmax(logits):
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def decided(params):
+    """A network with larger logits than a new one has, so that ratios and entropies are no constants."""
+    params.policy.kernel[...] = 150 * params.policy.kernel[...]
+    return params
+
+
+@pytest.mark.parametrize("name", ["kl", "ppo"])
+def test_the_loss_and_its_metrics_by_hand(name):
+    rollout, settings = drawn(), dataclasses.replace(SMALL, method=METHODS[name], entropy=0.3, value=0.7)
+    learner = Learner((LENGTH,), 2, settings)
+    params = decided(learner.init(jax.random.key(1)).params)
+    loss, metrics = learner.loss(params, jax.tree.map(jnp.asarray, rollout))
+    logits, values = (np.asarray(x) for x in learner.forward(params, rollout.shown, rollout.began, ())[:2])
+    log_all = log_softmax(logits[:, :-1])
+    log_prob = np.take_along_axis(log_all, rollout.action[..., None], 2)[..., 0]
+    ratio = np.exp(log_prob - rollout.log_prob)
+    goal, charge, gain = plain_targets(rollout, ratio, values, settings.trace, settings.method.divergence_trace)
+    learned = rollout.real & ~rollout.cut
+    gain = gain / np.sqrt(np.mean(gain[learned] ** 2))
+    if name == "kl":
+        policy = -ratio * (gain - charge)
+        assert np.abs(charge[learned]).mean() > 0.1
+    else:
+        policy = -np.minimum(ratio * gain, np.clip(ratio, 0.8, 1.2) * gain)
+    error, entropy = np.square(values[:, :-1] - goal) / 2, -(np.exp(log_all) * log_all).sum(-1)
+    parts = {"policy_loss": policy, "value_loss": error, "entropy": entropy}
+    for part, values in parts.items():
+        assert float(metrics[part]) == pytest.approx(values[learned].mean(), rel=1e-3)
+    # Large enough parts that none is lost in the others.
+    assert min(abs(values[learned].mean()) for values in parts.values()) > 0.02 * float(abs(loss))
+    assert float(loss) == pytest.approx((policy + 0.7 * error - 0.3 * entropy)[learned].mean(), rel=1e-4)
+    rho = ratio[learned]
+    assert float(metrics["kl"]) == pytest.approx(np.mean(rho - 1 - np.log(rho)), rel=1e-3)
+    assert float(metrics["effective_share"]) == pytest.approx(rho.sum() ** 2 / (rho.size * (rho**2).sum()), rel=1e-3)
+
+
+def test_what_is_measured_of_a_policy_and_the_one_before():
+    rollout, learner = drawn(), Learner((LENGTH,), 2, SMALL)
+    params, before = (decided(learner.init(jax.random.key(k)).params) for k in (1, 2))
+    found = learner.measure(params, before, jax.tree.map(jnp.asarray, rollout))
+    (new, own), (old, other) = (learner.forward(p, rollout.shown, rollout.began, ())[:2] for p in (params, before))
+    new, old = (log_softmax(np.asarray(logits)[:, :-1]) for logits in (new, old))
+    learned = rollout.real & ~rollout.cut
+    forward = (np.exp(new) * (new - old)).sum(-1)[learned].mean()
+    assert float(found["occupancy_divergence"]) == pytest.approx(forward, rel=1e-3)
+    # The other way round is another number.
+    assert abs((np.exp(old) * (old - new)).sum(-1)[learned].mean() - forward) > 0.01
+    apart = np.abs(np.exp(new) - np.exp(old)).sum(-1)[learned].mean() / 2
+    assert float(found["occupancy_tv"]) == pytest.approx(apart, rel=1e-3)
+    for name, values in (("surprise", np.asarray(own)), ("surprise_before", np.asarray(other))):
+        difference = rollout.reward + rollout.discount * values[:, 1:] - values[:, :-1]
+        assert float(found[name]) == pytest.approx(difference[learned].mean(), rel=1e-3)
+
+
 def test_nothing_is_learned_from_steps_that_were_not_taken_or_cut_off():
     rollout = jax.tree.map(jnp.asarray, drawn())
     learner = Learner((LENGTH,), 2, SMALL)
