@@ -81,7 +81,7 @@ def export_run(
         if to == "hf":
             save_hf(saved.model, folder, tokenizer=saved.tokenizer)
         else:
-            size = 4 * saved.model.config.num_parameters
+            size = 4 * num_parameters(saved.model.config)
             with whole_folder(folder, size=size) as draft:
                 name = f"{run.label} step {saved.step}"
                 save_gguf(saved.model, draft / GGUF_FILE, tokenizer=saved.tokenizer, dtype=dtype, name=name)

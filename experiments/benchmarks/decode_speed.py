@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxrl_llm.models.blueprint import num_parameters
 from jaxrl_llm.models.pretrained import smollm2_135m
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.models.weights import save_gguf
@@ -176,7 +177,7 @@ def memory_floor(model: Transformer, dtype: str, batch: int) -> float:
         total(array).block_until_ready()
         times.append(time.perf_counter() - start)
     bandwidth = array.nbytes / min(times)
-    return batch * bandwidth / (model.config.num_parameters * jnp.dtype(dtype).itemsize)
+    return batch * bandwidth / (num_parameters(model.config) * jnp.dtype(dtype).itemsize)
 
 
 def summarise(timings: list[Timing]) -> dict[str, float]:

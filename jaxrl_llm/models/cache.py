@@ -1,6 +1,7 @@
 """Keys and values of the tokens already read, so that each new token is computed once."""
 
 from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
 from dataclasses import replace
@@ -10,7 +11,9 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 
+from jaxrl_llm.models.attention import grouped_query_attention
 from jaxrl_llm.models.config import TransformerConfig
+from jaxrl_llm.models.numerics import Numerics
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Bool
 from jaxrl_llm.typing import Float
@@ -18,24 +21,37 @@ from jaxrl_llm.typing import Int
 
 
 class LayerCache(NamedTuple):
-    """One layer's share of the cache, with the slot at which the next token is written, and how what is written is
-    rounded.
+    """One layer's share of the cache: a `Context`.
+
+    Attributes:
+        keys, values: of the tokens already read.
+        mask: slots that each of the next T tokens may attend to.
+        start: slot of the first of them.
+        rounding: acts on what is written; None: nothing does.
     """
 
     keys: Float[Array, "B KV S hd"]
     values: Float[Array, "B KV S hd"]
+    mask: Bool[Array, "B T S"]
     start: Int[Array, ""]
     rounding: Callable[[Array], Array] | None = None
 
-    def write(self, keys: Float[Array, "B KV T hd"], values: Float[Array, "B KV T hd"]) -> Self:
-        """Put the keys and values of T new tokens into slots start .. start + T."""
-        origin = (0, 0, self.start, 0)
+    def attend(
+        self,
+        query: Float[Array, "B T H hd"],
+        key: Float[Array, "B T KV hd"],
+        value: Float[Array, "B T KV hd"],
+        numerics: Numerics,
+    ) -> tuple[Float[Array, "B T H hd"], Self]:
+        """Write the keys and values of T new tokens into their slots, and attend to all that the mask allows."""
+        key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
         if self.rounding is not None:
-            keys, values = self.rounding(keys), self.rounding(values)
-        return self._replace(
-            keys=jax.lax.dynamic_update_slice(self.keys, keys.astype(self.keys.dtype), origin),
-            values=jax.lax.dynamic_update_slice(self.values, values.astype(self.values.dtype), origin),
-        )
+            key, value = self.rounding(key), self.rounding(value)
+        origin = (0, 0, self.start, 0)
+        keys = jax.lax.dynamic_update_slice(self.keys, key.astype(self.keys.dtype), origin)
+        values = jax.lax.dynamic_update_slice(self.values, value.astype(self.values.dtype), origin)
+        mixed = grouped_query_attention(query, keys, values, self.mask, numerics.precision)
+        return mixed, self._replace(keys=keys, values=values)
 
 
 @jax.tree_util.register_dataclass
@@ -89,9 +105,17 @@ class KVCache:
         """Number of slots per row."""
         return self.slot_mask.shape[1]
 
-    def layer(self, index: int) -> LayerCache:
-        """The share of one layer."""
-        return LayerCache(self.keys[index], self.values[index], self.length, self.rounding)
+    def contexts(self, tokens: int) -> tuple[LayerCache, ...]:
+        """What the last `tokens` that `advance` counted attend to, layer by layer."""
+        mask, start = self.attention_mask(tokens), self.length - tokens
+        return tuple(
+            LayerCache(*layer, mask, start, self.rounding) for layer in zip(self.keys, self.values, strict=True)
+        )
+
+    def written(self, contexts: Sequence[LayerCache]) -> Self:
+        """The cache with what its layers have written."""
+        keys, values = tuple(layer.keys for layer in contexts), tuple(layer.values for layer in contexts)
+        return replace(self, keys=keys, values=values)
 
     def next_positions(self, token_mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
         """Positions of the next T tokens: the number of real tokens before each in its row."""

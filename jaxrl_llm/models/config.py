@@ -1,6 +1,7 @@
 """What distinguishes one Llama-family decoder from another, as data."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 LARGEST_SIZE = 2**31 - 1
 """Of anything that is counted: positions and token ids are 32-bit integers."""
@@ -55,11 +56,69 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """The experts of the layers that have some.
+
+    Attributes:
+        count: E, experts of a layer.
+        chosen: k, experts of each token.
+        width: of the inner layer of an expert.
+        shared: experts that every token goes through beside those; they lie as one of `shared` times the width.
+        dense_layers: layers from the bottom that have none.
+        scores: what the router makes of its logits.
+        bias: whether a bias is added to the scores where experts are chosen.
+        normalise: whether the weights of a token's experts are divided by their sum.
+        scale: by which the weights are multiplied.
+        groups: neighbouring experts in groups of E / groups, of which some are left out before experts are chosen.
+        chosen_groups: groups that are not left out.
+
+    Raises:
+        ValueError: for numbers that do not go together, naming the field.
+    """
+
+    count: int
+    chosen: int
+    width: int
+    shared: int = 0
+    dense_layers: int = 0
+    scores: Literal["sigmoid", "softmax"] = "sigmoid"
+    bias: bool = True
+    normalise: bool = True
+    scale: float = 1.0
+    groups: int = 1
+    chosen_groups: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("count", "chosen", "width", "groups", "chosen_groups"):
+            _check_size(f"experts.{name}", vars(self)[name])
+        for name in ("shared", "dense_layers"):
+            if vars(self)[name] != 0:
+                _check_size(f"experts.{name}", vars(self)[name])
+        if self.scores not in ("sigmoid", "softmax"):
+            raise ValueError(f"experts.scores must be 'sigmoid' or 'softmax', got {self.scores!r:.80}")
+        _check_number("experts.scale", self.scale, largest=LARGEST_NUMBER)
+        if self.count % self.groups or (self.groups > 1 and self.count // self.groups < 2):
+            raise ValueError(
+                f"experts.groups must divide experts.count into groups of two or more, got {self.groups} groups of "
+                f"{self.count} experts"
+            )
+        if self.chosen_groups > self.groups:
+            raise ValueError(
+                f"experts.chosen_groups must be at most experts.groups, got {self.chosen_groups} of {self.groups}"
+            )
+        there = self.count // self.groups * self.chosen_groups
+        if self.chosen > there:
+            raise ValueError(f"experts.chosen must be at most the {there} to choose from, got {self.chosen}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
     """Sizes and constants of a decoder with rotary positions, grouped-query attention and a SwiGLU feed-forward.
 
     `qkv_bias` adds the biases of Qwen2, `qk_norm` the per-head norms of Qwen3. Queries of `num_heads / num_kv_heads`
-    neighbouring heads share one key-value head.
+    neighbouring heads share one key-value head. The first `rotary_fraction` of a head's elements turn with the
+    position. With `experts`, the layers from `experts.dense_layers` on have experts in place of the feed-forward of
+    `intermediate_size`.
 
     Raises:
         ValueError: for sizes that no decoder can have, naming the field.
@@ -79,6 +138,8 @@ class TransformerConfig:
     qkv_bias: bool = False
     qk_norm: bool = False
     rope_scaling: RopeScaling | None = None
+    rotary_fraction: float = 1.0
+    experts: ExpertsConfig | None = None
 
     def __post_init__(self) -> None:
         sizes = (
@@ -102,16 +163,25 @@ class TransformerConfig:
             raise ValueError(f"head_dim must be even because rotary positions turn pairs, got {self.head_dim}")
         for name in ("rope_theta", "norm_eps"):
             _check_number(name, vars(self)[name], largest=LARGEST_NUMBER)
+        _check_number("rotary_fraction", self.rotary_fraction, largest=1.0)
+        if self.rotary_dim < 2 or self.rotary_dim % 2:
+            raise ValueError(
+                f"rotary_fraction must leave an even number of elements that turn, got {self.rotary_fraction:g} of "
+                f"{self.head_dim}"
+            )
+        if self.experts is not None and self.experts.dense_layers >= self.num_layers:
+            raise ValueError(
+                f"experts.dense_layers must be below num_layers, got {self.experts.dense_layers} of {self.num_layers}"
+            )
 
     @property
-    def num_parameters(self) -> int:
-        """Number of parameters, tied embeddings counted once."""
-        query, memory = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        attention = self.hidden_size * (2 * query + 2 * memory)
-        attention += self.qkv_bias * (query + 2 * memory) + self.qk_norm * 2 * self.head_dim
-        block = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
-        tables = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
-        return tables + self.num_layers * block + self.hidden_size
+    def rotary_dim(self) -> int:
+        """Elements of a head that turn with the position."""
+        return int(self.head_dim * self.rotary_fraction)
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether a layer has experts."""
+        return self.experts is not None and layer >= self.experts.dense_layers
 
 
 def smollm2_135m() -> TransformerConfig:
@@ -144,6 +214,8 @@ def tiny(
     tie_embeddings: bool = True,
     qkv_bias: bool = False,
     qk_norm: bool = False,
+    rotary_fraction: float = 1.0,
+    experts: ExpertsConfig | None = None,
 ) -> TransformerConfig:
     """A decoder that compiles in a second, for tests and quick looks."""
     return TransformerConfig(
@@ -158,4 +230,6 @@ def tiny(
         tie_embeddings=tie_embeddings,
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
+        rotary_fraction=rotary_fraction,
+        experts=experts,
     )

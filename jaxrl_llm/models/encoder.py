@@ -8,8 +8,8 @@ from flax import nnx
 
 from jaxrl_llm.models.attention import grouped_query_attention
 from jaxrl_llm.models.layers import Linear
-from jaxrl_llm.models.layers import Numerics
-from jaxrl_llm.models.layers import at_least_float32
+from jaxrl_llm.models.numerics import Numerics
+from jaxrl_llm.models.numerics import at_least_float32
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Bool
 from jaxrl_llm.typing import Float

@@ -1,4 +1,8 @@
-"""The parts of a decoder block: norm, rotary positions, grouped-query attention, SwiGLU."""
+"""The parts of a decoder block: norm, rotary positions, grouped-query attention, SwiGLU.
+
+Each part that holds parameters says which tensors hold them in checkpoints (`stored`): formats, sizes and costs are
+derived from that (`models.blueprint`), so a block lists its parts once.
+"""
 
 from typing import NamedTuple
 
@@ -6,45 +10,27 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxrl_llm.models.attention import Visibility
-from jaxrl_llm.models.attention import attend
-from jaxrl_llm.models.attention import grouped_query_attention
-from jaxrl_llm.models.cache import LayerCache
 from jaxrl_llm.models.config import TransformerConfig
+from jaxrl_llm.models.context import Context
+from jaxrl_llm.models.numerics import Numerics
+from jaxrl_llm.models.numerics import at_least_float32
+from jaxrl_llm.models.numerics import product
+from jaxrl_llm.models.stored_parts import Stored
 from jaxrl_llm.typing import Array
-from jaxrl_llm.typing import Bool
 from jaxrl_llm.typing import Float
 from jaxrl_llm.typing import Int
-
-
-class Numerics(NamedTuple):
-    """Dtype of the parameters and dtype of the products; norms, rotations and softmax are never below float32.
-
-    `attention` names the implementation of `models.attention.attend`; None: the one that `choose` says.
-    """
-
-    param_dtype: jnp.dtype = jnp.dtype(jnp.float32)
-    compute_dtype: jnp.dtype = jnp.dtype(jnp.float32)
-    attention: str | None = None
-
-    @property
-    def precision(self) -> jax.lax.Precision:
-        """Of products: in float32 the full one, by name, since accelerators default to less."""
-        narrow = self.compute_dtype.itemsize < 4
-        return jax.lax.Precision.DEFAULT if narrow else jax.lax.Precision.HIGHEST
-
-
-def at_least_float32(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The array in float32, or in its own dtype if that is wider."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + eps) * scale over the last axis."""
 
-    def __init__(self, size: int, eps: float, numerics: Numerics):
+    def __init__(self, size: int, eps: float, numerics: Numerics, *, name: str = ""):
         self.scale = nnx.Param(jnp.ones((size,), numerics.param_dtype), logical_axes=("norm",))
-        self.eps = eps
+        self.eps, self.name = eps, name
+
+    def stored(self) -> tuple[Stored, ...]:
+        """Its scale."""
+        return (Stored(self.scale, (f"{self.name}.weight",)),)
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         """Normalise; computed in float32, returned in the dtype of x."""
@@ -59,20 +45,18 @@ class LowRank(nnx.Module):
     LoRA, Hu et al. 2021 (arXiv:2106.09685), section 4.1: a is normal, b zero, scaling = alpha / rank. Kept in float32.
     """
 
-    def __init__(self, axes: tuple[str, str], sizes: tuple[int, int], rank: int, scaling: float, key: Array):
-        inputs, outputs = sizes
-        self.a = nnx.Param(
-            inputs**-0.5 * jax.random.normal(key, (inputs, rank), jnp.float32), logical_axes=(axes[0], "rank")
-        )
-        self.b = nnx.Param(jnp.zeros((rank, outputs), jnp.float32), logical_axes=("rank", axes[1]))
+    def __init__(self, axes: tuple[str, ...], sizes: tuple[int, ...], rank: int, scaling: float, key: Array):
+        *outer, inputs, outputs = sizes
+        a = inputs**-0.5 * jax.random.normal(key, (*outer, inputs, rank), jnp.float32)
+        self.a = nnx.Param(a, logical_axes=(*axes[:-1], "rank"))
+        self.b = nnx.Param(jnp.zeros((*outer, rank, outputs), jnp.float32), logical_axes=(*axes[:-2], "rank", axes[-1]))
         self.scaling = scaling
 
-    def __call__(self, x: Float[Array, "*batch I"], precision: jax.lax.Precision) -> Float[Array, "*batch O"]:
-        """Apply the update in the dtype of x."""
-        a, b = self.a[...].astype(x.dtype), self.b[...].astype(x.dtype)
-        return self.scaling * jnp.matmul(jnp.matmul(x, a, precision=precision), b, precision=precision)
+    def __call__(self, x: Float[Array, "*batch I"], numerics: Numerics) -> Float[Array, "*batch O"]:
+        """Apply the update."""
+        return self.scaling * product(product(x, self.a[...], numerics), self.b[...], numerics)
 
-    def dense(self) -> Float[Array, "I O"]:
+    def dense(self) -> Float[Array, "*E I O"]:
         """The update as one matrix, in float32."""
         return self.scaling * jnp.matmul(self.a[...], self.b[...], precision=jax.lax.Precision.HIGHEST)
 
@@ -89,28 +73,35 @@ class Linear(nnx.Module):
         *,
         use_bias: bool = False,
         gain: float = 1.0,
+        name: str = "",
     ):
         kernel = gain * sizes[0] ** -0.5 * jax.random.normal(rngs.params(), sizes, jnp.float32)
         self.kernel = nnx.Param(kernel.astype(numerics.param_dtype), logical_axes=axes)
         bias = nnx.Param(jnp.zeros(sizes[1:], numerics.param_dtype), logical_axes=axes[1:]) if use_bias else None
         self.bias = nnx.data(bias)
         self.low_rank: LowRank | None = nnx.data(None)
-        self.numerics = numerics
+        self.numerics, self.name = numerics, name
+
+    def stored(self) -> tuple[Stored, ...]:
+        """Kernel and bias."""
+        bias = () if self.bias is None else (Stored(self.bias, (f"{self.name}.bias",)),)
+        return (Stored(self.kernel, (f"{self.name}.weight",), transposed=True), *bias)
 
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
         """The product in the compute dtype."""
-        dtype, precision = self.numerics.compute_dtype, self.numerics.precision
-        y = jnp.matmul(x, self.kernel[...].astype(dtype), precision=precision)
+        y = product(x, self.kernel[...], self.numerics)
         if self.bias is not None:
-            y = y + self.bias[...].astype(dtype)
+            y = y + self.bias[...].astype(y.dtype)
         if self.low_rank is not None:
-            y = y + self.low_rank(x, precision)
+            y = y + self.low_rank(x, self.numerics)
         return y
 
 
 def rotary_frequencies(config: TransformerConfig) -> Float[Array, " half"]:
-    """Angle per position of each pair [radian]: theta^(-2i / head_dim), stretched by `rope_scaling` if there is one."""
-    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    """Angle per position of each pair [radian]: theta^(-2i / r) for the r elements of a head that turn, stretched by
+    `rope_scaling` if there is one.
+    """
+    exponents = jnp.arange(0, config.rotary_dim, 2, dtype=jnp.float32) / config.rotary_dim
     frequencies = config.rope_theta**-exponents
     scaling = config.rope_scaling
     if scaling is None:
@@ -134,11 +125,13 @@ class Rotation(NamedTuple):
         return cls(jnp.cos(angles), jnp.sin(angles))
 
     def __call__(self, x: Float[Array, "B T H hd"]) -> Float[Array, "B T H hd"]:
-        """Turn the pairs (x_i, x_{i + head_dim/2}); float32 inside, the dtype of x outside."""
-        first, second = jnp.split(at_least_float32(x), 2, axis=-1)
+        """Turn the pairs (x_i, x_{i + r/2}) of the first r elements; float32 inside, the dtype of x outside."""
         cosine, sine = self
+        half = cosine.shape[-1]
+        wide = at_least_float32(x)
+        first, second, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
         turned = [first * cosine - second * sine, second * cosine + first * sine]
-        return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+        return jnp.concatenate([*turned, rest] if rest.shape[-1] else turned, axis=-1).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -146,77 +139,46 @@ class Attention(nnx.Module):
 
     def __init__(self, config: TransformerConfig, numerics: Numerics, rngs: nnx.Rngs):
         width, query = config.hidden_size, config.num_heads * config.head_dim
-        memory = config.num_kv_heads * config.head_dim
-        bias = config.qkv_bias
-        self.query = Linear((width, query), ("hidden", "heads"), numerics, rngs, use_bias=bias)
-        self.key = Linear((width, memory), ("hidden", "kv_heads"), numerics, rngs, use_bias=bias)
-        self.value = Linear((width, memory), ("hidden", "kv_heads"), numerics, rngs, use_bias=bias)
+        memory, bias = config.num_kv_heads * config.head_dim, config.qkv_bias
+
+        def linear(size: int, axis: str, name: str) -> Linear:
+            name = f"self_attn.{name}_proj"
+            return Linear((width, size), ("hidden", axis), numerics, rngs, use_bias=bias, name=name)
+
+        def norm(name: str) -> RMSNorm | None:
+            return RMSNorm(config.head_dim, config.norm_eps, numerics, name=name) if config.qk_norm else None
+
+        self.query = linear(query, "heads", "q")
+        self.key, self.value = linear(memory, "kv_heads", "k"), linear(memory, "kv_heads", "v")
         gain = (2 * config.num_layers) ** -0.5
-        self.output = Linear((query, width), ("heads", "hidden"), numerics, rngs, gain=gain)
-        norms = [RMSNorm(config.head_dim, config.norm_eps, numerics) if config.qk_norm else None for _ in range(2)]
-        self.query_norm, self.key_norm = nnx.data(norms[0]), nnx.data(norms[1])
+        self.output = Linear((query, width), ("heads", "hidden"), numerics, rngs, gain=gain, name="self_attn.o_proj")
+        self.query_norm, self.key_norm = nnx.data(norm("self_attn.q_norm")), nnx.data(norm("self_attn.k_norm"))
         self.head_dim = config.head_dim
         self.numerics = numerics
 
     def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        rotation: Rotation,
-        sight: Bool[Array, "B T S"] | Visibility,
-        cache: LayerCache | None = None,
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Attend to what is in sight of x itself, or, by a mask of slots, of the cache after x was written to it."""
+        self, x: Float[Array, "B T D"], rotation: Rotation, context: Context
+    ) -> tuple[Float[Array, "B T D"], Context]:
+        """Attend to what the context holds once x is in it."""
         query, key, value = (
             linear(x).reshape(*x.shape[:2], -1, self.head_dim) for linear in (self.query, self.key, self.value)
         )
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        query, key = rotation(query), rotation(key)
-        key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
-        if cache is not None:
-            cache = cache.write(key, value)
-            key, value = cache.keys, cache.values
-        precision = self.numerics.precision
-        if isinstance(sight, Visibility):
-            chosen = self.numerics.attention
-            mixed = attend(query, key, value, sight, precision=precision, implementation=chosen)
-        else:
-            mixed = grouped_query_attention(query, key, value, sight, precision)
-        return self.output(mixed.reshape(*x.shape[:2], -1)), cache
+        mixed, context = context.attend(rotation(query), rotation(key), value, self.numerics)
+        return self.output(mixed.reshape(*x.shape[:2], -1)), context
 
 
 class SwiGLU(nnx.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: TransformerConfig, numerics: Numerics, rngs: nnx.Rngs):
-        width, inner = config.hidden_size, config.intermediate_size
-        self.gate = Linear((width, inner), ("hidden", "intermediate"), numerics, rngs)
-        self.up = Linear((width, inner), ("hidden", "intermediate"), numerics, rngs)
-        gain = (2 * config.num_layers) ** -0.5
-        self.down = Linear((inner, width), ("intermediate", "hidden"), numerics, rngs, gain=gain)
+    def __init__(self, config: TransformerConfig, inner: int, numerics: Numerics, rngs: nnx.Rngs, *, name: str):
+        width, gain = config.hidden_size, (2 * config.num_layers) ** -0.5
+        inward, outward = ("hidden", "intermediate"), ("intermediate", "hidden")
+        self.gate = Linear((width, inner), inward, numerics, rngs, name=f"{name}.gate_proj")
+        self.up = Linear((width, inner), inward, numerics, rngs, name=f"{name}.up_proj")
+        self.down = Linear((inner, width), outward, numerics, rngs, gain=gain, name=f"{name}.down_proj")
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         """Apply the gated feed-forward."""
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
-
-
-class Block(nnx.Module):
-    """One decoder layer: x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, config: TransformerConfig, numerics: Numerics, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, numerics)
-        self.attention = Attention(config, numerics, rngs)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, numerics)
-        self.mlp = SwiGLU(config, numerics, rngs)
-
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        rotation: Rotation,
-        sight: Bool[Array, "B T S"] | Visibility,
-        cache: LayerCache | None = None,
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Apply the layer; with a cache, also return it with x written to it."""
-        mixed, cache = self.attention(self.attention_norm(x), rotation, sight, cache)
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), cache

@@ -4,13 +4,14 @@ from dataclasses import dataclass
 
 from flax import nnx
 
+from jaxrl_llm.models.block import Block
+from jaxrl_llm.models.experts import ExpertsLinear
 from jaxrl_llm.models.layers import Linear
 from jaxrl_llm.models.layers import LowRank
 from jaxrl_llm.models.transformer import Transformer
 
-ATTENTION_PROJECTIONS = ("query", "key", "value", "output")
-MLP_PROJECTIONS = ("gate", "up", "down")
-PROJECTIONS = ATTENTION_PROJECTIONS + MLP_PROJECTIONS
+PROJECTIONS = ("query", "key", "value", "output", "gate", "up", "down")
+"""Products of a layer; the last three are those of the feed-forward, of the experts and of the shared expert."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +36,10 @@ class LoraSettings:
             raise ValueError(f"projections must be some of {', '.join(PROJECTIONS)}, got {self.projections!r}")
 
 
-def _projections(model: Transformer, layer: int) -> dict[str, Linear]:
-    block = model.layers[layer]
-    parts = {name: getattr(block.attention, name) for name in ATTENTION_PROJECTIONS}
-    return parts | {name: getattr(block.mlp, name) for name in MLP_PROJECTIONS}
+def _projections(block: Block) -> dict[str, Linear | ExpertsLinear]:
+    """Every product of a layer that may have an adapter, by its path."""
+    found = {".".join(map(str, path)): part for path, part in nnx.iter_modules(block)}
+    return {path: part for path, part in found.items() if isinstance(part, Linear | ExpertsLinear)}
 
 
 def add_lora(model: Transformer, settings: LoraSettings, *, rngs: nnx.Rngs, first_layer: int = 0) -> Transformer:
@@ -52,17 +53,16 @@ def add_lora(model: Transformer, settings: LoraSettings, *, rngs: nnx.Rngs, firs
         raise ValueError(f"first_layer must be one of the {count} layers, got {first_layer}")
     model = nnx.merge(*nnx.split(model))
     for layer in range(first_layer, count):
-        linears = _projections(model, layer)
-        for name in settings.projections:
-            linear = linears[name]
+        found = [(path.rpartition(".")[2], linear) for path, linear in _projections(model.layers[layer]).items()]
+        chosen = [pair for name in settings.projections for pair in found if pair[0] == name]
+        for name, linear in chosen:
             if linear.low_rank is not None:
                 raise ValueError(f"{name} of layer {layer} has an adapter already; merge it first with merge_lora")
-            inputs, outputs = linear.kernel.shape
-            if settings.rank > min(inputs, outputs):
-                raise ValueError(f"rank must be at most {min(inputs, outputs)} for {name}, got {settings.rank}")
+            sizes = linear.kernel.shape
+            if settings.rank > min(sizes[-2:]):
+                raise ValueError(f"rank must be at most {min(sizes[-2:])} for {name}, got {settings.rank}")
             axes = linear.kernel.get_metadata("logical_axes")
-            scaling = settings.alpha / settings.rank
-            linear.low_rank = LowRank(axes, (inputs, outputs), settings.rank, scaling, rngs.params())
+            linear.low_rank = LowRank(axes, sizes, settings.rank, settings.alpha / settings.rank, rngs.params())
     return model
 
 
@@ -73,8 +73,8 @@ def merge_lora(model: Transformer) -> Transformer:
     """
     # split and merge alone hand back the same variables: the sum would be written into the model that was given.
     model = nnx.clone(model)
-    for layer in range(len(model.layers)):
-        for linear in _projections(model, layer).values():
+    for block in model.layers:
+        for linear in _projections(block).values():
             if linear.low_rank is not None:
                 kernel, update = linear.kernel[...], linear.low_rank.dense()
                 linear.kernel[...] = (kernel.astype(update.dtype) + update).astype(kernel.dtype)

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from jaxrl_llm.models.blueprint import num_parameters
+from jaxrl_llm.models.blueprint import tensor_shapes
 from jaxrl_llm.models.config import TransformerConfig
 from jaxrl_llm.models.files import ModelFileError
 
@@ -59,30 +61,9 @@ def check_fit(config: TransformerConfig, tensors: Tensors, *, source: str) -> No
         raise ModelFileError(f"{source} has tensors that do not fit the model: {shortened(wrong)}.")
 
 
-def tensor_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor in checkpoints, [out, in], by its Hugging Face name."""
-    width, inner, size = config.hidden_size, config.intermediate_size, config.head_dim
-    queries, memories = config.num_heads * size, config.num_kv_heads * size
-    block: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (width,)}
-    for part, rows in (("q", queries), ("k", memories), ("v", memories)):
-        block[f"self_attn.{part}_proj.weight"] = (rows, width)
-        if config.qkv_bias:
-            block[f"self_attn.{part}_proj.bias"] = (rows,)
-    block["self_attn.o_proj.weight"] = (width, queries)
-    if config.qk_norm:
-        block |= {"self_attn.q_norm.weight": (size,), "self_attn.k_norm.weight": (size,)}
-    block |= {"post_attention_layernorm.weight": (width,), "mlp.down_proj.weight": (width, inner)}
-    block |= {"mlp.gate_proj.weight": (inner, width), "mlp.up_proj.weight": (inner, width)}
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, width)}
-    for index in range(config.num_layers):
-        shapes |= {f"model.layers.{index}.{part}": shape for part, shape in block.items()}
-    shapes["model.norm.weight"] = (width,)
-    return shapes if config.tie_embeddings else {**shapes, "lm_head.weight": (config.vocab_size, width)}
-
-
 def check_memory(config: TransformerConfig, item_size: int, *, source: str) -> None:
     """Raise a ModelFileError where this machine cannot hold the parameters at `item_size` bytes each."""
-    needed = config.num_parameters * item_size
+    needed = num_parameters(config) * item_size
     try:
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):  # the system does not say

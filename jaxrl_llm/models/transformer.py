@@ -1,8 +1,9 @@
 """A Llama-family decoder that hands out hidden states; the head is applied where its statistics are needed."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Literal
+from typing import NamedTuple
 from typing import Self
 from typing import overload
 
@@ -12,12 +13,16 @@ from flax import nnx
 
 from jaxrl_llm.models.attention import Visibility
 from jaxrl_llm.models.attention import choose
+from jaxrl_llm.models.block import Block
 from jaxrl_llm.models.cache import KVCache
 from jaxrl_llm.models.config import TransformerConfig
-from jaxrl_llm.models.layers import Block
-from jaxrl_llm.models.layers import Numerics
+from jaxrl_llm.models.context import Context
+from jaxrl_llm.models.context import RowContext
+from jaxrl_llm.models.experts import RouterBias
+from jaxrl_llm.models.experts import Routes
 from jaxrl_llm.models.layers import RMSNorm
 from jaxrl_llm.models.layers import Rotation
+from jaxrl_llm.models.numerics import Numerics
 from jaxrl_llm.models.sharding import constrain
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Bool
@@ -30,6 +35,20 @@ ACTIVATION_AXES = ("batch", "sequence", "activation")
 def positions_of(token_mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
     """Position of each token in its own text: the number of real tokens before it; 0 on left padding."""
     return jnp.maximum(jnp.cumsum(token_mask, axis=1, dtype=jnp.int32) - 1, 0)
+
+
+class Passed(NamedTuple):
+    """What layers pass on.
+
+    Attributes:
+        x: to the next layer.
+        contexts: of each layer, with the tokens in them.
+        routes: of each layer's router; None of a dense one.
+    """
+
+    x: Float[Array, "B T D"]
+    contexts: tuple[Context, ...]
+    routes: tuple[Routes | None, ...]
 
 
 class Transformer(nnx.Module):
@@ -53,17 +72,57 @@ class Transformer(nnx.Module):
         self.numerics = numerics
         table = 0.02 * jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size), jnp.float32)
         self.embedding = nnx.Param(table.astype(param_dtype), logical_axes=("vocabulary", "hidden"))
-        self.layers = nnx.List([Block(config, numerics, rngs) for _ in range(config.num_layers)])
-        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps, numerics)
+        blocks = [Block(config, numerics, rngs, sparse=config.is_sparse(layer)) for layer in range(config.num_layers)]
+        self.layers = nnx.List(blocks)
+        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps, numerics, name="model.norm")
         self.unembedding = nnx.data(None)
         if not config.tie_embeddings:
             head = config.hidden_size**-0.5 * jax.random.normal(rngs.params(), table.shape[::-1], jnp.float32)
             self.unembedding = nnx.Param(head.astype(param_dtype), logical_axes=("hidden", "vocabulary"))
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Rows of the embedding table in the compute dtype."""
-        rows = self.embedding[...][tokens].astype(self.numerics.compute_dtype)
-        return constrain(rows, ACTIVATION_AXES)
+        """Rows of the embedding table."""
+        return constrain(self.embedding[...][tokens].astype(self.numerics.stream), ACTIVATION_AXES)
+
+    def through(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        contexts: Sequence[Context],
+        *,
+        start: int = 0,
+        remat: bool = False,
+        selections: Sequence[Int[Array, "B T k"] | None] | None = None,
+    ) -> Passed:
+        """Apply a layer for each context, from layer `start` on: the one pass of rows, caches and decoding.
+
+        Args:
+            x: embeddings, or what the layers before `start` passed on.
+            positions: position of each token in its text.
+            contexts: what each layer's tokens attend to.
+            start: first layer.
+            remat: recompute each layer in the backward pass instead of keeping its activations; the contexts that come
+                back are then those that were given.
+            selections: experts of each token in each of these layers, where they were chosen before; None where the
+                layer's own router chooses.
+        """
+        rotation = Rotation.at(positions, self.config)
+        given = [None] * len(contexts) if selections is None else selections
+        after: list[Context] = []
+        routes: list[Routes | None] = []
+        for index, (context, selection) in enumerate(zip(contexts, given, strict=True), start):
+
+            def apply(x, index=index, context=context, selection=selection):
+                return self.layers[index](x, rotation, context, selection)
+
+            if remat:
+                x, sent = jax.checkpoint(lambda x, apply=apply: apply(x)[::2])(x)
+            else:
+                x, context, sent = apply(x)
+            x = constrain(x, ACTIVATION_AXES)
+            after.append(context)
+            routes.append(sent)
+        return Passed(x, tuple(after), tuple(routes))
 
     @overload
     def blocks(
@@ -116,17 +175,16 @@ class Transformer(nnx.Module):
         stop = count if stop is None else stop
         if not 0 <= start <= stop <= count:
             raise ValueError(f"start and stop must satisfy 0 <= start <= stop <= {count}, got {start} and {stop}")
-        rotation = Rotation.at(positions, self.config)
         if cache is not None:
             if (start, stop) != (0, count):
                 raise ValueError(f"a cache covers all {count} layers; start and stop were {start} and {stop}")
             if visibility is not None:
                 raise ValueError("visibility must be None with a cache, whose slot_mask says what may be attended to")
-            return self._append(x, rotation, token_mask, cache)
-        sight = self._sight(Visibility(token_mask) if visibility is None else visibility)
-        for index in range(start, stop):
-            x = constrain(self._block(index, x, rotation, sight, remat), ACTIVATION_AXES)
-        return x
+            cache = cache.advance(token_mask)
+            passed = self.through(x, positions, cache.contexts(x.shape[1]))
+            return passed.x, cache.written(passed.contexts)
+        context = RowContext(self._sight(Visibility(token_mask) if visibility is None else visibility))
+        return self.through(x, positions, [context] * (stop - start), start=start, remat=remat).x
 
     def _sight(self, visibility: Visibility) -> Visibility | Bool[Array, "B T T"]:
         """The mask itself, made once for all layers, where attention is dense."""
@@ -134,23 +192,6 @@ class Transformer(nnx.Module):
         shape = (rows, length, self.config.num_heads, self.config.head_dim)
         name = self.numerics.attention or choose(shape, self.numerics.compute_dtype)
         return visibility.dense() if name == "reference" else visibility
-
-    def _block(self, index: int, x, rotation: Rotation, sight, remat: bool):
-        def apply(x):
-            return self.layers[index](x, rotation, sight)[0]
-
-        return jax.checkpoint(apply)(x) if remat else apply(x)
-
-    def _append(self, x, rotation: Rotation, token_mask, cache: KVCache):
-        advanced = cache.advance(token_mask)
-        mask = advanced.attention_mask(x.shape[1])
-        written = []
-        for index, layer in enumerate(self.layers):
-            x, layer_cache = layer(x, rotation, mask, cache.layer(index))
-            x = constrain(x, ACTIVATION_AXES)
-            written.append(layer_cache)
-        keys, values = tuple(part.keys for part in written), tuple(part.values for part in written)
-        return x, replace(advanced, keys=keys, values=values)
 
     def trunk(
         self, tokens: Int[Array, "B T"], token_mask: Bool[Array, "B T"] | None = None, *, stop: int, remat: bool = False
@@ -232,8 +273,23 @@ class Transformer(nnx.Module):
         present = self.numerics
         param_dtype, compute_dtype = param_dtype or present.param_dtype, compute_dtype or present.compute_dtype
         numerics = present._replace(param_dtype=jnp.dtype(param_dtype), compute_dtype=jnp.dtype(compute_dtype))
+
+        def cast(path: tuple, variable: nnx.Variable) -> nnx.Variable:
+            if isinstance(variable, RouterBias):  # its differences decide, and would be lost
+                return variable
+            return variable.replace(variable.get_value().astype(numerics.param_dtype))
+
+        return self.with_numerics(numerics, cast)
+
+    def with_numerics(self, numerics: Numerics, cast: Callable[[tuple, nnx.Variable], nnx.Variable]) -> Self:
+        """The same model with other dtypes.
+
+        Args:
+            numerics: of all its parts.
+            cast: makes each parameter from its path and what it was.
+        """
         graphdef, state = nnx.split(self)
-        model = nnx.merge(graphdef, jax.tree.map(lambda array: array.astype(numerics.param_dtype), state))
+        model = nnx.merge(graphdef, nnx.map_state(cast, state))
         for _, module in nnx.iter_modules(model):
             if hasattr(module, "numerics"):
                 setattr(module, "numerics", numerics)  # noqa: B010 - the kinds of modules that have it are not listed here

@@ -9,8 +9,6 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 from typing import get_args
@@ -24,7 +22,9 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from jaxrl_llm.models import gguf_io
+from jaxrl_llm.models.blueprint import num_parameters
 from jaxrl_llm.models.config import TransformerConfig
+from jaxrl_llm.models.experts import RouterBias
 from jaxrl_llm.models.files import ModelFileError
 from jaxrl_llm.models.files import cache_folder
 from jaxrl_llm.models.files import read_from
@@ -36,31 +36,17 @@ from jaxrl_llm.models.gguf_io import write_gguf
 from jaxrl_llm.models.hf_config import config_from_hf
 from jaxrl_llm.models.hf_io import SafetensorsFolder
 from jaxrl_llm.models.hf_io import write_hf
-from jaxrl_llm.models.layers import RMSNorm
 from jaxrl_llm.models.lora import merge_lora
 from jaxrl_llm.models.sharding import shardings
 from jaxrl_llm.models.stored import Tensors
 from jaxrl_llm.models.stored import check_fit
 from jaxrl_llm.models.stored import check_memory
 from jaxrl_llm.models.stored import require_finite
+from jaxrl_llm.models.stored_parts import Stored
+from jaxrl_llm.models.stored_parts import stored_parts
 from jaxrl_llm.models.tokenizers import Tokenizer
 from jaxrl_llm.models.tokenizers import check_vocabulary
 from jaxrl_llm.models.transformer import Transformer
-
-PART_NAMES = {
-    "attention_norm": "input_layernorm",
-    "attention.query": "self_attn.q_proj",
-    "attention.key": "self_attn.k_proj",
-    "attention.value": "self_attn.v_proj",
-    "attention.output": "self_attn.o_proj",
-    "attention.query_norm": "self_attn.q_norm",
-    "attention.key_norm": "self_attn.k_norm",
-    "mlp_norm": "post_attention_layernorm",
-    "mlp.gate": "mlp.gate_proj",
-    "mlp.up": "mlp.up_proj",
-    "mlp.down": "mlp.down_proj",
-}
-"""Parts of a block and their Hugging Face names."""
 
 CONVERSION = 2
 """Version of what `converted_gguf` writes; a new one makes old conversions be made again."""
@@ -154,7 +140,7 @@ def converted_gguf(path: str | Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     source = GGUFFile(path)
     try:
-        with whole_folder(folder, size=4 * source.config.num_parameters) as draft:
+        with whole_folder(folder, size=4 * num_parameters(source.config)) as draft:
             finite = {name: require_finite(source[name], name, source=str(path)) for name in source}
             write_hf(draft, source.config, finite, metadata=origin)
             # A model whose tokenizer cannot be rebuilt is still a model.
@@ -260,66 +246,48 @@ def build_model(
     if mesh is None:
         check_memory(config, kept.itemsize, source=source)
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), param_dtype=kept, compute_dtype=products))
-    slots = _slots(model)
-    placements = {} if mesh is None else _placements(slots, mesh)
-    for name, slot in slots.items():
-        with read_from(source):
-            tensor = require_finite(tensors[name], name, source=source, dtype=kept)
-        slot.parameter.set_value(_on_device(tensor, slot.transposed, dtype, placements.get(name)))
+    parts = _parts(model)
+    placements = {} if mesh is None else _placements(parts, mesh)
+    for number, part in enumerate(parts):
+        held = []
+        for name in part.names:
+            with read_from(source):
+                tensor = require_finite(tensors[name], name, source=source, dtype=kept)
+            held.append(tensor.T if part.transposed else tensor)
+        narrow = jnp.dtype(jnp.float32) if isinstance(part.parameter, RouterBias) else kept
+        part.parameter.set_value(_on_device(held, narrow, placements.get(number)))
     return model
 
 
 def model_tensors(model: Transformer) -> dict[str, np.ndarray]:
     """All parameters of a model under their Hugging Face names, in their layout [out, in], adapters merged."""
     # A clone, because merging writes into the variables that models share.
-    return {name: slot.tensor() for name, slot in _slots(merge_lora(nnx.clone(model))).items()}
+    return {name: tensor for part in _parts(merge_lora(nnx.clone(model))) for name, tensor in part.tensors()}
 
 
-@dataclass(frozen=True)
-class _Slot:
-    """A parameter of the model, where it sits, and whether checkpoints hold its transpose."""
-
-    parameter: nnx.Param
-    transposed: bool = False
-
-    def tensor(self) -> np.ndarray:
-        """The parameter as checkpoints hold it."""
-        value = np.asarray(self.parameter.get_value())
-        return value.T if self.transposed else value
-
-
-def _slots(model: Transformer) -> dict[str, _Slot]:
-    """Every parameter of the model by the Hugging Face name of its tensor."""
-    slots = {"model.embed_tokens.weight": _Slot(model.embedding)}
-    for index, layer in enumerate(model.layers):
-        for path, part_name in PART_NAMES.items():
-            part = attrgetter(path)(layer)
-            name = f"model.layers.{index}.{part_name}"
-            if isinstance(part, RMSNorm):
-                slots[f"{name}.weight"] = _Slot(part.scale)
-            elif part is not None:
-                slots[f"{name}.weight"] = _Slot(part.kernel, transposed=True)
-                if part.bias is not None:
-                    slots[f"{name}.bias"] = _Slot(part.bias)
-    slots["model.norm.weight"] = _Slot(model.final_norm.scale)
+def _parts(model: Transformer) -> list[Stored]:
+    """Every parameter of the model with the tensors that hold it."""
+    parts = [Stored(model.embedding, ("model.embed_tokens.weight",))]
+    for index, block in enumerate(model.layers):
+        parts += [part.under(f"model.layers.{index}.") for part in stored_parts(block)]
+    parts += model.final_norm.stored()
     if model.unembedding is not None:
-        slots["lm_head.weight"] = _Slot(model.unembedding, transposed=True)
-    return slots
+        parts.append(Stored(model.unembedding, ("lm_head.weight",), transposed=True))
+    return parts
 
 
-def _on_device(tensor: np.ndarray, transposed: bool, dtype: DTypeLike, placement: Sharding | None) -> jax.Array:
-    """The tensor as a JAX array that owns its memory, since parameters are donated and memory maps must not be."""
+def _on_device(tensors: list[np.ndarray], dtype: jnp.dtype, placement: Sharding | None) -> jax.Array:
+    """A JAX array that owns its memory, since parameters are donated and memory maps must not be."""
+    whole = tensors[0] if len(tensors) == 1 else np.stack(tensors)
     if placement is not None:
-        return jax.device_put((tensor.T if transposed else tensor).astype(dtype), placement)
-    if transposed:
-        return jnp.asarray(tensor).T.astype(dtype)
-    return jnp.array(tensor, dtype=dtype, copy=True)
+        return jax.device_put(whole.astype(dtype), placement)
+    return jnp.array(whole, dtype=dtype, copy=True)
 
 
-def _placements(slots: Mapping[str, _Slot], mesh: Mesh) -> dict[str, Sharding]:
-    """Where each tensor's parameter goes on the mesh."""
-    placed = shardings({name: slot.parameter for name, slot in slots.items()}, mesh)
-    return {name: variable.get_value() for name, variable in placed.items()}
+def _placements(parts: list[Stored], mesh: Mesh) -> dict[int, Sharding]:
+    """Where each parameter goes on the mesh, by its number."""
+    placed = shardings({number: part.parameter for number, part in enumerate(parts)}, mesh)
+    return {number: variable.get_value() for number, variable in placed.items()}
 
 
 def _is_conversion(folder: Path, origin: Mapping[str, str]) -> bool:

@@ -5,21 +5,18 @@ for, none included, into the slots behind its last one: rows of different length
 episode needs as many slots as it has tokens. Weights, prompts and cache are those of `decode`.
 """
 
+from typing import NamedTuple
+from typing import Self
+
 import jax
 import jax.numpy as jnp
 
 from jaxrl_llm.models.attention import MASKED_SCORE
-from jaxrl_llm.models.config import TransformerConfig
-from jaxrl_llm.models.layers import Rotation
-from jaxrl_llm.models.sharding import constrain
-from jaxrl_llm.rollouts.decode import ROW_AXES
+from jaxrl_llm.models.numerics import Numerics
 from jaxrl_llm.rollouts.decode import DecodeWeights
 from jaxrl_llm.rollouts.decode import PromptCache
 from jaxrl_llm.rollouts.decode import ResponseCache
-from jaxrl_llm.rollouts.decode import feed_forward
-from jaxrl_llm.rollouts.decode import norm
 from jaxrl_llm.rollouts.decode import product
-from jaxrl_llm.rollouts.decode import project
 from jaxrl_llm.rollouts.decode import to_prompts
 from jaxrl_llm.rollouts.decode import to_rows
 from jaxrl_llm.typing import Array
@@ -36,8 +33,40 @@ def chunk_width(longest: int) -> int:
     return min(max(SMALLEST_CHUNK, 1 << (longest - 1).bit_length()), LARGEST_CHUNK)
 
 
+class ChunkContext(NamedTuple):
+    """What several new tokens of every row attend to in one layer: the prompt, and the response up to themselves.
+
+    Attributes:
+        prompt: keys [N, KV, hd, P], values [N, KV, P, hd] and mask [N, P], once per prompt.
+        keys, values: of the response so far.
+        written: slot of each new token; outside the cache for padding, which is written nowhere.
+        sees: slots of the response that each may attend to.
+    """
+
+    prompt: tuple[Array, Array, Array]
+    keys: Float[Array, "B KV hd R"]
+    values: Float[Array, "B KV R hd"]
+    written: Int[Array, "B W"]
+    sees: Bool[Array, "B W R"]
+
+    def attend(
+        self,
+        query: Float[Array, "B W H hd"],
+        key: Float[Array, "B W KV hd"],
+        value: Float[Array, "B W KV hd"],
+        numerics: Numerics,
+    ) -> tuple[Float[Array, "B W H*hd"], Self]:
+        """See `models.context.Context`."""
+        keys = self._write(self.keys, key, (slice(None), slice(None), self.written))
+        values = self._write(self.values, value, (slice(None), self.written))
+        return _attend(query, self.sees, (keys, values), self.prompt), self._replace(keys=keys, values=values)
+
+    def _write(self, cache: Array, entries: Float[Array, "B W KV hd"], behind: tuple) -> Array:
+        rows = jnp.arange(cache.shape[0])[:, None]
+        return cache.at[(rows, *behind)].set(entries.astype(cache.dtype), mode="drop")
+
+
 def read_chunk(
-    config: TransformerConfig,
     weights: DecodeWeights,
     tokens: Int[Array, "B W"],
     counts: Int[Array, " B"],
@@ -48,7 +77,6 @@ def read_chunk(
     """Read the next tokens of every row.
 
     Args:
-        config: of the model.
         weights: of `DecodeWeights.of`.
         tokens: each row's from the first column on, row = prompt * G + sample; any token of the vocabulary after them.
         counts: tokens of each row, 0 .. W; a row of none is left as it is.
@@ -61,36 +89,23 @@ def read_chunk(
         nothing), and the cache with the tokens in it.
     """
     (rows, width), slots = tokens.shape, response.keys[0].shape[3]
-    columns = jnp.arange(width)
+    model, columns = weights.model, jnp.arange(width)
     places = starts[:, None] + columns
     length = jnp.repeat(jnp.sum(prompt.mask, axis=1, dtype=jnp.int32), rows // prompt.mask.shape[0])
-    rotation = Rotation.at((length[:, None] + places).reshape(-1, 1), config)
-    # Padding is written nowhere: outside the cache.
-    written = (jnp.arange(rows)[:, None], jnp.where(columns < counts[:, None], places, slots))
+    written = jnp.where(columns < counts[:, None], places, slots)
     sees = jnp.arange(slots) <= places[..., None]
-    wide = jnp.promote_types(weights.dtype, jnp.float32)
-    x = constrain(weights.embedding[tokens.reshape(-1)].astype(wide), ROW_AXES)
-    keys, values = [], []
-    for index, layer in enumerate(weights.layers):
-        query, key, value = project(layer, norm(x, layer.attention_norm, config.norm_eps), rotation, config)
-        keys.append(_write(response.keys[index], key, written, (slice(None), slice(None), written[1])))
-        values.append(_write(response.values[index], value, written, (slice(None), written[1])))
-        shared = (prompt.keys[index], prompt.values[index], prompt.mask)
-        mixed = _attend(query.reshape(rows, width, *query.shape[1:]), sees, (keys[-1], values[-1]), shared)
-        x = x + layer.output(mixed)
-        x = constrain(x + feed_forward(layer, norm(x, layer.mlp_norm, config.norm_eps)), ROW_AXES)
-    last = x.reshape(rows, width, -1)[jnp.arange(rows), jnp.maximum(counts - 1, 0)]
-    return norm(last, weights.final_norm, config.norm_eps), ResponseCache(tuple(keys), tuple(values))
-
-
-def _write(cache: Array, entries: Float[Array, "BW KV hd"], written: tuple[Array, Array], behind: tuple) -> Array:
-    entries = entries.reshape(*written[1].shape, *entries.shape[1:]).astype(cache.dtype)
-    return cache.at[(written[0], *behind)].set(entries, mode="drop")
+    contexts = [
+        ChunkContext((*shared, prompt.mask), *own, written, sees)
+        for shared, own in zip(prompt.layers(), response.layers(), strict=True)
+    ]
+    passed = model.through(model.embed(tokens), length[:, None] + places, contexts)
+    last = passed.x[jnp.arange(rows), jnp.maximum(counts - 1, 0)]
+    return model.final_norm(last), ResponseCache.of(passed.contexts)
 
 
 def _attend(
     query: Float[Array, "B W H hd"], sees: Bool[Array, "B W R"], response: tuple, prompt: tuple
-) -> Float[Array, "BW H*hd"]:
+) -> Float[Array, "B W H*hd"]:
     """Attention of each new token to its prompt, and to the response up to itself.
 
     Args:
@@ -110,4 +125,4 @@ def _attend(
     mixed = to_rows(product("nkmp,nkpd->nkmd", to_prompts(weights[..., :length], prompts), prompt[1]), rows)
     mixed += product("bkmr,bkrd->bkmd", weights[..., length:], response[1])
     mixed = mixed.reshape(rows, shared, width, -1, size).swapaxes(1, 2)
-    return mixed.reshape(rows * width, heads * size)
+    return mixed.reshape(rows, width, heads * size)

@@ -1,7 +1,7 @@
 """One token for every row of a group-sampled batch, against a prompt cache that the group shares.
 
-The trainer's modules compute a whole text at once. Here a step has B rows of one token, so its time goes into reading
-weights and cache:
+A step has B rows of one token, so its time goes into reading weights and cache. The layers are those of the model; what
+differs is what they attend to (`StepContext`) and how the weights lie:
 
 - `DecodeWeights` holds the model's own arrays where it can: adapters are merged and dtypes changed once per rollout,
   not once per step. (Joining the products that share an input would copy 279 MB of SmolLM2 per rollout; on a CPU it
@@ -17,116 +17,82 @@ float32.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from dataclasses import field
+from typing import Any
 from typing import NamedTuple
+from typing import Self
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from jaxrl_llm.models.attention import MASKED_SCORE
 from jaxrl_llm.models.cache import KVCache
 from jaxrl_llm.models.config import TransformerConfig
-from jaxrl_llm.models.layers import Block
-from jaxrl_llm.models.layers import Linear
-from jaxrl_llm.models.layers import RMSNorm
-from jaxrl_llm.models.layers import Rotation
+from jaxrl_llm.models.experts import Router
 from jaxrl_llm.models.lora import merge_lora
-from jaxrl_llm.models.sharding import constrain
+from jaxrl_llm.models.numerics import Numerics
+from jaxrl_llm.models.numerics import two_rows
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Bool
 from jaxrl_llm.typing import Float
 from jaxrl_llm.typing import Int
 
-ROW_AXES = ("batch", "activation")
-
 SLOT_MULTIPLE = 16
 """Slots of the response cache come in multiples of this: one 512-bit register of float32."""
-
-
-class Dense(NamedTuple):
-    """A product with an optional bias."""
-
-    kernel: Float[Array, "I O"]
-    bias: Float[Array, " O"] | None
-
-    def __call__(self, x: Float[Array, "B I"]) -> Float[Array, "B O"]:
-        """x @ kernel + bias, summed and returned in float32 or wider."""
-        y = product("bi,io->bo", _two_rows(x, self.kernel), self.kernel)[: x.shape[0]]
-        return y if self.bias is None else y + self.bias
-
-
-class DecodeLayer(NamedTuple):
-    """One block's weights."""
-
-    attention_norm: Float[Array, " D"]
-    query: Dense
-    key: Dense
-    value: Dense
-    query_norm: Float[Array, " hd"] | None
-    key_norm: Float[Array, " hd"] | None
-    output: Dense
-    mlp_norm: Float[Array, " D"]
-    gate: Dense
-    up: Dense
-    down: Dense
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeWeights:
-    """A view of a model's weights for decoding: the model's own arrays unless adapters or another dtype forbid it.
+    """A model for decoding: its own arrays unless adapters or another dtype forbid it.
 
     Memory beyond the model's: the kernels that have adapters; in another dtype than the model's, all kernels and the
     head (269 MB for SmolLM2-135M in bfloat16).
+
+    Attributes:
+        state: its parameters.
+        head: the matrix that makes logits, in the dtype of the products.
+        vocabulary_axis: which of its axes is the vocabulary.
+        graphdef: the rest of the model.
     """
 
-    embedding: Float[Array, "V D"]
-    layers: tuple[DecodeLayer, ...]
-    final_norm: Float[Array, " D"]
+    state: nnx.State
     head: Float[Array, "V D"] | Float[Array, "D V"]
     vocabulary_axis: int = field(metadata={"static": True})
+    graphdef: nnx.GraphDef[Transformer] = field(metadata={"static": True})
 
     @property
     def dtype(self) -> jnp.dtype:
         """Of the products and of the cache."""
         return self.head.dtype
 
+    @property
+    def model(self) -> Transformer:
+        """The model."""
+        return nnx.merge(self.graphdef, self.state)
+
     @classmethod
-    def of(cls, model: Transformer, dtype: jnp.dtype | type | None = None) -> "DecodeWeights":
+    def of(cls, model: Transformer, dtype: jnp.dtype | type | None = None) -> Self:
         """Merge and cast the weights of a model; `dtype` None keeps the model's compute dtype."""
         dtype = jnp.dtype(model.numerics.compute_dtype if dtype is None else dtype)
         wide = jnp.promote_types(dtype, jnp.float32)
-        model = merge_lora(model)
+        routers = {path for path, module in nnx.iter_modules(model) if isinstance(module, Router)}
 
-        def scale(norm: RMSNorm) -> Array:
-            return norm.scale[...].astype(wide)
-
-        def dense(linear: Linear) -> Dense:
-            return Dense(
-                linear.kernel[...].astype(dtype), None if linear.bias is None else linear.bias[...].astype(wide)
-            )
-
-        def layer(block: Block) -> DecodeLayer:
-            attention, mlp = block.attention, block.mlp
-            return DecodeLayer(
-                attention_norm=scale(block.attention_norm),
-                query=dense(attention.query),
-                key=dense(attention.key),
-                value=dense(attention.value),
-                query_norm=None if attention.query_norm is None else scale(attention.query_norm),
-                key_norm=None if attention.key_norm is None else scale(attention.key_norm),
-                output=dense(attention.output),
-                mlp_norm=scale(block.mlp_norm),
-                gate=dense(mlp.gate),
-                up=dense(mlp.up),
-                down=dense(mlp.down),
-            )
+        def cast(path: tuple, variable: nnx.Variable) -> nnx.Variable:
+            value = variable.get_value()
+            if path[0] == "embedding" or path[:-1] in routers:  # read row by row; float32 in every sampler
+                return variable
+            return variable.replace(value.astype(wide if value.ndim < 2 else dtype))
 
         head, vocabulary_axis = model.head()
-        layers = tuple(layer(block) for block in model.layers)
-        return cls(model.embedding[...], layers, scale(model.final_norm), head.astype(dtype), vocabulary_axis)
+        numerics = model.numerics._replace(compute_dtype=dtype, stream_dtype=wide)
+        graphdef, state = nnx.split(merge_lora(model).with_numerics(numerics, cast))
+        return cls(state, head.astype(dtype), vocabulary_axis, graphdef)
 
 
 class PromptCache(NamedTuple):
@@ -145,6 +111,10 @@ class PromptCache(NamedTuple):
             mask=cache.slot_mask,
         )
 
+    def layers(self) -> Iterator[tuple[Array, Array]]:
+        """Keys and values of each layer."""
+        return zip(self.keys, self.values, strict=True)
+
 
 class ResponseCache(NamedTuple):
     """Keys and values of what each row sampled; slot t holds its token number t."""
@@ -162,9 +132,53 @@ class ResponseCache(NamedTuple):
             values=tuple(jnp.zeros((rows, heads, slots, size), dtype) for _ in layers),
         )
 
+    @classmethod
+    def of(cls, contexts: Iterable[Any]) -> "ResponseCache":
+        """What the layers' contexts hold."""
+        keys, values = zip(*((context.keys, context.values) for context in contexts), strict=True)
+        return cls(keys, values)
+
+    def layers(self) -> Iterator[tuple[Array, Array]]:
+        """Keys and values of each layer."""
+        return zip(self.keys, self.values, strict=True)
+
+
+class StepContext(NamedTuple):
+    """What one new token of every row attends to in one layer: its prompt, the response before it, and itself.
+
+    Attributes:
+        prompt: keys [N, KV, hd, P], values [N, KV, P, hd] and mask [N, P], once per prompt.
+        keys, values: of the response so far: slots below `slot`.
+        slot: number of the new token.
+        rounding: acts on keys and values before anything attends to them, their own token included.
+    """
+
+    prompt: tuple[Array, Array, Array]
+    keys: Float[Array, "B KV hd R"]
+    values: Float[Array, "B KV R hd"]
+    slot: Int[Array, ""]
+    rounding: Callable[[Array], Array] | None = None
+
+    def attend(
+        self,
+        query: Float[Array, "B 1 H hd"],
+        key: Float[Array, "B 1 KV hd"],
+        value: Float[Array, "B 1 KV hd"],
+        numerics: Numerics,
+    ) -> tuple[Float[Array, "B H*hd"], Self]:
+        """See `models.context.Context`."""
+        query, key, value = query[:, 0], key[:, 0], value[:, 0]
+        if self.rounding is not None:
+            key, value = self.rounding(key), self.rounding(value)
+        mixed = _attend(query, (key, value), (self.keys, self.values), self.slot, self.prompt)
+        # The write waits for the reads, which leave the lines it needs in the processor's cache.
+        mixed, key, value = jax.lax.optimization_barrier((mixed, key, value))
+        keys = _write(self.keys, key[..., None], (0, 0, 0, self.slot))
+        values = _write(self.values, value[:, :, None], (0, 0, self.slot, 0))
+        return mixed, self._replace(keys=keys, values=values)
+
 
 def decode_step(
-    config: TransformerConfig,
     weights: DecodeWeights,
     tokens: Int[Array, " B"],
     slot: Int[Array, ""],
@@ -175,7 +189,6 @@ def decode_step(
     """Read one token per row.
 
     Args:
-        config: of the model.
         weights: of `DecodeWeights.of`.
         tokens: the tokens that were sampled last, row = prompt * G + sample.
         slot: their number in the response, the same for every row.
@@ -186,26 +199,14 @@ def decode_step(
     Returns:
         The final hidden states, which predict the next tokens, and the cache with these tokens in it.
     """
-    wide = jnp.promote_types(weights.dtype, jnp.float32)
-    group = tokens.shape[0] // prompt.mask.shape[0]
-    length = jnp.repeat(jnp.sum(prompt.mask, axis=1, dtype=jnp.int32), group)
-    rotation = Rotation.at((length + slot)[:, None], config)
-    x = constrain(weights.embedding[tokens].astype(wide), ROW_AXES)
-    keys, values = [], []
-    for index, layer in enumerate(weights.layers):
-        query, key, value = project(layer, norm(x, layer.attention_norm, config.norm_eps), rotation, config)
-        if cache_rounding is not None:
-            key, value = cache_rounding(key), cache_rounding(value)
-        cached = (response.keys[index], response.values[index])
-        mixed = _attend(query, (key, value), cached, slot, (prompt.keys[index], prompt.values[index], prompt.mask))
-        # The write waits for the reads, which leave the lines it needs in the processor's cache.
-        mixed, key, value = jax.lax.optimization_barrier((mixed, key, value))
-        keys.append(_write(cached[0], key[..., None], (0, 0, 0, slot)))
-        values.append(_write(cached[1], value[:, :, None], (0, 0, slot, 0)))
-        x = x + layer.output(mixed)
-        x = constrain(x + feed_forward(layer, norm(x, layer.mlp_norm, config.norm_eps)), ROW_AXES)
-    hidden = norm(x, weights.final_norm, config.norm_eps)
-    return hidden, ResponseCache(tuple(keys), tuple(values))
+    model = weights.model
+    length = jnp.repeat(jnp.sum(prompt.mask, axis=1, dtype=jnp.int32), tokens.shape[0] // prompt.mask.shape[0])
+    contexts = [
+        StepContext((*shared, prompt.mask), *own, slot, cache_rounding)
+        for shared, own in zip(prompt.layers(), response.layers(), strict=True)
+    ]
+    passed = model.through(model.embed(tokens[:, None]), (length + slot)[:, None], contexts)
+    return model.final_norm(passed.x)[:, 0], ResponseCache.of(passed.contexts)
 
 
 def decode_logits(weights: DecodeWeights, hidden: Float[Array, "B D"]) -> Float[Array, "V B"]:
@@ -215,12 +216,7 @@ def decode_logits(weights: DecodeWeights, hidden: Float[Array, "B D"]) -> Float[
     of the time of the product that makes [B, V].
     """
     formula = "bd,vd->vb" if weights.vocabulary_axis == 0 else "bd,dv->vb"
-    return product(formula, _two_rows(hidden, weights.head), weights.head)[:, : hidden.shape[0]]
-
-
-def _two_rows(x: Float[Array, "B I"], kernel: Array) -> Float[Array, "B' I"]:
-    # XLA on a CPU makes the product of one narrow vector element by element, ten times slower than that of two.
-    return jnp.repeat(x, 2, axis=0) if x.shape[0] == 1 and kernel.dtype.itemsize < 4 else x
+    return product(formula, two_rows(hidden.astype(weights.dtype)), weights.head)[:, : hidden.shape[0]]
 
 
 def _write(cache: Array, entry: Array, origin: tuple) -> Array:
@@ -233,24 +229,6 @@ def product(formula: str, x: Array, y: Array) -> Array:
     precision = jax.lax.Precision.DEFAULT if narrow else jax.lax.Precision.HIGHEST
     wide = jnp.promote_types(y.dtype, jnp.float32)
     return jnp.einsum(formula, x.astype(y.dtype), y, precision=precision, preferred_element_type=wide)
-
-
-def norm(x: Float[Array, "... D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "... D"]:
-    """x / sqrt(mean(x^2) + eps) * scale."""
-    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps) * scale
-
-
-def project(
-    layer: DecodeLayer, x: Float[Array, "B D"], rotation: Rotation, config: TransformerConfig
-) -> tuple[Float[Array, "B H hd"], Float[Array, "B KV hd"], Float[Array, "B KV hd"]]:
-    """Query, key and value of each token, turned to its position."""
-    query, key, value = (
-        dense(x).reshape(x.shape[0], -1, config.head_dim) for dense in (layer.query, layer.key, layer.value)
-    )
-    if layer.query_norm is not None and layer.key_norm is not None:
-        query = norm(query, layer.query_norm, config.norm_eps)
-        key = norm(key, layer.key_norm, config.norm_eps)
-    return rotation(query[:, None])[:, 0], rotation(key[:, None])[:, 0], value
 
 
 def _attend(
@@ -295,8 +273,3 @@ def to_rows(x: Float[Array, "N KV Gm X"], rows: int) -> Float[Array, "B KV m X"]
     group = rows // prompts
     x = x.reshape(prompts, shared, group, together // group, size).swapaxes(1, 2)
     return x.reshape(rows, shared, together // group, size)
-
-
-def feed_forward(layer: DecodeLayer, x: Float[Array, "B D"]) -> Float[Array, "B D"]:
-    """down(silu(gate(x)) * up(x))."""
-    return layer.down(jax.nn.silu(layer.gate(x)) * layer.up(x))

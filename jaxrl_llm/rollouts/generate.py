@@ -244,7 +244,7 @@ def _generate(
     def advance(progress: _Progress) -> _Progress:
         last = progress.count - 1
         tokens = jax.lax.dynamic_index_in_dim(progress.tokens, last, axis=1, keepdims=False)
-        hidden, cache = decode_step(model.config, weights, tokens, last, prompt, progress.cache, plan.cache_rounding)
+        hidden, cache = decode_step(weights, tokens, last, prompt, progress.cache, plan.cache_rounding)
         return _record(plan, keys, decode_logits(weights, hidden), progress._replace(cache=cache))
 
     progress = jax.lax.while_loop(unfinished, advance, progress)

@@ -194,7 +194,7 @@ def _play(
         hidden, cache = None, now.cache
         for place, tokens in enumerate([said["actions"], *said["observations"].T]):
             slot = now.turn * (1 + world.observation_length) + place
-            hidden, cache = decode_step(model.config, weights, tokens, slot, shared, cache)
+            hidden, cache = decode_step(weights, tokens, slot, shared, cache)
         assert hidden is not None
         return _Progress(now.turn + 1, state, decode_logits(weights, hidden), cache, _written(now, said))
 

@@ -115,7 +115,7 @@ class TextTurns:
             pad_id: token written at places without one.
             decode_dtype: see `make_generate`.
         """
-        self._graphdef, self._config = nnx.graphdef(model), model.config
+        self._graphdef = nnx.graphdef(model)
         self._opening, self._group_size = tuple(opening), group_size
         self._slots, self._action_tokens, self._sampling = slots, action_tokens, sampling
         self._end_ids, self._pad_id, self._dtype = tuple(end_ids), pad_id, decode_dtype
@@ -192,7 +192,7 @@ class TextTurns:
         return Session(weights, PromptCache.of(cache, weights.dtype), keys, reading)
 
     def _read_rows(self, weights, prompt, reading, tokens, counts):
-        hidden, cache = read_chunk(self._config, weights, tokens, counts, reading.counts, prompt, reading.cache)
+        hidden, cache = read_chunk(weights, tokens, counts, reading.counts, prompt, reading.cache)
         logits = jnp.where(counts > 0, decode_logits(weights, hidden), reading.logits)
         reads = reading.reads + jnp.sum(counts, dtype=jnp.int32)
         return Reading(cache, reading.counts + counts, logits.astype(reading.logits.dtype), reads)

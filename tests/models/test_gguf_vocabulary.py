@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl_llm.models.blueprint import tensor_shapes
 from jaxrl_llm.models.config import tiny
 from jaxrl_llm.models.files import ModelFileError
 from jaxrl_llm.models.gguf_io import GGUFFile
@@ -19,7 +20,6 @@ from jaxrl_llm.models.gguf_vocabulary import PARTS_OF_FILES
 from jaxrl_llm.models.gguf_vocabulary import PRE_TOKENIZERS
 from jaxrl_llm.models.gguf_vocabulary import ending_ids
 from jaxrl_llm.models.pretrained import load_pretrained
-from jaxrl_llm.models.stored import tensor_shapes
 from jaxrl_llm.models.tokenizers import Tokenizer
 from jaxrl_llm.models.tokenizers import byte_alphabet
 from jaxrl_llm.models.weights import load_gguf

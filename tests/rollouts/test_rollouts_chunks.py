@@ -28,13 +28,13 @@ def test_a_chunk_is_as_many_steps_and_rows_may_differ() -> None:
     empty = ResponseCache.empty(model.config, ROWS, LENGTH, weights.dtype)
     tokens = np.random.default_rng(1).integers(0, 64, (ROWS, LENGTH), np.int32)
 
-    step = jax.jit(lambda tokens, slot, cache: decode_step(model.config, weights, tokens, slot, prompt, cache))
+    step = jax.jit(lambda tokens, slot, cache: decode_step(weights, tokens, slot, prompt, cache))
     expected, slots = [], empty
     for slot in range(LENGTH):
         hidden, slots = step(tokens[:, slot], slot, slots)
         expected.append(hidden)
 
-    read = jax.jit(lambda *given: read_chunk(model.config, weights, *given[:3], prompt, given[3]))
+    read = jax.jit(lambda *given: read_chunk(weights, *given[:3], prompt, given[3]))
     lengths, first = np.array([6, 4, 1, 0]), np.array([3, 1, 1, 0])
     _, found = read(tokens[:, :4], first, np.zeros(ROWS, int), empty)
     rest = np.stack([np.roll(row, -count)[:4] for row, count in zip(tokens, first, strict=True)])

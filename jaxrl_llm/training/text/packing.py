@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxrl_llm.models.blueprint import multiply_adds_per_token
 from jaxrl_llm.models.config import TransformerConfig
 from jaxrl_llm.trajectory import Trajectories
 from jaxrl_llm.typing import Bool
@@ -71,11 +72,8 @@ def multiply_adds(config: TransformerConfig, rows: int, width: int, chosen: int)
     """Products of a forward pass over rows of that width: matrices and attention of every layer, and the logits of the
     chosen tokens of each row.
     """
-    heads = config.num_heads * config.head_dim
-    per_token = config.hidden_size * (
-        2 * heads + 2 * config.num_kv_heads * config.head_dim + 3 * config.intermediate_size
-    )
-    layers = config.num_layers * width * (per_token + 2 * heads * width)
+    attention = 2 * config.num_heads * config.head_dim * width
+    layers = width * (multiply_adds_per_token(config) + config.num_layers * attention)
     return rows * (layers + chosen * config.hidden_size * config.vocab_size)
 
 
