@@ -1,20 +1,33 @@
 """Names, sizes and costs of a decoder from its configuration alone, read off one layer of each kind.
 
-The layer is never made: its shapes are enough. Nothing here lists its parts: they say themselves which tensors hold them
-(`stored`).
+The layer is never made: its shapes are enough. Nothing here lists its parts: they say themselves which tensors hold
+them (`stored`).
 """
 
 import functools
 import math
 from collections.abc import Iterable
+from dataclasses import replace
+from typing import Literal
 from typing import NamedTuple
 
 from flax import nnx
 
 from jaxrl_llm.models.block import Block
 from jaxrl_llm.models.config import TransformerConfig
+from jaxrl_llm.models.further_token import FurtherToken
 from jaxrl_llm.models.numerics import Numerics
 from jaxrl_llm.models.stored_parts import stored_parts
+
+Kind = Literal["dense", "sparse", "further"]
+"""A dense layer, one with experts, one that predicts a token after the next one."""
+
+MAKERS = {
+    "dense": Block,
+    "sparse": functools.partial(Block, sparse=True),
+    "further": FurtherToken,
+}
+"""What makes a layer from a configuration, numerics and random numbers."""
 
 
 class Layer(NamedTuple):
@@ -34,36 +47,33 @@ class Layer(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def layer(config: TransformerConfig, *, sparse: bool) -> Layer:
-    """A layer with experts, or a dense one."""
-    # Its sizes do not depend on how many layers there are, of which the initial weights alone know.
-    block = nnx.eval_shape(lambda: Block(config, Numerics(), nnx.Rngs(0), sparse=sparse))
-    parts = stored_parts(block)
-    idle = 1.0
-    if sparse:
-        assert config.experts is not None
-        idle = config.experts.chosen / config.experts.count
-    sizes = [(math.prod(part.parameter.get_value().shape), part) for part in parts]
-    active = [round(size * idle) if len(part.names) > 1 else size for size, part in sizes]
+def layer(config: TransformerConfig, kind: Kind) -> Layer:
+    """A layer of a kind."""
+    module = nnx.eval_shape(lambda: MAKERS[kind](config, Numerics(), nnx.Rngs(0)))
+    parts = stored_parts(module)
+    sizes = [math.prod(part.parameter.get_value().shape) for part in parts]
+    used = 1.0 if config.experts is None else config.experts.chosen / config.experts.count
+    active = [round(size * used) if len(part.names) > 1 else size for size, part in zip(sizes, parts, strict=True)]
     return Layer(
         shapes={name: part.shape for part in parts for name in part.names},
-        parameters=sum(size for size, _ in sizes),
+        parameters=sum(sizes),
         active=sum(active),
         multiply_adds=sum(size for size, part in zip(active, parts, strict=True) if len(part.shape) == 2),
     )
 
 
 def layers(config: TransformerConfig) -> Iterable[Layer]:
-    """Every layer, from the bottom."""
-    return (layer(config, sparse=config.is_sparse(index)) for index in range(config.num_layers))
+    """Every layer, from the bottom; those that predict further tokens are the last ones."""
+    for kind, count in _counts(config).items():
+        yield from (layer(config, kind) for _ in range(count))
 
 
 def tensor_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor in checkpoints, [out, in], by its Hugging Face name."""
     table = (config.vocab_size, config.hidden_size)
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": table}
-    for index, kind in enumerate(layers(config)):
-        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in kind.shapes.items()}
+    for index, one in enumerate(layers(config)):
+        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in one.shapes.items()}
     shapes["model.norm.weight"] = (config.hidden_size,)
     return shapes if config.tie_embeddings else {**shapes, "lm_head.weight": table}
 
@@ -85,13 +95,17 @@ def active_parameters(config: TransformerConfig) -> int:
 
 
 def multiply_adds_per_token(config: TransformerConfig) -> int:
-    """Of the products of all layers, without attention's own and without the head. [multiply-adds]"""
-    return _over_layers(config, "multiply_adds")
+    """Of the products of all layers but those that predict further tokens, without attention's own and without the
+    head. [multiply-adds]
+    """
+    return _over_layers(replace(config, mtp_layers=0), "multiply_adds")
+
+
+def _counts(config: TransformerConfig) -> dict[Kind, int]:
+    """Layers of each kind, from the bottom."""
+    dense = config.num_layers if config.experts is None else config.experts.dense_layers
+    return {"dense": dense, "sparse": config.num_layers - dense, "further": config.mtp_layers}
 
 
 def _over_layers(config: TransformerConfig, name: str) -> int:
-    dense = config.num_layers if config.experts is None else config.experts.dense_layers
-    total = dense * getattr(layer(config, sparse=False), name) if dense else 0
-    if dense < config.num_layers:
-        total += (config.num_layers - dense) * getattr(layer(config, sparse=True), name)
-    return total
+    return sum(count * getattr(layer(config, kind), name) for kind, count in _counts(config).items() if count)

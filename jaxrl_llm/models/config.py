@@ -118,7 +118,7 @@ class TransformerConfig:
     `qkv_bias` adds the biases of Qwen2, `qk_norm` the per-head norms of Qwen3. Queries of `num_heads / num_kv_heads`
     neighbouring heads share one key-value head. The first `rotary_fraction` of a head's elements turn with the
     position. With `experts`, the layers from `experts.dense_layers` on have experts in place of the feed-forward of
-    `intermediate_size`.
+    `intermediate_size`. `mtp_layers` more layers behind the last one predict the tokens after the next one.
 
     Raises:
         ValueError: for sizes that no decoder can have, naming the field.
@@ -140,6 +140,7 @@ class TransformerConfig:
     rope_scaling: RopeScaling | None = None
     rotary_fraction: float = 1.0
     experts: ExpertsConfig | None = None
+    mtp_layers: int = 0
 
     def __post_init__(self) -> None:
         sizes = (
@@ -169,6 +170,8 @@ class TransformerConfig:
                 f"rotary_fraction must leave an even number of elements that turn, got {self.rotary_fraction:g} of "
                 f"{self.head_dim}"
             )
+        if self.mtp_layers != 0:
+            _check_size("mtp_layers", self.mtp_layers)
         if self.experts is not None and self.experts.dense_layers >= self.num_layers:
             raise ValueError(
                 f"experts.dense_layers must be below num_layers, got {self.experts.dense_layers} of {self.num_layers}"

@@ -6,12 +6,18 @@ from typing import Any
 
 import numpy as np
 
+from jaxrl_llm.models.architectures import ARCHITECTURES
+from jaxrl_llm.models.architectures import GLM4_MOE
+from jaxrl_llm.models.architectures import QWEN3_MOE
+from jaxrl_llm.models.config import ExpertsConfig
 from jaxrl_llm.models.config import TransformerConfig
 from jaxrl_llm.models.files import ModelFileError
 from jaxrl_llm.models.files import read_from
 
-SUPPORTED = ("llama", "qwen2", "qwen3")
-EMBEDDING = "model.embed_tokens.weight"
+SUPPORTED = tuple(dict.fromkeys(architecture.gguf for architecture in ARCHITECTURES))
+EMBEDDING = "token_embd.weight"
+SOFTMAX, SIGMOID = 1, 2
+"""What llama.cpp's `expert_gating_func` may be of those that are computed here."""
 
 UNSCALED = (
     "attention.scale",
@@ -34,7 +40,7 @@ def config_from_gguf(
 
     Args:
         metadata: the entries.
-        shapes: of the tensors, under their Hugging Face names.
+        shapes: of the tensors.
         source: what error sentences call the file.
 
     Raises:
@@ -48,18 +54,21 @@ def config_from_gguf(
             f"{source} has the architecture {architecture!r:.80}; supported are {', '.join(SUPPORTED)}."
         )
     entries = _Entries(metadata, architecture, source)
-    if entries.integer("expert_count", 0):
+    sparse = architecture in (QWEN3_MOE.gguf, GLM4_MOE.gguf)
+    if entries.integer("expert_count", 0) and not sparse:
         raise ModelFileError(
-            f"{source} is a mixture of {entries.integer('expert_count')} experts; supported are dense models."
+            f"{source} is a mixture of {entries.integer('expert_count')} experts; of the architecture {architecture} "
+            "dense models are supported."
         )
     _refuse_variants(entries)
     heads, width = entries.integer("attention.head_count"), entries.integer("embedding_length")
     if not 0 < heads <= width:
         raise ModelFileError(f"{source} has {heads} heads for {width} channels; expected at least one, and no more.")
     head_dim = entries.integer("attention.key_length", width // heads)
-    for name, what in (("rope.dimension_count", "rotates"), ("attention.value_length", "has values of")):
-        found = entries.integer(name, head_dim if name.startswith("rope") else width // heads)
-        if found != head_dim:
+    rotated = entries.integer("rope.dimension_count", head_dim)
+    values = entries.integer("attention.value_length", width // heads)
+    for found, what in ((rotated, "rotates"), (values, "has values of")):
+        if found != head_dim and not (found is rotated and architecture == GLM4_MOE.gguf):
             raise ModelFileError(f"{source} {what} {found} of {head_dim} elements; supported is all.")
     table = shapes.get(EMBEDDING)
     if table is None or len(table) != 2:
@@ -72,18 +81,67 @@ def config_from_gguf(
         return TransformerConfig(
             vocab_size=table[0],
             hidden_size=width,
-            num_layers=entries.integer("block_count"),
+            num_layers=entries.integer("block_count") - entries.integer("nextn_predict_layers", 0),
             num_heads=heads,
             num_kv_heads=entries.integer("attention.head_count_kv", heads),
             head_dim=head_dim,
             intermediate_size=entries.integer("feed_forward_length"),
             rope_theta=_decimal(entries.number("rope.freq_base", 10_000.0)),
             norm_eps=_decimal(entries.number("attention.layer_norm_rms_epsilon")),
-            tie_embeddings="lm_head.weight" not in shapes,
+            tie_embeddings="output.weight" not in shapes,
             max_positions=entries.integer("context_length"),
-            qkv_bias=architecture == "qwen2",
-            qk_norm=architecture == "qwen3",
+            qkv_bias=architecture == "qwen2" or (sparse and "blk.0.attn_q.bias" in shapes),
+            qk_norm=architecture == "qwen3" or (sparse and "blk.0.attn_q_norm.weight" in shapes),
+            rotary_fraction=rotated / head_dim,
+            experts=_experts(entries) if sparse else None,
+            mtp_layers=entries.integer("nextn_predict_layers", 0),
         )
+
+
+def _experts(entries: "_Entries") -> ExpertsConfig:
+    of_glm = entries.architecture == GLM4_MOE.gguf
+    gating = entries.integer("expert_gating_func", SIGMOID if of_glm else SOFTMAX)
+    if gating != (SIGMOID if of_glm else SOFTMAX):
+        raise ModelFileError(f"{entries.source} says expert_gating_func is {gating}; supported is that of its family.")
+    shared = entries.integer("expert_shared_count", 0)
+    return ExpertsConfig(
+        count=entries.integer("expert_count"),
+        chosen=entries.integer("expert_used_count"),
+        width=entries.integer("expert_feed_forward_length"),
+        shared=shared,
+        dense_layers=entries.integer("leading_dense_block_count", 0),
+        scores="sigmoid" if of_glm else "softmax",
+        bias=of_glm,
+        # llama.cpp always normalises those of Qwen3.
+        normalise=entries.get("expert_weights_norm", not of_glm) is True,
+        scale=_decimal(entries.number("expert_weights_scale", 1.0)),
+    )
+
+
+def expert_entries(config: TransformerConfig) -> dict[str, Any]:
+    """The entries of a model's experts, and of its layers for further tokens.
+
+    Raises:
+        ValueError: routers that llama.cpp has not.
+    """
+    experts = config.experts
+    if experts is None:
+        return {}
+    if experts.groups > 1:
+        raise ValueError(f"experts in {experts.groups} groups cannot be written as GGUF; llama.cpp has no groups.")
+    if experts.scores == "softmax" and not experts.normalise:
+        raise ValueError("llama.cpp normalises the weights of Qwen3's experts; those of this model are not.")
+    return {
+        "expert_count": experts.count,
+        "expert_used_count": experts.chosen,
+        "expert_feed_forward_length": experts.width,
+        "expert_shared_count": experts.shared,
+        "leading_dense_block_count": experts.dense_layers,
+        "expert_gating_func": SIGMOID if experts.scores == "sigmoid" else SOFTMAX,
+        "expert_weights_norm": experts.normalise,
+        "expert_weights_scale": float(experts.scale),
+        "nextn_predict_layers": config.mtp_layers,
+    }
 
 
 class _Entries:

@@ -16,36 +16,21 @@ from typing import NamedTuple
 import gguf
 import numpy as np
 
+from jaxrl_llm.models.blueprint import tensor_shapes
 from jaxrl_llm.models.config import LARGEST_FACTOR
 from jaxrl_llm.models.config import RopeScaling
 from jaxrl_llm.models.config import TransformerConfig
 from jaxrl_llm.models.files import ModelFileError
 from jaxrl_llm.models.files import whole_file
 from jaxrl_llm.models.gguf_config import config_from_gguf
+from jaxrl_llm.models.gguf_config import expert_entries
 from jaxrl_llm.models.gguf_header import read_header
-from jaxrl_llm.models.hf_config import ARCHITECTURES
 from jaxrl_llm.models.hf_config import architecture_of
 from jaxrl_llm.models.layers import rotary_frequencies
 from jaxrl_llm.models.stored import StoredTensors
 
 GGUFType = Literal["F32", "F16", "BF16", "Q8_0"]
 
-LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_LAYER_NAMES_BACK = {hf: name for name, hf in LAYER_NAMES.items()}
-_TOP_NAMES_BACK = {hf: name for name, hf in TOP_NAMES.items()}
 ROPE_FACTORS = "rope_freqs.weight"
 
 
@@ -66,29 +51,40 @@ class GGUFFile(StoredTensors):
     def __init__(self, path: Path) -> None:
         self.reader = read_header(path)
         self.metadata = self.reader.entries
-        tensors = {_hf_name(name): name for name in self.reader.tensors if name != ROPE_FACTORS}
-        if len(tensors) < len(self.reader.tensors) - (ROPE_FACTORS in self.reader.tensors):
-            raise ModelFileError(f"{path} has a tensor twice, under its names in GGUF and in Hugging Face folders.")
-        self._names = tensors
-        self.shapes = {hf: self.reader.tensors[name].shape for hf, name in tensors.items()}
-        self.dtypes = dict.fromkeys(tensors, "float32")
-        self.config = config_from_gguf(self.metadata, self.shapes, source=str(path))
-        if ROPE_FACTORS in self.reader.tensors:
+        there = self.reader.tensors
+        self.config = config_from_gguf(
+            self.metadata, {name: one.shape for name, one in there.items()}, source=str(path)
+        )
+        if ROPE_FACTORS in there:
             self.config = _with_rope_factors(self.config, self.reader.values(ROPE_FACTORS), source=str(path))
+        places = _places(self.config, self.metadata["general.architecture"])
+        named = {place.name for place in places.values()}
+        self._places = {hf: place for hf, place in places.items() if place.name in there}
+        # Others under their own names, to be reported.
+        self._places |= {name: _Place(name) for name in there if name not in named and name != ROPE_FACTORS}
+        self.shapes = {hf: there[place.name].shape[place.index is not None :] for hf, place in self._places.items()}
+        self.dtypes = dict.fromkeys(self._places, "float32")
+        self._last: tuple[str, np.ndarray] | None = None
 
     def __getitem__(self, name: str) -> np.ndarray:
-        values = self.reader.values(self._names[name])
+        place = self._places[name]
+        if place.index is not None:
+            # The experts of a layer lie in one tensor and are asked for one after the other.
+            if self._last is None or self._last[0] != place.name:
+                self._last = (place.name, self.reader.values(place.name))
+            return self._last[1][place.index]
+        values = self.reader.values(place.name)
         heads = _heads_to_reorder(name, self.config)
         return deinterleave(values, heads) if heads else values
 
     def __contains__(self, name: object) -> bool:
-        return name in self._names
+        return name in self._places
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._places)
 
 
 def deinterleave(weight: np.ndarray, num_heads: int) -> np.ndarray:
@@ -146,8 +142,9 @@ def write_gguf(
         ValueError: a matrix whose rows the blocks of `dtype` do not divide, or a model that GGUF cannot describe.
         OSError: the place cannot be written or has no room.
     """
-    layout = {name: _Stored.of(name, tensor.shape, dtype) for name, tensor in tensors.items()}
-    architecture = ARCHITECTURES[architecture_of(config)]
+    architecture = architecture_of(config).gguf
+    parts = _together(config, architecture, tensors)
+    layout = {name: _Stored.of(name, shape, dtype) for name, (shape, _) in parts.items()}
     with whole_file(path, size=sum(stored.size for stored in layout.values())) as draft:
         writer = gguf.GGUFWriter(draft, architecture)
         try:
@@ -156,15 +153,16 @@ def write_gguf(
             if config.rope_scaling is not None:
                 writer.add_tensor_info(ROPE_FACTORS, (config.head_dim // 2,), np.dtype(np.float32), config.head_dim * 2)
             for name, stored in layout.items():
-                writer.add_tensor_info(_gguf_name(name), stored.shape, stored.dtype, stored.size, stored.kind)
+                writer.add_tensor_info(name, stored.shape, stored.dtype, stored.size, stored.kind)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             if config.rope_scaling is not None:
                 writer.write_tensor_data(rope_factors(config))
-            for name, tensor in tensors.items():
-                heads = _heads_to_reorder(name, config)
-                values = interleave(tensor, heads) if heads else tensor
+            for name, (_, held) in parts.items():
+                heads = _heads_to_reorder(held[0], config)
+                values = tensors[held[0]] if len(held) == 1 else np.stack([tensors[one] for one in held])
+                values = interleave(values, heads) if heads else values
                 writer.write_tensor_data(gguf.quantize(np.ascontiguousarray(values, np.float32), layout[name].kind))
         finally:
             writer.close()
@@ -196,16 +194,17 @@ def _entries(config: TransformerConfig, architecture: str, dtype: GGUFType) -> d
         "vocab_size": config.vocab_size,
         "context_length": config.max_positions,
         "embedding_length": config.hidden_size,
-        "block_count": config.num_layers,
+        "block_count": config.num_layers + config.mtp_layers,
         "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.num_heads,
         "attention.head_count_kv": config.num_kv_heads,
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
-        "rope.dimension_count": config.head_dim,
+        "rope.dimension_count": config.rotary_dim,
         "rope.freq_base": float(config.rope_theta),
         "attention.layer_norm_rms_epsilon": float(config.norm_eps),
     }
+    sizes |= expert_entries(config)
     file_type = gguf.LlamaFileType["ALL_F32" if dtype == "F32" else f"MOSTLY_{dtype}"]
     general = {"general.type": "model", "general.file_type": int(file_type), "general.quantization_version": 2}
     return {**general, **{f"{architecture}.{name}": value for name, value in sizes.items()}}
@@ -232,28 +231,43 @@ def _add_entry(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 
 def _heads_to_reorder(name: str, config: TransformerConfig) -> int:
     """Number of heads whose rows `llama` GGUF interleaves; 0 for other tensors and architectures."""
-    if config.qkv_bias or config.qk_norm:
+    if architecture_of(config).gguf != "llama":
         return 0
     if name.endswith(".q_proj.weight"):
         return config.num_heads
     return config.num_kv_heads if name.endswith(".k_proj.weight") else 0
 
 
-def _hf_name(name: str) -> str:
-    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight; unknown names are kept, to be reported."""
-    stem, _, kind = name.rpartition(".")
-    if stem in TOP_NAMES:
-        return f"{TOP_NAMES[stem]}.{kind}"
-    parts = stem.split(".", 2)
-    if len(parts) == 3 and parts[0] == "blk" and parts[2] in LAYER_NAMES:
-        return f"model.layers.{parts[1]}.{LAYER_NAMES[parts[2]]}.{kind}"
-    return name
+class _Place(NamedTuple):
+    """Where a tensor of a Hugging Face checkpoint lies in a GGUF file: in a tensor, or in one entry of it."""
+
+    name: str
+    index: int | None = None
 
 
-def _gguf_name(name: str) -> str:
-    """The inverse of `_hf_name`."""
-    stem, _, kind = name.rpartition(".")
-    parts = stem.split(".", 3)
-    if len(parts) == 4 and parts[:2] == ["model", "layers"]:
-        return f"blk.{parts[2]}.{_LAYER_NAMES_BACK[parts[3]]}.{kind}"
-    return f"{_TOP_NAMES_BACK[stem]}.{kind}"
+def _places(config: TransformerConfig, architecture: str) -> dict[str, _Place]:
+    """The place of every tensor of a model, by the names that llama.cpp's own converter gives."""
+    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(numbers[architecture], config.num_layers + config.mtp_layers)
+    places = {}
+    for hf in tensor_shapes(config):
+        # The bias is a part of the name there, and the kind of the tensor here.
+        stem, kind = (hf[: -len("_bias")], "bias") if hf.endswith("e_score_correction_bias") else hf.rsplit(".", 1)
+        outer, experts, inner = stem.partition(".experts.")
+        expert, _, part = inner.partition(".")
+        index = int(expert) if experts else None
+        found = names.get_name(f"{outer}.experts.{part}" if experts else stem)
+        if found is not None:
+            places[hf] = _Place(f"{found}.{kind}", index)
+    return places
+
+
+def _together(
+    config: TransformerConfig, architecture: str, tensors: Mapping[str, np.ndarray]
+) -> dict[str, tuple[tuple[int, ...], list[str]]]:
+    """The tensors of a GGUF file: shape of each, and what lies in it, in order."""
+    places, held = _places(config, architecture), {}
+    for hf in tensors:
+        held.setdefault(places[hf].name, []).append(hf)
+    shapes = {name: (len(inside),) * (places[inside[0]].index is not None) for name, inside in held.items()}
+    return {name: ((*shapes[name], *tensors[inside[0]].shape), inside) for name, inside in held.items()}

@@ -1,25 +1,16 @@
 """config.json of a Hugging Face folder and the configuration of the transformer, both ways."""
 
 import json
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from jaxrl_llm.models.architectures import ARCHITECTURES
+from jaxrl_llm.models.architectures import Architecture
+from jaxrl_llm.models.architectures import Entries
+from jaxrl_llm.models.architectures.entries import Settings
 from jaxrl_llm.models.config import RopeScaling
 from jaxrl_llm.models.config import TransformerConfig
 from jaxrl_llm.models.files import ModelFileError
 from jaxrl_llm.models.files import read_from
-
-Settings = Mapping[str, Any]
-
-ARCHITECTURES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-}
-"""Architectures that are read, with their `model_type`."""
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
@@ -37,46 +28,30 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("pruned_heads",), ({}, None)),
     **dict.fromkeys(("is_causal",), (True, None)),
     **dict.fromkeys(("hidden_activation",), ("silu", None)),
+    **dict.fromkeys(("attention_bias", "mlp_bias"), (False, None)),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), (None, 0)),
 }
 """Entries that change what a model of this family computes, in transformers or in the program that wrote them, with the
 values under which they change nothing; an absent entry changes nothing either."""
 
 
-@dataclass(frozen=True)
-class _Defaults:
-    """What transformers takes where a config.json says nothing; None for what follows from the other entries."""
-
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    max_position_embeddings: int = 2048
-    sliding_window: int | None = None
-
-
-DEFAULTS = {
-    "llama": _Defaults(),
-    "mistral": _Defaults(num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096),
-    "qwen2": _Defaults(num_key_value_heads=32, max_position_embeddings=32768, sliding_window=4096),
-    "qwen3": _Defaults(num_key_value_heads=32, head_dim=128, max_position_embeddings=32768, sliding_window=4096),
-}
-
-
 def config_from_hf(settings: Settings, *, source: str = "config.json") -> TransformerConfig:
     """The configuration that a config.json describes; `source` names the file in error sentences.
 
-    An absent entry means what it means to transformers for that model type (`DEFAULTS`).
+    An absent entry means what it means to transformers for that model type (`Architecture.defaults`).
 
     Raises:
         ModelFileError: another architecture, a missing size, an entry of another type, a size that no model can have,
             or a variant (sliding window, quantisation, ...) that is not computed here.
     """
-    entries = _Entries(settings, source)
-    model_type = _model_type(entries)
+    entries = Entries(settings, source)
+    architecture = _architecture(entries)
     missing = [name for name in REQUIRED if settings.get(name) is None]
     if missing:
         raise ModelFileError(f"{source} lacks {', '.join(missing)}.")
-    default = DEFAULTS[model_type]
-    _refuse_variants(entries, model_type, default)
-    rope, theta = _rope(entries)
+    default = architecture.defaults
+    _refuse_variants(entries, architecture)
+    rope, theta, fraction = _rope(entries, architecture)
     heads, width = entries.integer("num_attention_heads"), entries.integer("hidden_size")
     if not 0 < heads <= width:
         raise ModelFileError(f"{source} has {heads} heads for {width} channels; expected at least one, and no more.")
@@ -91,55 +66,13 @@ def config_from_hf(settings: Settings, *, source: str = "config.json") -> Transf
             head_dim=entries.integer("head_dim", per_head, null=width // heads),
             intermediate_size=entries.integer("intermediate_size"),
             rope_theta=theta,
-            norm_eps=entries.number("rms_norm_eps", 1e-6),
+            norm_eps=entries.number("rms_norm_eps", default.rms_norm_eps),
             tie_embeddings=entries.truth("tie_word_embeddings", False),
             max_positions=entries.integer("max_position_embeddings", default.max_position_embeddings),
-            qkv_bias=model_type == "qwen2",
-            qk_norm=model_type == "qwen3",
             rope_scaling=rope,
+            rotary_fraction=fraction,
+            **architecture.reads(entries),
         )
-
-
-@dataclass(frozen=True)
-class _Entries:
-    """The entries of a config.json (or of an object in it), by name and type."""
-
-    settings: Settings
-    source: str
-
-    def integer(self, name: str, default: int | None = None, *, null: int | None = None) -> int:
-        """A whole number; `default` where the entry is absent, `null` where it is null."""
-        value = self.settings.get(name, default)
-        value = null if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self.unexpected(name, "a whole number", value)
-        return value
-
-    def number(self, name: str, default: float | None = None) -> float:
-        """A finite number."""
-        value = self.settings.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
-            raise self.unexpected(name, "a finite number", value)
-        with read_from(self.source):
-            return float(value)
-
-    def truth(self, name: str, default: bool) -> bool:
-        """True or false."""
-        value = self.settings.get(name, default)
-        if not isinstance(value, bool):
-            raise self.unexpected(name, "true or false", value)
-        return value
-
-    def part(self, name: str) -> "_Entries | None":
-        """An object inside this one, or None where it is absent, null or empty."""
-        value = self.settings.get(name)
-        if value is not None and not isinstance(value, Mapping):
-            raise self.unexpected(name, "an object", value)
-        return _Entries(value, self.source) if value else None
-
-    def unexpected(self, name: str, expected: str, value: Any) -> ModelFileError:
-        """The sentence for an entry of another type."""
-        return ModelFileError(f"{self.source} says {name} is {value!r:.80}; expected {expected}.")
 
 
 def config_to_hf(config: TransformerConfig, *, dtype: str) -> dict[str, Any]:
@@ -154,6 +87,7 @@ def config_to_hf(config: TransformerConfig, *, dtype: str) -> dict[str, Any]:
     """
     architecture = architecture_of(config)
     rope: dict[str, Any] = {"rope_type": "default"}
+    partial = {} if config.rotary_fraction == 1 else {"partial_rotary_factor": config.rotary_fraction}
     if config.rope_scaling is not None:
         scaling = config.rope_scaling
         rope = {
@@ -164,8 +98,8 @@ def config_to_hf(config: TransformerConfig, *, dtype: str) -> dict[str, Any]:
             "original_max_position_embeddings": scaling.original_max_positions,
         }
     settings = {
-        "architectures": [architecture],
-        "model_type": ARCHITECTURES[architecture],
+        "architectures": [architecture.name],
+        "model_type": architecture.model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -178,63 +112,60 @@ def config_to_hf(config: TransformerConfig, *, dtype: str) -> dict[str, Any]:
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
         "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_theta": config.rope_theta, **rope},
+        "rope_parameters": {"rope_theta": config.rope_theta, **rope, **partial},
         "attention_bias": False,
         "dtype": dtype,
         "torch_dtype": dtype,
+        **architecture.says(config),
     }
     if config.rope_scaling is not None:
         settings["rope_scaling"] = rope
     return settings
 
 
-def architecture_of(config: TransformerConfig) -> str:
+def architecture_of(config: TransformerConfig) -> Architecture:
     """The architecture a configuration belongs to.
 
     Raises:
-        ValueError: biases together with query-key norms.
+        ValueError: there is none that has these parts together.
     """
-    if config.qkv_bias and config.qk_norm:
+    for architecture in ARCHITECTURES:
+        if architecture.describes(config):
+            return architecture
+    if config.experts is None and config.qkv_bias and config.qk_norm:
         raise ValueError("qkv_bias and qk_norm are both set; no architecture of Hugging Face or llama.cpp has both.")
-    if config.qkv_bias:
-        return "Qwen2ForCausalLM"
-    return "Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"
+    names = ", ".join(architecture.name for architecture in ARCHITECTURES)
+    raise ValueError(f"the parts of this model go together in none of {names}; got {config}.")
 
 
-def _model_type(entries: _Entries) -> str:
-    """The `model_type` of a supported architecture; where both are named they must agree, as transformers goes by the
-    first and we cannot know which is meant.
+def _architecture(entries: Entries) -> Architecture:
+    """The supported architecture; where `architectures` and `model_type` are both there they must agree, as
+    transformers goes by the first and we cannot know which is meant.
     """
     settings, named = entries.settings, entries.settings.get("architectures") or []
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise entries.unexpected("architectures", "a list of names", named)
     own = settings.get("model_type")
-    known = [ARCHITECTURES[name] for name in named if name in ARCHITECTURES]
-    if own is not None and not (isinstance(own, str) and own in (known if named else ARCHITECTURES.values())):
-        known = []
-    elif own is not None:
-        known = [own]
+    known = [one for one in ARCHITECTURES if not named or one.name in named]
+    if own is not None or not named:
+        known = [one for one in known if one.model_type == own]
     if not known:
         given = [*named, *([f"model_type {own!s:.80}"] if named and own is not None else [])]
         found = ", ".join(given) or own or "no architecture"
-        raise ModelFileError(f"{entries.source} names {found!s:.200}; supported are {', '.join(ARCHITECTURES)}.")
+        names = ", ".join(one.name for one in ARCHITECTURES)
+        raise ModelFileError(f"{entries.source} names {found!s:.200}; supported are {names}.")
     return known[0]
 
 
-def _refuse_variants(entries: _Entries, model_type: str, default: _Defaults) -> None:
+def _refuse_variants(entries: Entries, architecture: Architecture) -> None:
     """Raise for settings that change the mathematics in a way that is not computed here."""
     settings, source = entries.settings, entries.source
     if settings.get("quantization_config") is not None:
         quantised = entries.part("quantization_config")
         method = "unnamed" if quantised is None else quantised.settings.get("quant_method", "unnamed")
         raise ModelFileError(f"{source} describes weights quantised by {method!s:.80}; expected float weights.")
-    for name in ("attention_bias", "mlp_bias"):
-        if settings.get(name):
-            raise ModelFileError(
-                f"{source} sets {name}; biases are supported for Qwen2's queries, keys and values only."
-            )
     for name, neutral in NEUTRAL.items():
-        if name in settings and settings[name] not in neutral:
+        if name in settings and name not in architecture.own and settings[name] not in neutral:
             raise ModelFileError(
                 f"{source} sets {name} to {settings[name]!r:.80}, which is not computed here; supported is "
                 f"{' or '.join(json.dumps(value) for value in neutral)}."
@@ -247,17 +178,17 @@ def _refuse_variants(entries: _Entries, model_type: str, default: _Defaults) -> 
         raise ModelFileError(f"{source} has a layer of type {unknown!s:.80}; supported are {', '.join(LAYER_TYPES)}.")
     if settings.get("hidden_act", "silu") != "silu":
         raise ModelFileError(f"{source} says hidden_act is {settings['hidden_act']!s:.80}; supported is silu.")
-    if settings.get("sliding_window", default.sliding_window) is not None:
-        _refuse_window(entries, model_type, default)
+    if settings.get("sliding_window", architecture.defaults.sliding_window) is not None:
+        _refuse_window(entries, architecture)
 
 
-def _refuse_window(entries: _Entries, model_type: str, default: _Defaults) -> None:
+def _refuse_window(entries: Entries, architecture: Architecture) -> None:
     """Raise for a window that some layer looks through and that is shorter than the longest text."""
+    default = architecture.defaults
     window = entries.integer("sliding_window", default.sliding_window)
     kinds = entries.settings.get("layer_types")
-    of_qwen = model_type in ("qwen2", "qwen3")
-    sliding = entries.truth("use_sliding_window", False) if of_qwen else True
-    if of_qwen and kinds is not None:
+    sliding = entries.truth("use_sliding_window", False) if architecture.windows else True
+    if architecture.windows and kinds is not None:
         sliding = any(kind != "full_attention" for kind in kinds)
     if sliding and window < entries.integer("max_position_embeddings", default.max_position_embeddings):
         raise ModelFileError(
@@ -265,25 +196,30 @@ def _refuse_window(entries: _Entries, model_type: str, default: _Defaults) -> No
         )
 
 
-def _rope(entries: _Entries) -> tuple[RopeScaling | None, float]:
-    """Scaling and base of the rotary positions, from the entries of transformers 5 or of transformers 4."""
+def _rope(entries: Entries, architecture: Architecture) -> tuple[RopeScaling | None, float, float]:
+    """Scaling and base of the rotary positions and the share of a head that turns, as transformers 5 or 4 say it."""
     source = entries.source
-    rope = entries.part("rope_parameters") or entries.part("rope_scaling") or _Entries({}, source)
+    rope = entries.part("rope_parameters") or entries.part("rope_scaling") or Entries({}, source)
     theta = rope.number("rope_theta", entries.settings.get("rope_theta", 10_000.0))
-    part = rope.settings.get("partial_rotary_factor", entries.settings.get("partial_rotary_factor"))
-    if part is not None and part != 1.0:
-        raise ModelFileError(f"{source} rotates the fraction {part!s:.80} of each head; supported is 1.")
+    usual = architecture.defaults.partial_rotary_factor
+    given = rope.settings.get("partial_rotary_factor", entries.settings.get("partial_rotary_factor"))
+    fraction = (
+        usual if given is None else Entries({"partial_rotary_factor": given}, source).number("partial_rotary_factor")
+    )
+    if fraction != 1.0 and "partial_rotary_factor" not in architecture.own:
+        raise ModelFileError(f"{source} rotates the fraction {given!s:.80} of each head; supported is 1.")
     kind = rope.settings.get("rope_type", rope.settings.get("type"))
     if kind is None and set(rope.settings) - {"rope_theta", "partial_rotary_factor"}:
         raise ModelFileError(f"{source} scales rotary positions without saying how (rope_type).")
     if kind in (None, "default"):
-        return None, theta
+        return None, theta, fraction
     if kind != "llama3":
         raise ModelFileError(f"{source} scales rotary positions by {kind!r:.80}; supported are 'default' and 'llama3'.")
     with read_from(source):
-        return RopeScaling(
+        scaling = RopeScaling(
             factor=rope.number("factor"),
             low_frequency_factor=rope.number("low_freq_factor"),
             high_frequency_factor=rope.number("high_freq_factor"),
             original_max_positions=rope.integer("original_max_position_embeddings"),
-        ), theta
+        )
+    return scaling, theta, fraction

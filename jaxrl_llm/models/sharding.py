@@ -30,6 +30,8 @@ RULES: Rules = {
     "intermediate": "tensor",
     "norm": None,
     "rank": None,
+    "experts": None,
+    "joined": "tensor",
     # Activations: sequences over both data axes; the width stays whole, or every norm would have to communicate.
     "batch": ("data", "fsdp"),
     "sequence": None,

@@ -19,6 +19,9 @@ Tensors = Mapping[str, np.ndarray]
 DERIVED = "rotary_emb.inv_freq"
 """End of the names of tensors in old checkpoints that follow from the configuration."""
 
+COPIES = ("embed_tokens.weight", "shared_head.head.weight")
+"""Of the embeddings and the head, beside each layer that predicts a further token."""
+
 CHUNK = 2**20
 """Numbers that are looked at together."""
 
@@ -102,6 +105,8 @@ def _check_names(tensors: Tensors, wanted: Iterable[str], config: TransformerCon
     if missing:
         raise ModelFileError(f"{source} lacks {len(missing)} tensors: {shortened(missing)}.")
     optional = {"lm_head.weight"} if config.tie_embeddings else set()
+    further = [f"model.layers.{config.num_layers + layer}." for layer in range(config.mtp_layers)]
+    optional |= {f"{layer}{copy}" for layer in further for copy in COPIES}
     unknown = sorted(name for name in set(tensors) - set(wanted) - optional if not name.endswith(DERIVED))
     if unknown:
         raise ModelFileError(f"{source} has {len(unknown)} tensors that this architecture lacks: {shortened(unknown)}.")

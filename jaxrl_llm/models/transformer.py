@@ -20,6 +20,7 @@ from jaxrl_llm.models.context import Context
 from jaxrl_llm.models.context import RowContext
 from jaxrl_llm.models.experts import RouterBias
 from jaxrl_llm.models.experts import Routes
+from jaxrl_llm.models.further_token import FurtherToken
 from jaxrl_llm.models.layers import RMSNorm
 from jaxrl_llm.models.layers import Rotation
 from jaxrl_llm.models.numerics import Numerics
@@ -75,6 +76,7 @@ class Transformer(nnx.Module):
         blocks = [Block(config, numerics, rngs, sparse=config.is_sparse(layer)) for layer in range(config.num_layers)]
         self.layers = nnx.List(blocks)
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps, numerics, name="model.norm")
+        self.further = nnx.List([FurtherToken(config, numerics, rngs) for _ in range(config.mtp_layers)])
         self.unembedding = nnx.data(None)
         if not config.tie_embeddings:
             head = config.hidden_size**-0.5 * jax.random.normal(rngs.params(), table.shape[::-1], jnp.float32)

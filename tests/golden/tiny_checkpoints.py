@@ -20,6 +20,31 @@ _COMMON = {
     "hidden_act": "silu",
 }
 
+_GLM = {
+    **_COMMON,
+    "architectures": ["Glm4MoeForCausalLM"],
+    "model_type": "glm4_moe",
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "attention_bias": True,
+    "use_qk_norm": False,
+    "partial_rotary_factor": 0.5,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "rope_theta": 1_000_000.0,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_nextn_predict_layers": 0,
+}
+
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     "llama_grouped_tied": {
         **_COMMON,
@@ -84,6 +109,28 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
         "rope_theta": 1_000_000.0,
     },
+    "glm4_moe_scaled_head_norms": {**_GLM, "use_qk_norm": True, "routed_scaling_factor": 2.5},
+    "glm4_moe_groups": {**_GLM, "n_group": 4, "topk_group": 2, "n_shared_experts": 2},
+    "glm4_moe_plain_weights": {**_GLM, "attention_bias": False, "norm_topk_prob": False, "first_k_dense_replace": 0},
+    "qwen3_moe": {
+        **_COMMON,
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "rope_theta": 1_000_000.0,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 16,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
 }
 
 
@@ -99,6 +146,10 @@ def tensors_of(name: str) -> dict[str, np.ndarray]:
     def scale(size: int) -> np.ndarray:
         return random.uniform(0.5, 1.5, size).astype(np.float32)
 
+    def feed_forward(name: str, inner: int) -> dict[str, np.ndarray]:
+        sizes = {"gate": (inner, WIDTH), "up": (inner, WIDTH), "down": (WIDTH, inner)}
+        return {f"{name}.{part}_proj.weight": matrix(*size) for part, size in sizes.items()}
+
     heads, kv_heads = settings["num_attention_heads"], settings["num_key_value_heads"]
     head_dim = settings.get("head_dim", WIDTH // heads)
     tensors = {"model.embed_tokens.weight": matrix(VOCABULARY, WIDTH, gain=WIDTH**0.5)}
@@ -107,17 +158,28 @@ def tensors_of(name: str) -> dict[str, np.ndarray]:
         tensors[f"{layer}.input_layernorm.weight"] = scale(WIDTH)
         for part, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
             tensors[f"{layer}.self_attn.{part}_proj.weight"] = matrix(count * head_dim, WIDTH)
-            if settings["model_type"] == "qwen2":
+            if settings["model_type"] == "qwen2" or settings.get("attention_bias"):
                 bias = 0.5 * random.standard_normal(count * head_dim)
                 tensors[f"{layer}.self_attn.{part}_proj.bias"] = bias.astype(np.float32)
-        if settings["model_type"] == "qwen3":
+        if settings["model_type"].startswith("qwen3") or settings.get("use_qk_norm"):
             tensors[f"{layer}.self_attn.q_norm.weight"] = scale(head_dim)
             tensors[f"{layer}.self_attn.k_norm.weight"] = scale(head_dim)
         tensors[f"{layer}.self_attn.o_proj.weight"] = matrix(WIDTH, heads * head_dim)
         tensors[f"{layer}.post_attention_layernorm.weight"] = scale(WIDTH)
-        tensors[f"{layer}.mlp.gate_proj.weight"] = matrix(INNER, WIDTH)
-        tensors[f"{layer}.mlp.up_proj.weight"] = matrix(INNER, WIDTH)
-        tensors[f"{layer}.mlp.down_proj.weight"] = matrix(WIDTH, INNER)
+        experts = settings.get("n_routed_experts", settings.get("num_experts", 0))
+        sparse = bool(experts) and index >= settings.get("first_k_dense_replace", 0)
+        inner = settings["moe_intermediate_size"] if sparse else INNER
+        if sparse:
+            tensors[f"{layer}.mlp.gate.weight"] = matrix(experts, WIDTH)
+            if settings["model_type"] == "glm4_moe":
+                bias = random.uniform(-0.3, 0.3, experts)
+                tensors[f"{layer}.mlp.gate.e_score_correction_bias"] = bias.astype(np.float32)
+                shared = settings["n_shared_experts"] * inner
+                tensors |= feed_forward(f"{layer}.mlp.shared_experts", shared)
+            for expert in range(experts):
+                tensors |= feed_forward(f"{layer}.mlp.experts.{expert}", inner)
+        else:
+            tensors |= feed_forward(f"{layer}.mlp", inner)
     tensors["model.norm.weight"] = scale(WIDTH)
     if not settings["tie_word_embeddings"]:
         tensors["lm_head.weight"] = matrix(VOCABULARY, WIDTH)

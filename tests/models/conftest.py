@@ -20,7 +20,7 @@ def random_transformer() -> Callable[..., Transformer]:
 
         def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
             noise = rng.normal(size=leaf.shape)
-            return jnp.asarray(1 + 0.3 * noise if len(leaf.shape) == 1 else leaf.shape[0] ** -0.5 * noise, leaf.dtype)
+            return jnp.asarray(1 + 0.3 * noise if len(leaf.shape) == 1 else leaf.shape[-2] ** -0.5 * noise, leaf.dtype)
 
         return nnx.merge(graphdef, jax.tree.map(draw, state))
 

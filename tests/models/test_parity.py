@@ -63,6 +63,7 @@ def swap(tensors: dict[str, np.ndarray], first: str, second: str) -> dict[str, n
 
 MLP = "model.layers.1.mlp"
 ATTENTION = "model.layers.0.self_attn"
+BIAS = f"{MLP}.gate.e_score_correction_bias"
 BUGS: dict[str, tuple[str, dict[str, object], Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]]] = {
     "rotary base": ("llama_grouped_tied", {"rope_theta": 20_000.0}, dict),
     "epsilon": ("llama_grouped_tied", {"rms_norm_eps": 1e-5}, dict),
@@ -96,6 +97,20 @@ BUGS: dict[str, tuple[str, dict[str, object], Callable[[dict[str, np.ndarray]], 
         "qwen3_head_norms",
         {},
         lambda tensors: swap(tensors, f"{ATTENTION}.q_norm.weight", f"{ATTENTION}.v_norm.weight".replace("v_", "k_")),
+    ),
+    "rotation of whole heads": ("glm4_moe_scaled_head_norms", {"partial_rotary_factor": 1.0}, dict),
+    "scale of the experts": ("glm4_moe_scaled_head_norms", {"routed_scaling_factor": 1.0}, dict),
+    "experts of all groups": ("glm4_moe_groups", {"topk_group": 4}, dict),
+    "weights of experts normalised": ("glm4_moe_plain_weights", {"norm_topk_prob": True}, dict),
+    "correction bias of the router": (
+        "glm4_moe_scaled_head_norms",
+        {},
+        lambda tensors: tensors | {BIAS: -tensors[BIAS]},
+    ),
+    "order of experts": (
+        "qwen3_moe",
+        {},
+        lambda tensors: swap(tensors, f"{MLP}.experts.0.up_proj.weight", f"{MLP}.experts.1.up_proj.weight"),
     ),
 }
 

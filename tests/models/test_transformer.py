@@ -10,6 +10,7 @@ from flax import nnx
 from jaxrl_llm.models.attention import Visibility
 from jaxrl_llm.models.attention import grouped_query_attention
 from jaxrl_llm.models.blueprint import num_parameters
+from jaxrl_llm.models.config import ExpertsConfig
 from jaxrl_llm.models.config import RopeScaling
 from jaxrl_llm.models.config import TransformerConfig
 from jaxrl_llm.models.config import smollm2_135m
@@ -50,9 +51,9 @@ def token_mask() -> jax.Array:
 
 def transcription(model: Transformer, tokens: np.ndarray) -> np.ndarray:
     """The decoder of one text, one token and one head at a time in float64; rotary pairs as complex numbers."""
-    config = model.config
+    config, experts = model.config, model.config.experts
     state = {"/".join(map(str, path)): np.float64(value[...]) for path, value in nnx.to_flat_state(nnx.state(model))}
-    half = config.head_dim // 2
+    half = config.rotary_dim // 2
 
     def norm(x, name):
         return x / np.sqrt(np.mean(x**2) + config.norm_eps) * state[f"{name}/scale"]
@@ -66,9 +67,19 @@ def transcription(model: Transformer, tokens: np.ndarray) -> np.ndarray:
             rows = np.stack([norm(row, f"{name}_norm") for row in rows])
         if not turned:
             return rows
-        angles = position * np.array([config.rope_theta ** (-2 * i / config.head_dim) for i in range(half)])
-        pairs = (rows[:, :half] + 1j * rows[:, half:]) * np.exp(1j * angles)
-        return np.concatenate([pairs.real, pairs.imag], axis=1)
+        angles = position * np.array([config.rope_theta ** (-2 * i / config.rotary_dim) for i in range(half)])
+        pairs = (rows[:, :half] + 1j * rows[:, half : 2 * half]) * np.exp(1j * angles)
+        return np.concatenate([pairs.real, pairs.imag, rows[:, 2 * half :]], axis=1)
+
+    def feed_forward(x, name, expert=()):
+        gate, up = x @ state[f"{name}/gate/kernel"][expert], x @ state[f"{name}/up/kernel"][expert]
+        return (gate / (1 + np.exp(-gate)) * up) @ state[f"{name}/down/kernel"][expert]
+
+    def mixture(x, name):
+        scores = 1 / (1 + np.exp(-x @ state[f"{name}/router/kernel"]))
+        chosen = np.argsort(-(scores + state[f"{name}/router/bias"]))[: experts.chosen]
+        parts = [scores[one] / scores[chosen].sum() * feed_forward(x, name, (one,)) for one in chosen]
+        return experts.scale * sum(parts) + feed_forward(x, f"{name}/shared")
 
     xs = [state["embedding"][token] for token in tokens]
     for layer in range(config.num_layers):
@@ -86,11 +97,8 @@ def transcription(model: Transformer, tokens: np.ndarray) -> np.ndarray:
                 mixed.append(sum(w * values[s][shared] for s, w in enumerate(weights)) / weights.sum())
             xs[t] = xs[t] + project(np.concatenate(mixed), f"{at}/output")
         for t, x in enumerate(xs):
-            normed = norm(x, f"layers/{layer}/mlp_norm")
-            gate = project(normed, f"layers/{layer}/mlp/gate")
-            xs[t] = x + project(
-                gate / (1 + np.exp(-gate)) * project(normed, f"layers/{layer}/mlp/up"), f"layers/{layer}/mlp/down"
-            )
+            part = mixture if config.is_sparse(layer) else feed_forward
+            xs[t] = x + part(norm(x, f"layers/{layer}/mlp_norm"), f"layers/{layer}/mlp")
     return np.stack([norm(x, "final_norm") for x in xs])
 
 
@@ -100,6 +108,11 @@ VARIANTS = {
     "one shared head": tiny(num_heads=4, num_kv_heads=1, num_layers=1),
     "qwen2: biases": tiny(qkv_bias=True),
     "qwen3: query and key norms, own head": tiny(qk_norm=True, tie_embeddings=False),
+    "glm: experts, half of a head turns": tiny(
+        qkv_bias=True,
+        rotary_fraction=0.5,
+        experts=ExpertsConfig(count=6, chosen=2, width=16, shared=1, dense_layers=1, scale=1.5),
+    ),
 }
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxrl_llm.models.config import ExpertsConfig
 from jaxrl_llm.models.config import tiny
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.rollouts.chunks import LARGEST_CHUNK
@@ -21,7 +22,8 @@ ROWS, LENGTH = 4, 6
 
 def test_a_chunk_is_as_many_steps_and_rows_may_differ() -> None:
     """Two prompts, one of them padded, two rows each; then rows of 6, 4, 1 and 0 tokens, in two chunks."""
-    model = Transformer(tiny(qk_norm=True, qkv_bias=True), rngs=nnx.Rngs(0))
+    experts = ExpertsConfig(count=4, chosen=2, width=16, shared=1, dense_layers=1)
+    model = Transformer(tiny(qk_norm=True, qkv_bias=True, rotary_fraction=0.5, experts=experts), rngs=nnx.Rngs(0))
     mask = np.array([[False, False, True, True, True], [True] * 5])
     weights = DecodeWeights.of(model)
     prompt = PromptCache.of(jax.jit(model.prefill)(np.arange(10).reshape(2, 5), mask)[1], weights.dtype)
