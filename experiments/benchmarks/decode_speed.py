@@ -33,6 +33,7 @@ from flax import nnx
 
 from jaxrl_llm.models.blueprint import num_parameters
 from jaxrl_llm.models.pretrained import smollm2_135m
+from jaxrl_llm.models.stored_parts import stored_parts
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.models.weights import save_gguf
 from jaxrl_llm.rollouts import SamplingSettings
@@ -40,9 +41,6 @@ from jaxrl_llm.rollouts import make_generate
 from jaxrl_llm.rollouts.decode import DecodeWeights
 
 VOID_BELOW = 700
-PRODUCTS = ("query", "key", "value", "output", "gate", "up", "down")
-REPORTED = ("batches", "dtypes", "group_size", "prompt_tokens", "new_tokens", "rounds", "threads")
-WORKER = Path(__file__).parent / "peers" / "llama_cpp_worker.py"
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,8 @@ class Ours:
 def products_floor(model: Transformer, dtype: str, batch: int) -> Callable[[], float]:
     """Tokens per second if a step were the model's matrix products and nothing else."""
     weights = DecodeWeights.of(model, jnp.dtype(dtype))
-    kernels = [getattr(layer, name).kernel for layer in weights.layers for name in PRODUCTS]
+    parts = [part for block in weights.model.layers for part in stored_parts(block) if part.transposed]
+    kernels = [part.parameter.get_value() for part in parts]
     head = weights.head if weights.vocabulary_axis == 1 else weights.head.T
     inputs = {size: jnp.ones((batch, size), dtype) for size in {kernel.shape[0] for kernel in kernels}}
 

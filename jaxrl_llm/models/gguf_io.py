@@ -144,7 +144,7 @@ def write_gguf(
     """
     architecture = architecture_of(config).gguf
     parts = _together(config, architecture, tensors)
-    layout = {name: _Stored.of(name, shape, dtype) for name, (shape, _) in parts.items()}
+    layout = {name: _Stored.of(held[0], shape, dtype) for name, (shape, held) in parts.items()}
     with whole_file(path, size=sum(stored.size for stored in layout.values())) as draft:
         writer = gguf.GGUFWriter(draft, architecture)
         try:

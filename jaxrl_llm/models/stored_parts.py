@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
+from typing import runtime_checkable
 
 import numpy as np
 from flax import nnx
@@ -39,6 +41,16 @@ class Stored:
             yield name, part.T if self.transposed else part
 
 
+@runtime_checkable
+class Storing(Protocol):
+    """A part of a model that has parameters of its own."""
+
+    def stored(self) -> tuple[Stored, ...]:
+        """All of them but its adapters, which checkpoints do not hold."""
+        ...
+
+
 def stored_parts(module: nnx.Module) -> list[Stored]:
-    """Every parameter below a module but for its adapters, which checkpoints do not hold."""
-    return [part for _, inner in nnx.iter_modules(module) if hasattr(inner, "stored") for part in inner.stored()]
+    """Every parameter of a module and of what is in it, but for adapters."""
+    inside = [part for _, part in nnx.iter_modules(module)]
+    return [stored for part in inside if isinstance(part, Storing) for stored in part.stored()]

@@ -59,8 +59,10 @@ class Trainable:
         def learns(path: Path, value: Any) -> bool:
             if self.adapters is not None:
                 return "low_rank" in path
+            if not isinstance(value, nnx.Param):  # the correction bias of a router is moved by rule, not by gradient
+                return False
             if self.top is None:
-                return isinstance(value, nnx.Param)
+                return True
             return path[0] == "final_norm" or (path[0] == "layers" and int(path[1]) >= first)
 
         return learns

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from jaxrl_llm.models.config import ExpertsConfig
 from jaxrl_llm.models.config import RopeScaling
 from jaxrl_llm.models.config import TransformerConfig
 from jaxrl_llm.models.files import one_line
@@ -207,8 +208,10 @@ def _before_training(folder: Path, content: Mapping[str, Any]) -> tuple[Transfor
             return smollm2_135m(dtype=param_dtype, compute_dtype=compute_dtype)
         return load_pretrained(source, dtype=param_dtype, compute_dtype=compute_dtype)
     fields = dict(content["config"])
-    scaling = fields.pop("rope_scaling", None)
-    config = TransformerConfig(**fields, rope_scaling=None if scaling is None else RopeScaling(**scaling))
+    for name, kind in (("rope_scaling", RopeScaling), ("experts", ExpertsConfig)):
+        if fields.get(name) is not None:
+            fields[name] = kind(**fields[name])
+    config = TransformerConfig(**fields)
     check_memory(config, param_dtype.itemsize, source=str(folder / FILE))
     rngs = nnx.Rngs(content["seed"])
     model = Transformer(config, rngs=rngs, param_dtype=param_dtype, compute_dtype=compute_dtype)

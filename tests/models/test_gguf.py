@@ -2,10 +2,12 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gguf
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 from flax import nnx
 
 from jaxrl_llm.models import weights
+from jaxrl_llm.models.config import ExpertsConfig
 from jaxrl_llm.models.config import tiny
 from jaxrl_llm.models.gguf_io import GGUFFile
 from jaxrl_llm.models.gguf_io import deinterleave
@@ -31,9 +34,11 @@ from jaxrl_llm.models.weights import model_tensors
 from jaxrl_llm.models.weights import save_gguf
 from tests.golden.tiny_checkpoints import CHECKPOINTS
 from tests.golden.tiny_checkpoints import tensors_of
+from tests.models.llama_cpp_reader import reader_of
 
 NAME = "llama_grouped_tied"
 SCALED = "llama_scaled_rotation_untied"
+WRITTEN = [name for name, settings in CHECKPOINTS.items() if settings.get("n_group", 1) == 1]
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +57,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "model.gguf"
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("name", WRITTEN)
 def test_float32_round_trip_is_exact(name: str, tmp_path: Path) -> None:
     save_gguf(tiny_model(name), tmp_path / "model.gguf")
     loaded = load_gguf(tmp_path / "model.gguf")
@@ -126,6 +131,33 @@ def test_rows_that_blocks_do_not_divide(tmp_path: Path) -> None:
     assert not (tmp_path / "model.gguf").exists()
 
 
+def test_routers_that_llama_cpp_has_not(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="experts in 4 groups cannot be written as GGUF"):
+        save_gguf(tiny_model("glm4_moe_groups"), tmp_path / "model.gguf")
+    config = replace(config_from_hf(CHECKPOINTS["qwen3_moe"]), experts=None)
+    experts = ExpertsConfig(count=4, chosen=2, width=8, scores="softmax", bias=False, normalise=False)
+    with pytest.raises(ValueError, match=r"llama\.cpp normalises the weights of Qwen3's experts"):
+        save_gguf(Transformer(replace(config, experts=experts), rngs=nnx.Rngs(0)), tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("further", [0, 1])
+def test_llama_cpp_computes_what_we_do_with_experts(further: int, tmp_path: Path) -> None:
+    """Half a rotation, a router with a bias, a shared expert, a dense layer; with a layer that llama.cpp passes by."""
+    experts = ExpertsConfig(count=6, chosen=2, width=32, shared=1, dense_layers=1, scale=1.5)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "head_dim": 16, "vocab_size": 259, "rotary_fraction": 0.5}
+    config = replace(tiny(**sizes, qkv_bias=True, qk_norm=True, experts=experts), mtp_layers=further)
+    model = Transformer(replace(config, tie_embeddings=False), rngs=nnx.Rngs(0))
+    model.layers[1].mlp.router.bias[...] = jnp.linspace(-0.3, 0.3, 6)
+    save_gguf(model, tmp_path / "model.gguf", tokenizer=ByteTokenizer())
+    prompt = [*b"a router"]
+    with reader_of(tmp_path / "model.gguf") as reader:
+        found = reader.log_probs(prompt, 259)
+    expected = jax.nn.log_softmax(model.logits(model(jnp.asarray([prompt])))[0, -1])
+    seen = np.isfinite(found)
+    assert seen.sum() > 250
+    np.testing.assert_allclose(found[seen], expected[seen], atol=2e-3)
+
+
 def test_impossible_requests(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="dtype is 'Q4_0'; expected one of F32, F16, BF16, Q8_0"):
         save_gguf(tiny_model(), tmp_path / "model.gguf", dtype="Q4_0")  # pyright: ignore[reportArgumentType]
@@ -143,7 +175,7 @@ def test_interleave_makes_rotated_pairs_neighbours() -> None:
     np.testing.assert_array_equal(deinterleave(interleave(rows, 2), 2), rows)
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("name", WRITTEN)
 def test_only_the_llama_architecture_stores_rows_in_pairs(name: str, tmp_path: Path) -> None:
     """The order in the file itself: reading back would undo any order that writing made."""
     save_gguf(tiny_model(name), tmp_path / "model.gguf")
