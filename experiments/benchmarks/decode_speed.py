@@ -41,6 +41,8 @@ from jaxrl_llm.rollouts import make_generate
 from jaxrl_llm.rollouts.decode import DecodeWeights
 
 VOID_BELOW = 700
+REPORTED = ("batches", "dtypes", "group_size", "prompt_tokens", "new_tokens", "rounds", "threads")
+WORKER = Path(__file__).parent / "peers" / "llama_cpp_worker.py"
 
 
 @dataclass(frozen=True)
