@@ -15,6 +15,7 @@ from experiments.run_folder import RunFolder
 from experiments.run_folder import UserError
 from jaxrl_llm import SavedRun
 from jaxrl_llm import load_run
+from jaxrl_llm.models.blueprint import num_parameters
 from jaxrl_llm.models.files import whole_folder
 from jaxrl_llm.models.gguf_io import GGUFType
 from jaxrl_llm.models.tokenizers import ByteTokenizer

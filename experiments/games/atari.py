@@ -213,7 +213,7 @@ def summarise(settings: AtariSettings, results: Results) -> dict[str, Any]:
 def _learning(settings: AtariSettings, results: Results) -> Picture:
     figure, axes = new_axes("frames [millions]", "score")
     for name in settings.arms:
-        values = curve(results[name], points=40)[0]
+        values = curve(results[name], points=20)[0]
         at = (np.arange(len(values)) + 1) / len(values) * settings.frames / 1e6
         dashes = "--" if name in DASHED else "-"
         axes.plot(at, values, color=COLOURS[name], linestyle=dashes, label=LABELS[name])
