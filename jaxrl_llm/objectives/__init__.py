@@ -2,6 +2,7 @@
 
 from jaxrl_llm.objectives import advantages as advantages
 from jaxrl_llm.objectives import aggregation as aggregation
+from jaxrl_llm.objectives import balance as balance
 from jaxrl_llm.objectives import corrections as corrections
 from jaxrl_llm.objectives import distillation as distillation
 from jaxrl_llm.objectives import divergence_augmented as divergence_augmented
