@@ -221,6 +221,39 @@ class Transformer(nnx.Module):
         token_mask = self._checked_mask(tokens, token_mask)
         return self.from_trunk(self.embed(tokens), token_mask, start=0, remat=remat)
 
+    def hidden_further(
+        self,
+        hidden: Float[Array, "B T D"],
+        tokens: Int[Array, "B T"],
+        token_mask: Bool[Array, "B T"] | None = None,
+        *,
+        remat: bool = False,
+    ) -> Float[Array, "B T1 D"]:
+        """States that predict the token after the next one: the one at t predicts token t + 2.
+
+        They depend on tokens up to t + 1. Whoever trains this layer without moving the rest of the model holds `hidden`
+        and the tables still (`jax.lax.stop_gradient`).
+
+        Args:
+            hidden: of `__call__` for these texts.
+            tokens: the texts.
+            token_mask: which tokens are real; None for all.
+            remat: recompute the layer in the backward pass.
+
+        Raises:
+            ValueError: the model has no layer for it.
+        """
+        if not self.further:
+            raise ValueError("the model has no layer that predicts further tokens; its mtp_layers is 0.")
+        token_mask = self._checked_mask(tokens, token_mask)
+        layer, context = self.further[0], RowContext(self._sight(Visibility(token_mask[:, 1:])))
+        rotation = Rotation.at(positions_of(token_mask)[:, 1:], self.config)
+
+        def apply(hidden, embedded):
+            return layer(hidden, embedded, rotation, context)[0]
+
+        return (jax.checkpoint(apply) if remat else apply)(hidden[:, :-1], self.embed(tokens[:, 1:]))
+
     def extend(
         self, tokens: Int[Array, "B T"], cache: KVCache, token_mask: Bool[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T D"], KVCache]:

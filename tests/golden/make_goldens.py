@@ -30,6 +30,7 @@ from texts import PROMPTS
 from texts import SENTENCES
 from texts import TEXTS
 from tiny_checkpoints import CHECKPOINTS
+from tiny_checkpoints import LAYERS
 from tiny_checkpoints import batch
 from tiny_checkpoints import tensors_of
 
@@ -113,6 +114,9 @@ def export_tiny(folder: Path) -> None:
     for name, settings in CHECKPOINTS.items():
         model = build_model(config_from_hf(settings), tensors_of(name))
         np.save(folder / f"{name}.npy", np.asarray(logits_of(model, jnp.asarray(tokens), jnp.asarray(mask))))
+        if model.further:
+            states = model.hidden_further(model(tokens[:1]), tokens[:1])
+            np.save(folder / f"{name}.further.npy", np.asarray(model.logits(states))[0])
         save_hf(model, folder / name)
         if settings.get("n_group", 1) == 1:  # llama.cpp has no groups of experts
             save_gguf(model, folder / f"{name}.gguf")
@@ -172,6 +176,30 @@ def in_memory(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return kept
 
 
+def further_logits(model: Any, tensors: dict[str, np.ndarray], tokens: Any) -> np.ndarray:
+    """Logits [T - 1, V] of the token after the next one, by transformers' layer for it over one text."""
+    import torch
+    from transformers.modeling_layers import MtpLayer
+    from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeDecoderLayer
+    from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeRMSNorm
+
+    layer = MtpLayer(model.config, Glm4MoeDecoderLayer, Glm4MoeRMSNorm, LAYERS).eval().float()
+    outer = {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "shared_head.norm": "post_norm"}
+    renamed = {}
+    for key, value in in_memory(tensors).items():
+        part, kind = key.removeprefix(f"model.layers.{LAYERS}."), ""
+        stem, _, kind = part.rpartition(".")
+        renamed[f"{outer[stem]}.{kind}" if stem in outer else f"mtp_block.{part}"] = torch.tensor(value)
+    layer.load_state_dict(renamed)
+    with torch.no_grad():
+        hidden = model.model(tokens).last_hidden_state[:, :-1]
+        positions = torch.arange(hidden.shape[1])[None]
+        causal = torch.full((hidden.shape[1],) * 2, -torch.inf).triu(1)[None, None]
+        turned = model.model.rotary_emb(hidden, positions)
+        states = layer(model.model.embed_tokens(tokens[:, 1:]), hidden, turned, causal, positions, None)
+        return model.lm_head(states)[0].numpy()
+
+
 def tiny_stage(folder: Path) -> None:
     """Logits and config.json files of transformers for the tiny checkpoints."""
     import torch
@@ -191,7 +219,10 @@ def tiny_stage(folder: Path) -> None:
         plain = {key: value for key, value in settings.items() if key != "architectures"}
         config = transformers.AutoConfig.for_model(**plain)
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().float()
-        tensors = {key: torch.tensor(value) for key, value in in_memory(tensors_of(name)).items()}
+        whole = tensors_of(name)
+        further = {key for key in whole if key.startswith(f"model.layers.{LAYERS}.")}
+        own = {key: value for key, value in whole.items() if key not in further}
+        tensors = {key: torch.tensor(value) for key, value in in_memory(own).items()}
         missing, unexpected = model.load_state_dict(tensors, strict=False)
         if unexpected or set(missing) - {"lm_head.weight"}:
             raise SystemExit(f"{name}: missing {missing}, unexpected {unexpected}")
@@ -202,6 +233,11 @@ def tiny_stage(folder: Path) -> None:
             ours = transformers.AutoModelForCausalLM.from_pretrained(folder / name, attn_implementation="eager").eval()
             again = ours(**inputs).logits.numpy()
         stored[name] = logits
+        if further:
+            inside = {key: whole[key] for key in further}
+            stored[f"{name}.further"] = further_logits(model, inside, inputs["input_ids"][:1])
+            found = np.load(folder / f"{name}.further.npy")
+            results[f"{name} (token after the next)"] = distance(found, stored[f"{name}.further"])
         config.architectures = settings["architectures"]
         configs[name] = config.to_dict()
         results[name] = distance(np.load(folder / f"{name}.npy")[mask], logits[mask])

@@ -112,6 +112,7 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "glm4_moe_scaled_head_norms": {**_GLM, "use_qk_norm": True, "routed_scaling_factor": 2.5},
     "glm4_moe_groups": {**_GLM, "n_group": 4, "topk_group": 2, "n_shared_experts": 2},
     "glm4_moe_plain_weights": {**_GLM, "attention_bias": False, "norm_topk_prob": False, "first_k_dense_replace": 0},
+    "glm4_moe_further_token": {**_GLM, "num_nextn_predict_layers": 1},
     "qwen3_moe": {
         **_COMMON,
         "architectures": ["Qwen3MoeForCausalLM"],
@@ -153,7 +154,8 @@ def tensors_of(name: str) -> dict[str, np.ndarray]:
     heads, kv_heads = settings["num_attention_heads"], settings["num_key_value_heads"]
     head_dim = settings.get("head_dim", WIDTH // heads)
     tensors = {"model.embed_tokens.weight": matrix(VOCABULARY, WIDTH, gain=WIDTH**0.5)}
-    for index in range(LAYERS):
+    further = settings.get("num_nextn_predict_layers", 0)
+    for index in range(LAYERS + further):
         layer = f"model.layers.{index}"
         tensors[f"{layer}.input_layernorm.weight"] = scale(WIDTH)
         for part, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
@@ -180,6 +182,9 @@ def tensors_of(name: str) -> dict[str, np.ndarray]:
                 tensors |= feed_forward(f"{layer}.mlp.experts.{expert}", inner)
         else:
             tensors |= feed_forward(f"{layer}.mlp", inner)
+        if index >= LAYERS:
+            tensors |= {f"{layer}.{part}.weight": scale(WIDTH) for part in ("enorm", "hnorm", "shared_head.norm")}
+            tensors[f"{layer}.eh_proj.weight"] = matrix(WIDTH, 2 * WIDTH)
     tensors["model.norm.weight"] = scale(WIDTH)
     if not settings["tie_word_embeddings"]:
         tensors["lm_head.weight"] = matrix(VOCABULARY, WIDTH)

@@ -51,6 +51,31 @@ def test_tiny_checkpoints_give_the_logits_of_transformers(name: str, written_by:
     assert tiny_error(name, config_from_hf(settings), tensors_of(name)) < TINY_TOLERANCE
 
 
+def further_error(tensors: dict[str, np.ndarray]) -> float:
+    """Largest difference from transformers' logits of the token after the next one."""
+    model = build_model(config_from_hf(CHECKPOINTS[FURTHER]), tensors)
+    tokens = jnp.asarray(batch()[0][:1])
+    found = model.logits(model.hidden_further(model(tokens), tokens))[0]
+    with np.load(GOLDEN / "tiny_logits.npz") as golden:
+        return float(np.abs(np.asarray(found) - golden[f"{FURTHER}.further"]).max())
+
+
+def test_the_token_after_the_next_one_has_the_logits_of_transformers() -> None:
+    tensors = tensors_of(FURTHER)
+    assert further_error(tensors) < TINY_TOLERANCE
+    joined = f"{NEXT}.eh_proj.weight"
+    halves = np.split(tensors[joined], 2, axis=1)[::-1]
+    assert further_error(tensors | {joined: np.concatenate(halves, axis=1)}) > 1000 * TINY_TOLERANCE
+    assert further_error(swap(tensors, f"{NEXT}.enorm.weight", f"{NEXT}.hnorm.weight")) > 1000 * TINY_TOLERANCE
+
+
+def test_a_further_token_needs_its_layer() -> None:
+    model = build_model(config_from_hf(CHECKPOINTS["qwen3_moe"]), tensors_of("qwen3_moe"))
+    tokens = jnp.asarray(batch()[0])
+    with pytest.raises(ValueError, match="no layer that predicts further tokens; its mtp_layers is 0"):
+        model.hidden_further(jnp.zeros((*tokens.shape, 32)), tokens)
+
+
 def test_bfloat16_is_near_and_not_equal() -> None:
     name = "mistral_untied"
     error = tiny_error(name, config_from_hf(CHECKPOINTS[name]), tensors_of(name), dtype=jnp.bfloat16)
@@ -63,6 +88,7 @@ def swap(tensors: dict[str, np.ndarray], first: str, second: str) -> dict[str, n
 
 MLP = "model.layers.1.mlp"
 ATTENTION = "model.layers.0.self_attn"
+FURTHER, NEXT = "glm4_moe_further_token", "model.layers.2"
 BIAS = f"{MLP}.gate.e_score_correction_bias"
 BUGS: dict[str, tuple[str, dict[str, object], Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]]] = {
     "rotary base": ("llama_grouped_tied", {"rope_theta": 20_000.0}, dict),
