@@ -15,6 +15,8 @@ from typing import Any
 
 import tyro
 
+from jaxrl_llm.training.run.numbers import is_written
+
 NAMED = {"named": True}
 """Metadata of a field that is a group whose name its fields keep; what is None in such a group is not saved."""
 
@@ -30,12 +32,14 @@ class Leaf:
         name: as it is saved: `learning_rate`, `recipe_settings.clip_high`.
         value: what it is set to.
         named: whether its group keeps its name.
+        written: whether it is saved: a field that is newer than runs that were saved is not, at its default.
     """
 
     path: Path
     name: str
     value: Any
     named: bool
+    written: bool = True
 
     @property
     def shown(self) -> str:
@@ -60,16 +64,17 @@ def _leaves(settings: Any, path: Path, *, named: bool) -> list[Leaf]:
         if dataclasses.is_dataclass(value):
             found += _leaves(value, here, named=field.metadata == NAMED)
         else:
-            found.append(Leaf(here, field.name, value, named))
+            found.append(Leaf(here, field.name, value, named, is_written(field, value)))
     return found
 
 
 def flat_values(settings: Any) -> dict[str, Any]:
-    """The settings by name, as JSON keeps them: tuples as lists, and nothing for a None of a group that is named."""
+    """The settings by name, as JSON keeps them: tuples as lists, and nothing for a None of a group that is named, nor
+    for a later field at its default."""
     return {
         leaf.name: list(leaf.value) if isinstance(leaf.value, tuple) else leaf.value
         for leaf in leaves(settings)
-        if not (leaf.named and leaf.value is None)
+        if leaf.written and not (leaf.named and leaf.value is None)
     }
 
 

@@ -172,7 +172,7 @@ UNIT = {"recipe_settings.entropy_coefficient": 0.05}
 """With advantages of size 1, whatever the rewards are."""
 
 BY_RECIPE = {
-    **dict.fromkeys(("reinforce", "rloo", "dr_grpo", "dvp"), RAW),
+    **dict.fromkeys(("reinforce", "rloo", "group_reinforce", "dr_grpo", "dvp"), RAW),
     **dict.fromkeys(("reinforce_plus_plus", "reinforce_plus_plus_baseline", "dapo", "gspo", "cispo", "empg"), UNIT),
     "trm_max": UNIT,
     # Of a vocabulary this flat, half of the answers would leave the papers' trust region of the mean KL.

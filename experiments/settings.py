@@ -210,7 +210,7 @@ class RunSettings:
             )
 
     def check_schedule(self) -> None:
-        """Refuse a warm-up that is as long as the run.
+        """Refuse a warm-up that is as long as the run, or a decay that is longer than the rest.
 
         Raises:
             UserError: it is.
@@ -218,7 +218,8 @@ class RunSettings:
         try:
             learning_rate_schedule(self.train.optimizer, self.train.optimizer_steps)
         except ValueError as error:
-            raise UserError(f"Field --warmup-steps: {error}") from error
+            name = str(error).partition(" ")[0].replace("_", "-")
+            raise UserError(f"Field --{name}: {error}") from error
 
     def laid_out(self, model: Transformer) -> tuple[Transformer, Mesh | None]:
         """The model in the dtype that was asked for, and the devices that share the work.
@@ -257,6 +258,8 @@ RUN_RANGES: Ranges = {
     "epsilon": SHARE,
     "weight_decay": Range(0, 1000),
     "max_grad_norm": NOT_NEGATIVE,
+    "momentum": Range(0, 0.999999),
+    "decay_steps": Range(0, 1_000_000),
     "minibatches": Range(1, 100_000),
     "epochs": Range(1, 10_000),
     "micro_batch": Range(0, 100_000),

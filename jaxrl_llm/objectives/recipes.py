@@ -117,6 +117,13 @@ _ALL = (
         surrogate="score_function",
         aggregation="seq-mean-token-sum",
     ),
+    Recipe(
+        name="group_reinforce",
+        source="GLM-4.5 2025, arXiv 2508.06471, section 3, agentic RL (with the log-prob that it omits: errata F10.1)",
+        advantage="group_centred",
+        surrogate="score_function",
+        aggregation="seq-mean-token-sum",
+    ),
     _GRPO,
     dataclasses.replace(
         _GRPO,

@@ -13,6 +13,7 @@ from jaxrl_llm import categorical
 from jaxrl_llm.objectives import RECIPES
 from jaxrl_llm.objectives import divergences
 from jaxrl_llm.objectives import policy_loss
+from jaxrl_llm.objectives import sequence_advantages
 from theory_checks import token_trees as trees
 
 V, T = 3, 3
@@ -136,6 +137,28 @@ def test_on_policy_score_function_is_the_policy_gradient(world):
     # A length in the denominator makes it another gradient only by a factor here, where all lengths are equal.
     slope = jax.grad(lambda p: exact_loss(RECIPES["gspo"], p, jax.lax.stop_gradient(pi), rewards))(pi)
     close(jax.tree.map(lambda x: -T * x, slope), exact)
+
+
+def test_the_printed_group_objective_is_zero_and_the_meant_one_has_most_of_the_policy_gradient(world):
+    """K = 2 answers, every pair once, in proportion; errata F10.1."""
+    pi, _, rewards = world
+    pairs, size = [jnp.ravel(x) for x in jnp.meshgrid(*[jnp.arange(V**T)] * 2, indexing="ij")], V ** (2 * T)
+    answers = jnp.stack(pairs, axis=1).ravel()
+    law = jnp.exp(trees.sequence_log_probs(pi))
+    weight = jnp.repeat(law[pairs[0]] * law[pairs[1]], 2) * size
+    recipe, groups = RECIPES["group_reinforce"], jnp.repeat(jnp.arange(size), 2)
+    advantages = sequence_advantages(recipe, rewards[answers], groups)
+    np.testing.assert_allclose(jnp.sum(advantages.reshape(size, 2), axis=1), 0.0, atol=1e-15)
+
+    def loss(p):
+        log_prob = token_log_probs(p)[answers]
+        mask = jnp.ones(log_prob.shape, bool)
+        terms = policy_loss(recipe, log_prob=log_prob, advantages=weight * advantages, response_mask=mask)
+        return terms.loss[0] / terms.loss[1]
+
+    exact = jax.grad(lambda p: jnp.sum(jnp.exp(trees.sequence_log_probs(p)) * rewards))(pi)
+    scale = close(jax.tree.map(lambda x: -2 * x, jax.grad(loss)(pi)), exact)
+    assert scale > 1e-3
 
 
 def test_token_importance_weighting_is_the_gradient_of_the_surrogate(world):

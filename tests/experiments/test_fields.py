@@ -73,6 +73,14 @@ def test_values_go_there_and_back() -> None:
     assert "rules.decay" not in flat_values(Run())
 
 
+def test_a_later_field_is_saved_where_it_is_not_at_its_default() -> None:
+    before = flat_values(RunSettings())
+    assert "optimizer" not in before
+    changed = with_values(RunSettings(), before | {"optimizer": "muon"})
+    assert changed.train.optimizer.optimizer == "muon"
+    assert {name: value for name, value in flat_values(changed).items() if name not in before} == {"optimizer": "muon"}
+
+
 def test_sentences_of_fields() -> None:
     said = attribute_sentences(Optimizer)
     assert said == {"rate": "of learning, which goes on in a second line: with a colon.", "decay": "of weights."}

@@ -74,6 +74,16 @@ def rloo(d, now, frozen):
     return -total / B
 
 
+def group_reinforce(d, now, frozen):
+    total = 0.0
+    for group in np.unique(GROUPS):
+        answers = np.flatnonzero(group == GROUPS)
+        mean = sum(d["rewards"][i] for i in answers) / len(answers)
+        for i in answers:
+            total += (d["rewards"][i] - mean) * sum(now[i, t] for t in range(T) if d["mask"][i, t]) / len(answers)
+    return -total / len(np.unique(GROUPS))
+
+
 def ppo_term(now, old, a, low, high):
     r = np.exp(now - old)
     return min(r * a, np.clip(r, 1 - low, 1 + high) * a)
@@ -234,6 +244,7 @@ TRANSCRIPTIONS = {
     "reinforce_plus_plus": reinforce_plus_plus,
     "reinforce_plus_plus_baseline": reinforce_plus_plus_baseline,
     "rloo": rloo,
+    "group_reinforce": group_reinforce,
     "grpo": grpo,
     "dr_grpo": dr_grpo,
     "dapo": dapo,

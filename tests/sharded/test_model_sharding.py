@@ -25,6 +25,8 @@ from jaxrl_llm.models.sharding import shard
 from jaxrl_llm.models.sharding import shardings
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.models.vocabulary import crop_vocabulary
+from jaxrl_llm.training import OptimizerSettings
+from jaxrl_llm.training import make_optimizer
 
 MESHES = {
     "data": ({"data": 8}, False),
@@ -114,6 +116,23 @@ def test_optimiser_state_and_adapters_follow_their_parameters(model):
     low_rank = specs.mu["layers"][1]["mlp"]["up"]["low_rank"]
     assert low_rank["a"].get_value() == PartitionSpec(("fsdp",), None)
     assert low_rank["b"].get_value() == PartitionSpec(None, ("tensor",))
+
+
+def test_muon_on_a_mesh_is_muon_on_one_device(model):
+    settings = OptimizerSettings(learning_rate=0.1, optimizer="muon", weight_decay=0.1)
+    optimizer, params = make_optimizer(settings, 10), nnx.state(model)
+    gradient = jax.tree.map(
+        lambda leaf: jnp.cos(jnp.arange(leaf.size, dtype=leaf.dtype) ** 2).reshape(leaf.shape), params
+    )
+    state = jax.jit(optimizer.init)(params)
+    mesh = make_mesh(fsdp=4, tensor=2)
+    layout = shardings((params, state), mesh)
+    update = jax.jit(optimizer.update, in_shardings=(layout[0], layout[1], layout[0]), out_shardings=layout)
+    on_mesh = update(*(shard(tree, mesh) for tree in (gradient, state, params)))
+    expected = jax.jit(optimizer.update)(gradient, state, params)
+    chex.assert_trees_all_close(jax.device_get(on_mesh), jax.device_get(expected), atol=1e-5)
+    moved = on_mesh[1][1].inner_states["muon"].inner_state[0].mu["layers"][1]["mlp"]["up"]["kernel"]
+    assert moved.get_value().sharding.spec == PartitionSpec(("fsdp",), ("tensor",))
 
 
 def test_a_jitted_step_takes_the_shardings_and_keeps_them(model, batch):

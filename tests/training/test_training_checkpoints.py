@@ -102,6 +102,14 @@ def test_changed_settings_are_refused_with_the_difference():
         refuse_changed_settings(saved, current)
 
 
+def test_a_field_that_came_later_changes_no_run_that_was_saved_before_it():
+    later = {"optimizer.optimizer", "optimizer.momentum", "optimizer.decay_steps"}
+    assert not later & set(flatten_settings({"optimizer": OptimizerSettings()}))
+    before = flatten_settings({"optimizer": OptimizerSettings()})
+    with pytest.raises(ChangedSettingsError, match=r"optimizer\.optimizer: '\(absent\)' -> 'muon'\nResume"):
+        refuse_changed_settings(before, flatten_settings({"optimizer": OptimizerSettings(optimizer="muon")}))
+
+
 def test_an_unwritable_folder_is_one_sentence(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"^Cannot write checkpoints to .*file: (File exists|Not a directory)\.$"):

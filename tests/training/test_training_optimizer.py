@@ -1,4 +1,4 @@
-"""The optimiser against Adam written out by hand, its schedules at their corners, and impossible numbers refused."""
+"""AdamW against Adam written out by hand, its schedules at their corners, and impossible numbers refused."""
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +64,11 @@ def test_two_steps_equal_adam_written_out():
             {0: 1.0, 1: 2.0, 2: 2.0, 6: 1.0, 10: 0.0},
         ),
         (OptimizerSettings(learning_rate=1.0, warmup_steps=1), {0: 1.0, 1: 1.0}),
+        (
+            OptimizerSettings(learning_rate=2.0, schedule="wsd", warmup_steps=2, decay_steps=4, final_fraction=0.5),
+            {0: 1.0, 1: 2.0, 2: 2.0, 6: 2.0, 7: 1.75, 8: 1.5, 9: 1.25, 10: 1.0},
+        ),
+        (OptimizerSettings(learning_rate=1.0, schedule="wsd", decay_steps=10), {0: 1.0, 5: 0.5, 10: 0.0}),
     ],
 )
 def test_schedule_at_its_corners(settings, expected):
@@ -74,11 +79,29 @@ def test_schedule_at_its_corners(settings, expected):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("learning_rate", -1.0), ("beta1", 1.0), ("schedule", "cosin"), ("max_grad_norm", float("nan"))],
+    [
+        ("learning_rate", -1.0),
+        ("beta1", 1.0),
+        ("momentum", 1.0),
+        ("schedule", "cosin"),
+        ("optimizer", "Muon"),
+        ("max_grad_norm", float("nan")),
+        ("decay_steps", -1),
+        ("decay_steps", 5),
+    ],
 )
 def test_impossible_numbers_are_refused_by_name(field, value):
     with pytest.raises(ValueError, match=field):
         OptimizerSettings(**{field: value})
+
+
+def test_a_decay_fits_into_what_follows_the_warm_up():
+    with pytest.raises(ValueError, match="decay_steps is 0 and schedule 'wsd'"):
+        OptimizerSettings(schedule="wsd")
+    settings = OptimizerSettings(schedule="wsd", warmup_steps=3, decay_steps=8)
+    with pytest.raises(ValueError, match="decay_steps is 8, the run has 7 optimiser steps after its warm-up"):
+        make_optimizer(settings, 10)
+    make_optimizer(settings, 11)
 
 
 def test_a_warmup_as_long_as_the_run_is_refused():

@@ -23,6 +23,7 @@ from jaxrl_llm.regular import read_regular
 from jaxrl_llm.training.run.errors import ChangedSettingsError
 from jaxrl_llm.training.run.errors import StorageError
 from jaxrl_llm.training.run.errors import TrainingError
+from jaxrl_llm.training.run.numbers import is_written
 from jaxrl_llm.training.run.seals import what_is_broken
 from jaxrl_llm.training.run.seals import write_seal
 from jaxrl_llm.training.run.state import TrainState
@@ -59,7 +60,8 @@ class Progress:
 def _fields(value: Any) -> Mapping[str, Any] | None:
     """The named parts of a dataclass or mapping; None for anything else."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        named = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
+        return {field.name: item for field, item in named if is_written(field, item)}
     return value if isinstance(value, Mapping) else None
 
 

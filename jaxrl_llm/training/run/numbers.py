@@ -1,8 +1,17 @@
-"""Settings are finite numbers."""
+"""Settings are finite numbers; those that came later change no run that was saved before them."""
 
 import dataclasses
 import math
 from typing import Any
+
+LATER = {"later": True}
+"""Metadata of a field that is newer than runs that were saved: at its default it is not written down, so that their
+settings are still the same."""
+
+
+def is_written(field: dataclasses.Field[Any], value: Any) -> bool:
+    """Whether a field of settings with this value is written down: all are but those of `LATER` at their default."""
+    return not (field.metadata == LATER and value == field.default)
 
 
 def require_finite(settings: Any) -> None:
