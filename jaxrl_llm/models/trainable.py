@@ -6,8 +6,9 @@
     learned, frozen = choice.partition(state)
     model = nnx.merge(graphdef, learned, frozen)
 
-Gradients and the optimiser see `learned` alone. Layers below `first_trained_layer(learned, L)` are a frozen trunk: its
-outputs can be computed once per batch and used in every step (`Transformer.trunk`, `Transformer.from_trunk`).
+Gradients and the optimiser see `learned` alone; the correction biases of routers are in it, and move by a rule. Layers
+below `first_trained_layer(learned, L)` are a frozen trunk: its outputs can be computed once per batch and used in every
+step (`Transformer.trunk`, `Transformer.from_trunk`).
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import Any
 
 from flax import nnx
 
+from jaxrl_llm.models.experts import RouterBias
 from jaxrl_llm.models.lora import PROJECTIONS
 from jaxrl_llm.models.lora import LoraSettings
 from jaxrl_llm.models.lora import add_lora
@@ -59,7 +61,7 @@ class Trainable:
         def learns(path: Path, value: Any) -> bool:
             if self.adapters is not None:
                 return "low_rank" in path
-            if not isinstance(value, nnx.Param):  # the correction bias of a router is moved by rule, not by gradient
+            if not isinstance(value, nnx.Param | RouterBias):
                 return False
             if self.top is None:
                 return True

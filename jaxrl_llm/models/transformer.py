@@ -185,8 +185,24 @@ class Transformer(nnx.Module):
             cache = cache.advance(token_mask)
             passed = self.through(x, positions, cache.contexts(x.shape[1]))
             return passed.x, cache.written(passed.contexts)
-        context = RowContext(self._sight(Visibility(token_mask) if visibility is None else visibility))
-        return self.through(x, positions, [context] * (stop - start), start=start, remat=remat).x
+        sight = Visibility(token_mask) if visibility is None else visibility
+        return self.rows(x, positions, sight, start=start, stop=stop, remat=remat).x
+
+    def rows(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        visibility: Visibility,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        remat: bool = False,
+        selections: Sequence[Int[Array, "B T k"] | None] | None = None,
+    ) -> Passed:
+        """`through` layers start .. stop for rows of training tokens: with where the routers sent them."""
+        count = (len(self.layers) if stop is None else stop) - start
+        contexts = [RowContext(self._sight(visibility))] * count
+        return self.through(x, positions, contexts, start=start, remat=remat, selections=selections)
 
     def _sight(self, visibility: Visibility) -> Visibility | Bool[Array, "B T T"]:
         """The mask itself, made once for all layers, where attention is dense."""

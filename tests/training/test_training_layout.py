@@ -38,7 +38,7 @@ def batch() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def states(model: Transformer, batch, slots: int) -> jax.Array:
     layout = Grid(PROMPT, slots, RESPONSE)
     packed = jax.tree.map(jnp.asarray, pack(*batch, layout))
-    x = through_layers(model, model.embed(packed.tokens), packed, start=0)
+    x = through_layers(model, model.embed(packed.tokens), packed, start=0).x
     return chosen_states(model.final_norm(x), packed).reshape(2 * GROUP, RESPONSE, -1)
 
 

@@ -129,7 +129,7 @@ def side_by_side(tiny_model):
     def total(params, tokens, mask, positions, targets, segments, prefixes, sources, weights):
         rows = Rows(tokens, mask, positions, targets, segments, prefixes, sources, sources, Packed(112, 1, 1, 112))
         model = nnx.merge(graphdef, params)
-        x = through_layers(model, model.embed(tokens), rows, start=0)
+        x = through_layers(model, model.embed(tokens), rows, start=0).x
         states = chosen_states(model.final_norm(x), rows)
         found = log_probs(model, states, targets)
         return jnp.sum(weights * found), (found, states)

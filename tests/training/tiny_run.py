@@ -15,6 +15,7 @@ from jaxrl_llm.environments import Problem
 from jaxrl_llm.environments import Score
 from jaxrl_llm.environments import stable_key
 from jaxrl_llm.models import trainable
+from jaxrl_llm.models.config import ExpertsConfig
 from jaxrl_llm.models.config import tiny
 from jaxrl_llm.models.tokenizers import ByteTokenizer
 from jaxrl_llm.models.trainable import Trainable
@@ -66,11 +67,19 @@ SETTINGS = TrainSettings(
 )
 
 
-def make_parts(recipe: str | Recipe = "dapo", choice: Trainable | None = None, *, layers: int = 1, **changes) -> Parts:
+def make_parts(
+    recipe: str | Recipe = "dapo",
+    choice: Trainable | None = None,
+    *,
+    layers: int = 1,
+    experts: ExpertsConfig | None = None,
+    **changes,
+) -> Parts:
     tokenizer = ByteTokenizer()
     recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
     choice = trainable.full() if choice is None else choice
-    model = Transformer(tiny(vocab_size=tokenizer.vocab_size, num_layers=layers), rngs=nnx.Rngs(0))
+    config = tiny(vocab_size=tokenizer.vocab_size, num_layers=layers, experts=experts)
+    model = Transformer(config, rngs=nnx.Rngs(0))
     model = choice.prepare(model, rngs=nnx.Rngs(1))
     parts = Parts(model=model, trainable=choice, tokenizer=tokenizer, task=SayTheDigit(), recipe=recipe)
     return dataclasses.replace(parts, **changes)

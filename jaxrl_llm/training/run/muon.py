@@ -9,7 +9,7 @@ from flax import nnx
 from optax.contrib import MuonDimensionNumbers
 from optax.contrib import scale_by_muon
 
-from jaxrl_llm.models.layers import at_least_float32
+from jaxrl_llm.models.numerics import at_least_float32
 from jaxrl_llm.typing import PyTree
 
 UPDATE_RMS = 0.2

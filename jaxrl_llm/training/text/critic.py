@@ -78,7 +78,7 @@ class Critic:
         """
         if self._graphdef is not None:
             model = nnx.merge(self._graphdef, params["model"])
-            x = through_layers(model, model.embed(rows.tokens), rows, start=0)
+            x = through_layers(model, model.embed(rows.tokens), rows, start=0).x
             hidden = model.final_norm(chosen_states(x, rows))
         return by_sequence(hidden.astype(jnp.float32) @ params["weight"] + params["bias"], rows)
 

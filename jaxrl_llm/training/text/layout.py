@@ -23,6 +23,7 @@ from jax.typing import ArrayLike
 
 from jaxrl_llm.models.attention import Visibility
 from jaxrl_llm.models.config import TransformerConfig
+from jaxrl_llm.models.transformer import Passed
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.training.text.packing import Plan
 from jaxrl_llm.training.text.packing import Text
@@ -323,11 +324,9 @@ def through_layers(
     start: int,
     stop: int | None = None,
     remat: bool = False,
-) -> Float[Array, "n W D"]:
+) -> Passed:
     """Apply layers start .. stop to rows; `remat` recomputes each layer in the backward pass."""
-    return model.blocks(
-        x, rows.positions, rows.token_mask, start=start, stop=stop, remat=remat, visibility=visibility(rows)
-    )
+    return model.rows(x, rows.positions, visibility(rows), start=start, stop=stop, remat=remat)
 
 
 def chosen_states(x: Float[Array, "n W D"], rows: Rows) -> Float[Array, "n K D"]:

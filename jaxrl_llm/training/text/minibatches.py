@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from jaxrl_llm.training.run.numbers import LATER
 from jaxrl_llm.training.run.numbers import require_finite
 from jaxrl_llm.typing import Bool
 from jaxrl_llm.typing import Int
@@ -29,6 +30,9 @@ class UpdateSettings:
         bounds_every: compare the policy before and after the update on the sampled contexts every so many steps, and
             where a batch is written down whole (`episodes_every`); 0 for those alone.
         score_rows: rows scored at a time; 0 scores the batch at once.
+        router_bias_rate: how far each optimiser step moves the correction bias of a router's expert, up where its load
+            was below the mean and down where it was above; 0 leaves it. GLM-4.5: 0.001 in pre-training, 0 afterwards.
+        router_balance: weight of the loss for even loads within each row. GLM-4.5: 0.0001.
     """
 
     minibatches: int = 4
@@ -40,6 +44,8 @@ class UpdateSettings:
     stop_after_skipped: int = 5
     bounds_every: int = 1
     score_rows: int = 0
+    router_bias_rate: float = dataclasses.field(default=0.0, metadata=LATER)
+    router_balance: float = dataclasses.field(default=0.0, metadata=LATER)
 
     def __post_init__(self) -> None:
         """Refuse impossible numbers."""
@@ -51,6 +57,8 @@ class UpdateSettings:
             "stop_after_skipped": 1,
             "bounds_every": 0,
             "score_rows": 0,
+            "router_bias_rate": 0,
+            "router_balance": 0,
         }.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxrl_llm.models.experts import Routes
 from jaxrl_llm.models.sharding import constrain
 from jaxrl_llm.models.tokenizers import Tokenizer
 from jaxrl_llm.models.trainable import Trainable
@@ -45,16 +46,20 @@ class Policy:
         """Output of the frozen layers; None where there are none."""
         if not self.first_layer:
             return None
-        return through_layers(model, model.embed(rows.tokens), rows, start=0, stop=self.first_layer)
+        return through_layers(model, model.embed(rows.tokens), rows, start=0, stop=self.first_layer).x
 
-    def hidden(
-        self, model: Transformer, rows: Rows, trunk: Float[Array, "n W D"] | None, *, remat: bool = False
-    ) -> Float[Array, "n K D"]:
+    def hidden(self, model: Transformer, rows: Rows, trunk: Float[Array, "n W D"] | None) -> Float[Array, "n K D"]:
         """States that predict the chosen tokens, through the layers that are trained."""
+        return self.forward(model, rows, trunk)[0]
+
+    def forward(
+        self, model: Transformer, rows: Rows, trunk: Float[Array, "n W D"] | None, *, remat: bool = False
+    ) -> tuple[Float[Array, "n K D"], tuple[Routes | None, ...]]:
+        """`hidden`, and where the routers of the trained layers sent the tokens."""
         x = model.embed(rows.tokens) if trunk is None else constrain(trunk, ACTIVATION_AXES)
-        x = through_layers(model, x, rows, start=self.first_layer, remat=remat)
+        passed = through_layers(model, x, rows, start=self.first_layer, remat=remat)
         # The norm acts on each state alone: it is applied to those that predict something only.
-        return model.final_norm(chosen_states(x, rows))
+        return model.final_norm(chosen_states(passed.x, rows)), passed.routes
 
 
 def describe_model(model: Transformer, trainable: Trainable) -> dict[str, Any]:

@@ -43,6 +43,9 @@ from jaxrl_llm.training.text.prepared import group_rows
 from jaxrl_llm.training.text.reference import FrozenPolicy
 from jaxrl_llm.training.text.reference import InitialPolicy
 from jaxrl_llm.training.text.reference import Teacher
+from jaxrl_llm.training.text.routers import require_routers
+from jaxrl_llm.training.text.routers import router_biases
+from jaxrl_llm.training.text.routers import with_router_bias
 from jaxrl_llm.training.text.scoring import Scorer
 from jaxrl_llm.training.text.scoring import Scores
 from jaxrl_llm.training.text.scoring import Shift
@@ -102,9 +105,12 @@ class Trainer:
             initial, frozen = shard(initial, parts.mesh), shard(frozen, parts.mesh)
         self._initial, self.frozen = initial, frozen
         self._grid = self._fixed_grid()
-        self.optimizer = make_optimizer(settings.optimizer, settings.optimizer_steps)
-        self._rate = learning_rate_schedule(settings.optimizer, settings.optimizer_steps)
         update, temperature = settings.update, settings.sampling.temperature
+        require_routers(update, initial, list(parts.model.layers)[self.policy.first_layer :])
+        self.optimizer = make_optimizer(settings.optimizer, settings.optimizer_steps)
+        if router_biases(initial):
+            self.optimizer = with_router_bias(self.optimizer, rate=update.router_bias_rate)
+        self._rate = learning_rate_schedule(settings.optimizer, settings.optimizer_steps)
         self.critic = Critic(settings.critic, parts.model) if "values" in self.signal.needs else None
         if self.critic is not None and self.signal.targets is None:
             raise ValueError(f"the signal {self.signal.name!r} reads values and has no targets for a critic.")
@@ -115,6 +121,7 @@ class Trainer:
             critic=self.critic,
             temperature=temperature,
             remat=update.remat,
+            router_balance=update.router_balance,
         )
         self.scorer = Scorer(
             self.policy,

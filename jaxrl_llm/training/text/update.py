@@ -12,6 +12,7 @@ import optax
 from jaxrl_kernels import Reference
 from jaxrl_kernels import TokenStatistics
 from jaxrl_llm.masked import safe_divide
+from jaxrl_llm.models.experts import Routes
 from jaxrl_llm.models.sharding import constrain
 from jaxrl_llm.models.sharding import partition_specs
 from jaxrl_llm.models.transformer import Transformer
@@ -26,6 +27,9 @@ from jaxrl_llm.training.text.objective import NEVER_MADE
 from jaxrl_llm.training.text.objective import Extras
 from jaxrl_llm.training.text.objective import Objective
 from jaxrl_llm.training.text.policy import Policy
+from jaxrl_llm.training.text.routers import gradient_norm
+from jaxrl_llm.training.text.routers import load_metrics
+from jaxrl_llm.training.text.routers import router_terms
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Bool
 from jaxrl_llm.typing import Float
@@ -142,9 +146,11 @@ def micro_batch_loss(
     temperature: float,
     remat: bool,
     fraction: Any,
-) -> tuple[LossTerms, Float[Array, "n K D"]]:
-    """The objective's loss on some rows, as (sum, count), with its metrics; and the states that predict."""
-    hidden = policy.hidden(model, batch.rows, batch.trunk, remat=remat)
+) -> tuple[LossTerms, Float[Array, "n K D"], tuple[Routes | None, ...]]:
+    """The objective's loss on some rows, as (sum, count), with its metrics; the states that predict; where routers sent
+    the tokens.
+    """
+    hidden, routes = policy.forward(model, batch.rows, batch.trunk, remat=remat)
 
     def compare(other: Array | None, head: Array | None, *names: str) -> TokenStatistics:
         return statistics(
@@ -189,7 +195,7 @@ def micro_batch_loss(
         "kl_from_ref_t": None if to_ref is None else flat(to_ref.kl_reverse),
         "step_ids": flat(batch.step_ids),
     }
-    return objective.loss(Batch(**fields), Extras(fraction, flat(first.target_kept))), hidden
+    return objective.loss(Batch(**fields), Extras(fraction, flat(first.target_kept))), hidden, routes
 
 
 def take_rows(batch: UpdateBatch, rows: Int[Array, " m"]) -> UpdateBatch:
@@ -205,6 +211,7 @@ def take_rows(batch: UpdateBatch, rows: Int[Array, " m"]) -> UpdateBatch:
     alone = -1 - jnp.arange(taken.group_ids.size, dtype=taken.group_ids.dtype).reshape(taken.group_ids.shape)
     return dataclasses.replace(
         taken,
+        rows=dataclasses.replace(taken.rows, token_mask=taken.rows.token_mask & real[:, None]),
         response_mask=taken.response_mask & real[:, None, None],
         group_ids=jnp.where(real[:, None], taken.group_ids, alone + jnp.iinfo(jnp.int32).min // 2),
     )
@@ -240,9 +247,10 @@ class Update:
         critic: Critic | None = None,
         temperature: float = 1.0,
         remat: bool = False,
+        router_balance: float = 0.0,
     ) -> None:
         """Fix what is static."""
-        self.traces = 0
+        self.traces, self._router_balance = 0, router_balance
         self._policy, self._objective, self._optimizer, self._critic = policy, objective, optimizer, critic
         self._static = {"temperature": temperature, "remat": remat}
         self._jitted = jax.jit(self._step, donate_argnums=0)
@@ -279,9 +287,13 @@ class Update:
         def loss_sum(trained: tuple[PyTree, PyTree], some: UpdateBatch) -> tuple[Array, Sums]:
             params, critic = trained
             model = self._policy.model(params, frozen)
-            terms, hidden = micro_batch_loss(
+            terms, hidden, routes = micro_batch_loss(
                 self._policy, self._objective, model, some, heads, fraction=1.0 / count, **self._static
             )
+            blocks = list(model.layers)[self._policy.first_layer :]
+            weight, mask = self._router_balance, some.rows.token_mask
+            added, routed = router_terms(blocks, routes, mask, weight=weight, count=terms.loss[1])
+            terms = LossTerms((terms.loss[0] + added, terms.loss[1]), terms.metrics | routed)
             if self._critic is None or not jax.tree.leaves(critic):
                 return terms.loss[0], Sums(terms, None)
             # The critic's gradient ends at the states, so one backward pass serves both.
@@ -317,7 +329,7 @@ class Update:
         self.traces += 1
         trained = (state.params, state.critic)
         gradients, sums = self._gradients(trained, frozen, batch, heads, rows, micro_batches)
-        norm = optax.tree.norm(gradients[0])
+        norm = gradient_norm(gradients[0])
         finite = jnp.isfinite(sums.terms.loss[0]) & jnp.isfinite(norm)
         if sums.value is not None:
             finite = finite & jnp.isfinite(sums.value[0]) & jnp.isfinite(optax.tree.norm(gradients[1]))
@@ -348,7 +360,7 @@ class Update:
             skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
         )
         one = jnp.ones(())
-        metrics = {"loss": sums.terms.loss, **sums.terms.metrics}
+        metrics = {"loss": sums.terms.loss, **sums.terms.metrics, **load_metrics(gradients[0])}
         metrics |= {} if sums.value is None else {"value_loss": sums.value}
         metrics = jax.tree.map(lambda leaf: jnp.where(finite, leaf, 0), metrics)
         metrics |= {"grad_norm": (norm, one), "skipped": (skipped.astype(jnp.float32), one)}

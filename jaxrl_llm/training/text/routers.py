@@ -1,0 +1,130 @@
+"""Routers in training: even loads by a rule or by a loss, and what is measured of them.
+
+The rule moves a correction bias by the loads of a whole minibatch, which are known when its micro-batches and shards
+have been added up. They are added up with the gradients: in the place of a bias's gradient, which is 0, stand its
+expert's loads, over the count that gradients are divided by. `with_router_bias` reads them there.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from jaxrl_llm.masked import safe_divide
+from jaxrl_llm.models.block import Block
+from jaxrl_llm.models.experts import Experts
+from jaxrl_llm.models.experts import RouterBias
+from jaxrl_llm.models.experts import Routes
+from jaxrl_llm.objectives import balance
+from jaxrl_llm.training.text.minibatches import UpdateSettings
+from jaxrl_llm.typing import Array
+from jaxrl_llm.typing import Bool
+from jaxrl_llm.typing import Float
+from jaxrl_llm.typing import PyTree
+from jaxrl_llm.typing import SumCount
+
+
+def _is_variable(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Variable)
+
+
+def router_biases(tree: PyTree) -> list[Float[Array, " E"]]:
+    """What stands in the place of each router's correction bias in a tree of parameters or gradients."""
+    leaves = jax.tree.leaves(tree, is_leaf=_is_variable)
+    return [leaf.get_value() for leaf in leaves if isinstance(leaf, RouterBias)]
+
+
+def gradient_norm(gradients: PyTree) -> Float[Array, ""]:
+    """Global norm of the gradients, without the loads that stand among them."""
+    leaves = jax.tree.leaves(gradients, is_leaf=_is_variable)
+    return optax.tree.norm([leaf for leaf in leaves if not isinstance(leaf, RouterBias)])
+
+
+def with_router_bias(inner: optax.GradientTransformation, *, rate: float) -> optax.GradientTransformation:
+    """The optimiser, and the rule of `objectives.balance.updated_router_bias` for the correction biases of routers."""
+
+    def move(updates: Any, state: optax.OptState, params: Any = None) -> tuple[Any, optax.OptState]:
+        def change(loads: Array, bias: Array) -> Array:
+            return balance.updated_router_bias(bias, loads, rate=rate) - bias
+
+        return jax.tree.map(change, updates, params), state
+
+    def label(leaf: Any) -> str:
+        return "rule" if isinstance(leaf, RouterBias) else "gradient"
+
+    rule = optax.GradientTransformation(lambda params: optax.EmptyState(), move)
+    return optax.partition(
+        {"gradient": inner, "rule": rule}, lambda tree: jax.tree.map(label, tree, is_leaf=_is_variable)
+    )
+
+
+def require_routers(settings: UpdateSettings, params: PyTree, blocks: Sequence[Block]) -> None:
+    """Loads can be evened out where there are routers that learn.
+
+    Raises:
+        ValueError: a number above 0 for what the model has not.
+    """
+    there = {
+        "router_bias_rate": (router_biases(params), "correction biases"),
+        "router_balance": ([block for block in blocks if isinstance(block.mlp, Experts)], "routers"),
+    }
+    for name, (found, what) in there.items():
+        if getattr(settings, name) and not found:
+            raise ValueError(
+                f"update.{name} is {getattr(settings, name)}, and no layer that learns has {what}; it must be 0."
+            )
+
+
+def router_terms(
+    blocks: Sequence[Block],
+    routes: Sequence[Routes | None],
+    token_mask: Bool[Array, "n W"],
+    *,
+    weight: float,
+    count: Float[Array, ""],
+) -> tuple[Float[Array, ""], dict[str, SumCount]]:
+    """What routers add to the sum of a micro-batch's loss, and its metric.
+
+    The loss of a row is `objectives.balance.sequence_balance_loss`; it is averaged over the rows of a micro-batch and
+    its layers, and over micro-batches by the counts that their losses have.
+
+    Args:
+        blocks: the layers that learn.
+        routes: where each sent the tokens.
+        token_mask: which tokens are real.
+        weight: of the loss.
+        count: of the micro-batch's loss.
+    """
+    added, total, rows = jnp.zeros(()), jnp.zeros(()), jnp.zeros(())
+    for block, sent in zip(blocks, routes, strict=True):
+        if sent is None:
+            continue
+        bias, experts = cast(Experts, block.mlp).router.bias, sent.scores.shape[-1]
+        if bias is not None:
+            loads = balance.expert_loads(sent.selection, token_mask, num_experts=experts)
+            # Its value is 0 and its gradient the loads.
+            named = jnp.sum(bias[...] * jax.lax.stop_gradient(loads))
+            added += named - jax.lax.stop_gradient(named)
+        some = balance.sequence_balance_loss(sent.scores, sent.selection, token_mask)
+        total, rows = total + some[0], rows + some[1]
+    if not any(sent is not None for sent in routes):
+        return added, {}
+    if weight:
+        added += weight * count.astype(total.dtype) * safe_divide(total, rows)
+    return added, {"router_balance_loss": (total, rows)}
+
+
+def load_metrics(gradients: PyTree) -> dict[str, SumCount]:
+    """Largest violation, entropy and dead experts of a minibatch, by the loads that stand among its gradients; means
+    over layers.
+    """
+    found = [balance.balance_metrics(loads) for loads in router_biases(gradients)]
+    if not found:
+        return {}
+    count = jnp.asarray(float(len(found)))
+    totals = jax.tree.map(lambda *column: jnp.sum(jnp.stack(column)), *found)
+    return {f"router_{name}": (value, count) for name, value in totals._asdict().items()}
