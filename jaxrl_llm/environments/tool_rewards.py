@@ -1,4 +1,4 @@
-"""Rewards of agents that call tools (GLM-4.5, arXiv 2508.06471, sections 3.2 and 3.3): of a whole trace, and of a step."""
+"""Rewards of agents that call tools, of a trace and of a step (GLM-4.5, arXiv 2508.06471, section 3)."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence

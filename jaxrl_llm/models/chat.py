@@ -104,7 +104,7 @@ class ChatFormat:
 
 @dataclass(frozen=True)
 class TemplateChat:
-    """A checkpoint's own Jinja template as a `Chat`; it is told `tools`, and `enable_thinking=False` where that is asked.
+    """A checkpoint's own Jinja template as a `Chat`: it is told `tools`, and `enable_thinking=False` where asked to.
 
     Attributes:
         template: the Jinja source.
@@ -164,7 +164,6 @@ class TemplateChat:
             tools=None if tools is None else list(tools),
             **({} if thinking else {"enable_thinking": False}),
         )
-
 
 
 CHATML = ChatFormat(before="<|im_start|>{role}\n", after="<|im_end|>\n", stop_token="<|im_end|>")

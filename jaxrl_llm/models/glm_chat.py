@@ -50,10 +50,14 @@ For each function call, output the function name and arguments within the follow
 class GlmChat:
     """GLM-4.5 as a `chat.Chat`.
 
-    A message has `role` and `content`, a text or a list of texts and of parts `{"type": "text", "text": ..}`. One of the
-    assistant may have `reasoning_content` and `tool_calls`, each with a name and a mapping of arguments, in
+    A message has `role` and `content`, a text or a list of texts and of parts `{"type": "text", "text": ..}`. One of
+    the assistant may have `reasoning_content` and `tool_calls`, each with a name and a mapping of arguments, in
     `function` or not; without `reasoning_content`, thinking is what stands before `</think>` in its content. The
-    content of a tool may be a list of results, texts or mappings with `output`.
+    content of a tool may be a list of results, texts or mappings with `output`. The names of tokens in a text are
+    written as they are, as the template does: who may write them can forge a turn.
+
+    Departures from the template: what it would drop or write as Python does (pictures, None, unknown roles and keys,
+    numbers that are not finite) and calls that could not be read again are refused.
     """
 
     @property

@@ -26,7 +26,7 @@ def test_of_a_group_the_malformed_one_is_below_the_mean() -> None:
 
 
 def test_the_annotated_calls_are_worth_one() -> None:
-    other_order = ToolCall("weather", dict(reversed(RIGHT[0].arguments.items())))
+    other_order = ToolCall("weather", dict(reversed(list(RIGHT[0].arguments.items()))))
     assert exact_calls_reward(RIGHT, RIGHT, well_formed=True) == 1.0
     assert exact_calls_reward((other_order, RIGHT[1]), RIGHT, well_formed=True) == 1.0
     assert exact_calls_reward((), (), well_formed=True) == 1.0

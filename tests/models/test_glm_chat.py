@@ -42,9 +42,7 @@ def test_every_text_is_the_templates() -> None:
 def test_the_format_in_short() -> None:
     said = {"role": "assistant", "content": "Hi!", "reasoning_content": "greet"}
     assert GLM4_5.render([USER]) == "[gMASK]<sop><|user|>\nhi<|assistant|>"
-    assert GLM4_5.render([USER], thinking=False) == (
-        "[gMASK]<sop><|user|>\nhi/nothink<|assistant|>\n<think></think>"
-    )
+    assert GLM4_5.render([USER], thinking=False) == ("[gMASK]<sop><|user|>\nhi/nothink<|assistant|>\n<think></think>")
     assert GLM4_5.render([USER, said], generation=False).endswith("<|assistant|>\n<think>greet</think>\nHi!")
     assert GLM4_5.render([USER, said, USER]).endswith("<|assistant|>\n<think></think>\nHi!<|user|>\nhi<|assistant|>")
 
@@ -66,7 +64,11 @@ BAD: dict[str, tuple[Any, str]] = {
             ("no name", {"function": {"arguments": {}}}, "has a call 0 with the name None and arguments of type dict"),
             ("JSON", {"name": "f", "arguments": '{"a": 1}'}, r"arguments of type str; expected .*JSON must be decoded"),
             ("name", {"name": "f g", "arguments": {}}, "a call has the name 'f g'; expected one without white space"),
-            ("key", {"name": "f", "arguments": {1: 2}}, "a call of f has the argument 1; expected names that are texts"),
+            (
+                "key",
+                {"name": "f", "arguments": {1: 2}},
+                "a call of f has the argument 1; expected names that are texts",
+            ),
             ("end of key", {"name": "f", "arguments": {"</arg_key>": 2}}, "has </arg_key> in it, which the format"),
             ("end of value", {"name": "f", "arguments": {"a": "</arg_value>"}}, "'a' of f has </arg_value> in it"),
             ("end inside", {"name": "f", "arguments": {"a": ["</arg_value>"]}}, "'a' of f has </arg_value> in it"),
