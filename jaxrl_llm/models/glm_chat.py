@@ -171,9 +171,8 @@ def _assistant(message: Mapping[str, Any], place: str, *, thinks: bool) -> str:
     if thinking is None:
         thinking = ""
         if THINK[1] in content:
-            before, *_, after = content.split(THINK[1])
-            thinking = before.rstrip("\n").split(THINK[0])[-1].lstrip("\n")
-            content = after.lstrip("\n")
+            before, *_, content = content.split(THINK[1])
+            thinking = before.split(THINK[0])[-1]
     if not isinstance(thinking, str):
         raise ValueError(f"{place} has a reasoning_content of type {type(thinking).__name__}; expected a text.")
     calls = []

@@ -2,9 +2,10 @@
 
     python tests/golden/make_glm_chats.py chat_template.jinja
 
-The template is that of huggingface.co/zai-org/GLM-4.5 (MIT); its hash is that of the text with one newline at the end.
-It is rendered by Jinja with the settings of transformers
-(trim_blocks, lstrip_blocks, tojson without escapes), and by the sandbox of this project, which must give the same.
+The template is that of huggingface.co/zai-org/GLM-4.5 (MIT), as public logs of servers that load it print it; its hash
+is that of the text with one newline at the end. GLM-4.6's (llama.cpp, models/templates) gives the same texts. It is
+rendered by Jinja with the settings of transformers (trim_blocks, lstrip_blocks, tojson without escapes), and by the
+sandbox of this project, which must give the same.
 """
 
 import datetime
