@@ -1,14 +1,21 @@
 """Chat messages as the text a model was trained on: by the checkpoint's own template, or by a format known here.
 
-A format is data: what stands before and after each turn. It covers the templates that only join turns; templates that
-rewrite messages (tools, dates, reasoning blocks) are out of its reach, and `checkpoint_chat` renders them.
+Whoever writes messages is a `Chat`. A `ChatFormat` is data: what stands before and after each turn, for the templates
+that only join turns. A `TemplateChat` is a checkpoint's Jinja template, which may rewrite messages (tools, dates,
+thinking). `glm_chat.GLM4_5` is the format of GLM-4.5, tools and thinking included.
 """
 
+from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import field
+from typing import Any
+from typing import Protocol
 from typing import TypedDict
 
 from jaxrl_llm.models.chat_template import render_chat
+from jaxrl_llm.models.chat_tools import Tool
+from jaxrl_llm.models.chat_tools import tool_schemas
 from jaxrl_llm.models.tokenizers import Tokenizer
 
 
@@ -17,6 +24,40 @@ class Message(TypedDict):
 
     role: str
     content: str
+
+
+class Chat(Protocol):
+    """Writes messages as a text that a model answers, and knows which tokens end an answer."""
+
+    @property
+    def stop_tokens(self) -> tuple[str, ...]:
+        """The tokens with which an answer can end; generation stops at them."""
+        ...
+
+    def end(self, message: Mapping[str, Any]) -> str:
+        """The token that ends this answer of the assistant."""
+        ...
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Tool] | None = None,
+        thinking: bool = True,
+        generation: bool = True,
+    ) -> str:
+        """The messages as one text.
+
+        Args:
+            messages: the turns, oldest first.
+            tools: what the model may call.
+            thinking: False asks for an answer without thinking.
+            generation: end with the opening of an assistant turn, so that the model writes that turn.
+
+        Raises:
+            ValueError: what cannot be written.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -36,6 +77,93 @@ class ChatFormat:
     stop_token: str
     default_system: str | None = None
     strip: bool = False
+
+    @property
+    def stop_tokens(self) -> tuple[str, ...]:
+        """The one token that ends an answer."""
+        return (self.stop_token,)
+
+    def end(self, message: Mapping[str, Any]) -> str:
+        """The same for every answer."""
+        return self.stop_token
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Tool] | None = None,
+        thinking: bool = True,
+        generation: bool = True,
+    ) -> str:
+        """`format_chat`; such a format has no tools and cannot ask for an answer without thinking."""
+        if tools or not thinking:
+            what = "has no tools" if tools else "cannot ask for thinking=False"
+            raise ValueError(f"this chat format {what}; take the checkpoint's own template (TemplateChat).")
+        return format_chat(messages, chat_format=self, add_generation_prompt=generation)
+
+
+@dataclass(frozen=True)
+class TemplateChat:
+    """A checkpoint's own Jinja template as a `Chat`: it is told `tools`, and `enable_thinking=False` where asked to.
+
+    Attributes:
+        template: the Jinja source.
+        stop_token: the token that ends an answer.
+        special_tokens: names of special tokens (bos_token, ...) that the template may write.
+    """
+
+    template: str
+    stop_token: str
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "TemplateChat":
+        """The template that came with a tokenizer.
+
+        Raises:
+            ValueError: none came.
+        """
+        if tokenizer.chat_template is None:
+            raise ValueError("tokenizer has no chat template; take a ChatFormat.")
+        ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
+        names = {name: tokenizer.backend.id_to_token(token) for name, token in ids.items() if token is not None}
+        special = {name: text for name, text in names.items() if text is not None}
+        return cls(tokenizer.chat_template, special["eos_token"], special)
+
+    @property
+    def stop_tokens(self) -> tuple[str, ...]:
+        """The one token that ends an answer."""
+        return (self.stop_token,)
+
+    def end(self, message: Mapping[str, Any]) -> str:
+        """The same for every answer."""
+        return self.stop_token
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Tool] | None = None,
+        thinking: bool = True,
+        generation: bool = True,
+    ) -> str:
+        """See `Chat.render` and `chat_template.render_chat`; a template may pass over what it does not know.
+
+        Raises:
+            ModelFileError: the template is no template, fails or leaves its bounds.
+            ValueError: tools that are none, or messages that the template refuses.
+        """
+        if tools is not None:
+            tool_schemas(tools)
+        # Where thinking is wanted a template does as it does by itself: not all of them think by default.
+        return render_chat(
+            self.template,
+            messages,
+            add_generation_prompt=generation,
+            special_tokens=self.special_tokens,
+            tools=None if tools is None else list(tools),
+            **({} if thinking else {"enable_thinking": False}),
+        )
 
 
 CHATML = ChatFormat(before="<|im_start|>{role}\n", after="<|im_end|>\n", stop_token="<|im_end|>")
@@ -72,7 +200,7 @@ LLAMA3 = ChatFormat(
 
 
 def format_chat(
-    messages: Sequence[Message], *, chat_format: ChatFormat = SMOLLM2, add_generation_prompt: bool = True
+    messages: Sequence[Mapping[str, Any]], *, chat_format: ChatFormat = SMOLLM2, add_generation_prompt: bool = True
 ) -> str:
     """The messages as one text.
 
@@ -89,7 +217,7 @@ def format_chat(
     for index, message in enumerate(messages):
         if set(message) != {"role", "content"}:
             raise ValueError(f"messages[{index}] has the keys {sorted(message)}; expected exactly content and role.")
-    turns = list(messages)
+    turns: list[Mapping[str, Any]] = list(messages)
     if chat_format.default_system is not None and turns[0]["role"] != "system":
         turns.insert(0, Message(role="system", content=chat_format.default_system))
     text = "".join(_turn(message, chat_format) for message in turns)
@@ -121,14 +249,7 @@ def checkpoint_chat(
     plain = format_chat(messages, chat_format=chat_format, add_generation_prompt=add_generation_prompt)
     if tokenizer.chat_template is None:
         return plain
-    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
-    names = {name: tokenizer.backend.id_to_token(token) for name, token in ids.items() if token is not None}
-    return render_chat(
-        tokenizer.chat_template,
-        messages,
-        add_generation_prompt=add_generation_prompt,
-        special_tokens={name: text for name, text in names.items() if text is not None},
-    )
+    return TemplateChat.of(tokenizer).render(messages, generation=add_generation_prompt)
 
 
 def chat_ids(
@@ -143,6 +264,6 @@ def chat_ids(
     return tokenizer.encode(text, add_special_tokens=tokenizer.chat_template is None)
 
 
-def _turn(message: Message, chat_format: ChatFormat) -> str:
+def _turn(message: Mapping[str, Any], chat_format: ChatFormat) -> str:
     content = message["content"].strip() if chat_format.strip else message["content"]
     return chat_format.before.replace("{role}", message["role"]) + content + chat_format.after

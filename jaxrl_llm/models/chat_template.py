@@ -68,6 +68,8 @@ def render_chat(
         ModelFileError: the template is no template, fails, or leaves its bounds.
         ValueError: the template itself refuses the messages.
     """
+    if not isinstance(template, str):
+        raise ModelFileError(f"the chat template is a {type(template).__name__}; expected a text.")
     given = {"tools": None, "documents": None, **(special_tokens or {}), **variables}
     given |= {"messages": [dict(message) for message in messages], "add_generation_prompt": add_generation_prompt}
     return _program(template).render(given)

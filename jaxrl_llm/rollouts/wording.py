@@ -28,12 +28,14 @@ class Wording:
         asks: after each text of the world: now the policy acts.
         end: ends an action; exactly one token.
         shows: between the end of an action and what the world says of it.
+        strip: whether white space around what the world says and around actions is removed.
     """
 
     opening: str = ""
     asks: str = "\n> "
     end: str = "\n"
     shows: str = ""
+    strip: bool = False
 
     @classmethod
     def of_chat(cls, chat_format: ChatFormat, *, system: str | None = None) -> Self:
@@ -53,6 +55,7 @@ class Wording:
             asks=after + before.replace("{role}", "assistant"),
             end=chat_format.stop_token,
             shows=after.removeprefix(chat_format.stop_token) + before.replace("{role}", "user"),
+            strip=chat_format.strip,
         )
 
 
@@ -68,7 +71,7 @@ class Script:
         """Raises:
         ValueError: the end of an action is not exactly one token, or no token asks the policy to act.
         """
-        self._tokenizer = tokenizer
+        self._tokenizer, self._strip = tokenizer, wording.strip
         # Every added token is taken for a special one, so that none of them is found in a world's text.
         described = json.loads(tokenizer.backend.to_str())
         for added in described["added_tokens"]:
@@ -117,4 +120,4 @@ class Script:
         return self._tokenizer.decode(ids).strip()
 
     def _content(self, text: str) -> list[int]:
-        return self._plain.encode(text, add_special_tokens=False).ids
+        return self._plain.encode(text.strip() if self._strip else text, add_special_tokens=False).ids

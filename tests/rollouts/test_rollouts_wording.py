@@ -30,6 +30,17 @@ def test_an_episode_in_a_chat_format_is_that_chat(chat_format: ChatFormat, syste
     assert script.said(action) == "go north"
 
 
+@pytest.mark.parametrize(("chat_format", "blank"), [(LLAMA3, ""), (CHATML, "\n ")])
+def test_a_format_that_strips_strips_what_the_world_says_too(chat_format: ChatFormat, blank: str) -> None:
+    script = Script(Wording.of_chat(chat_format, system=" Be brief.\n"), LETTERS)
+    action = script.action(" go\n")
+    tokens = [*script.opening, *script.prompt("\n A hall.\n "), *action, *script.answer(action, "\n A wall.\n ")]
+    turns = [("system", " Be brief.\n"), ("user", "\n A hall.\n "), ("assistant", " go\n"), ("user", "\n A wall.\n ")]
+    chat = format_chat([Message(role=role, content=text) for role, text in turns], chat_format=chat_format)
+    assert LETTERS.decode(tokens, skip_special_tokens=False) == chat
+    assert LETTERS.decode(script.prompt("\n A hall.")).startswith(blank + "A hall.")
+
+
 def test_an_action_is_heard_without_its_end_its_blanks_and_control_tokens() -> None:
     script = Script(Wording(), LETTERS)
     end = LETTERS.eos_id

@@ -10,6 +10,7 @@ import numpy as np
 from jaxrl_llm.models.chat import ChatFormat
 from jaxrl_llm.models.chat import Message
 from jaxrl_llm.models.chat import format_chat
+from jaxrl_llm.models.chat_pieces import Piece
 from jaxrl_llm.models.tokenizers import Tokenizer
 from jaxrl_llm.rollouts.collect.protocol import BatchShape
 from jaxrl_llm.trajectory import OUTSIDE
@@ -154,21 +155,17 @@ class DialogEncoder:
 
     def encode(self, dialog: Dialog) -> Row:
         """The row of a dialogue that `check` lets through; a row ends with the last response."""
-        tokens: list[int] = []
-        steps: list[int] = []
-        done, step = "", 0
+        pieces: list[Piece] = []
+        done, end = "", str(self.tokenizer.backend.id_to_token(self.stop_id))
         for number, message in enumerate(dialog.messages):
             if message["role"] != "assistant" or number < dialog.first_chosen:
                 continue
             opened, content, done_after = self._around(dialog.messages[: number + 1])
             if not opened.startswith(done):
                 raise ValueError("chat_format rewrites earlier turns; it must only add to them.")
-            given = self.tokenizer.encode(opened[len(done) :], add_special_tokens=not tokens)
-            chosen = [*self.tokenizer.encode(content, add_special_tokens=False), self.stop_id]
-            tokens += [*given, *chosen]
-            steps += [OUTSIDE] * len(given) + [step] * len(chosen)
-            done, step = done_after, step + 1
-        return Row(np.array(tokens, np.int32), np.array(steps, np.int32))
+            pieces += [Piece(opened[len(done) :]), Piece(content, end)]
+            done = done_after
+        return encode_pieces(pieces, self.tokenizer)
 
     def _around(self, messages: Sequence[Message]) -> tuple[str, str, str]:
         """Of the last turn: the text before it, its own, and both with the end token."""
@@ -182,6 +179,33 @@ class DialogEncoder:
             if not whole.startswith(opened + content + stop):
                 raise ValueError("chat_format must write an answer as it is, and its stop_token right after it.")
         return opened, content, opened + content + stop
+
+
+def encode_pieces(pieces: Sequence[Piece], tokenizer: Tokenizer, *, starts: bool = False) -> Row:
+    """The row of a text in pieces (`chat_pieces.written_pieces`): the model's tokens are chosen, their ends included.
+
+    Args:
+        pieces: given and written ones; each is encoded by itself, as a prompt and an answer to it are.
+        tokenizer: text to ids.
+        starts: whether the text has its start tokens, as those of Jinja templates and of GLM-4.5 have.
+
+    Raises:
+        ValueError: the tokenizer lacks the token that ends a piece.
+    """
+    tokens: list[int] = []
+    steps: list[int] = []
+    step = 0
+    for piece in pieces:
+        ids = tokenizer.encode(piece.text, add_special_tokens=not tokens and not starts)
+        if piece.written:
+            stop_id = tokenizer.backend.token_to_id(piece.end)
+            if stop_id is None:
+                raise ValueError(f"the tokenizer must have {piece.end!r}, with which an answer ends; it has not.")
+            ids.append(int(stop_id))
+        tokens += ids
+        steps += [step if piece.written else OUTSIDE] * len(ids)
+        step += piece.written
+    return Row(np.array(tokens, np.int32), np.array(steps, np.int32))
 
 
 def rows_to_trajectories(

@@ -8,12 +8,17 @@ from tokenizers.processors import TemplateProcessing
 
 from jaxrl_llm.models.chat import CHATML
 from jaxrl_llm.models.chat import SMOLLM2
+from jaxrl_llm.models.chat import ChatFormat
 from jaxrl_llm.models.chat import format_chat
+from jaxrl_llm.models.chat_pieces import Piece
+from jaxrl_llm.models.chat_pieces import written_pieces
+from jaxrl_llm.models.glm_chat import GLM4_5
 from jaxrl_llm.models.tokenizers import ByteTokenizer
 from jaxrl_llm.rollouts.collect.dialogs import Dialog
 from jaxrl_llm.rollouts.collect.dialogs import DialogEncoder
 from jaxrl_llm.rollouts.collect.dialogs import Row
 from jaxrl_llm.rollouts.collect.dialogs import chosen_texts
+from jaxrl_llm.rollouts.collect.dialogs import encode_pieces
 from jaxrl_llm.rollouts.collect.dialogs import fitted
 from jaxrl_llm.rollouts.collect.dialogs import rows_to_trajectories
 from jaxrl_llm.trajectory import check_trajectory
@@ -139,6 +144,39 @@ def test_without_a_format_only_a_prompt_and_a_response_fit(letters) -> None:
     with pytest.raises(ValueError, match="has an empty prompt; without a chat format it must have at least one token"):
         encoder.check(Dialog(({"role": "user", "content": ""}, TALK[1])), "line 1")
     encoder.check(Dialog(({"role": "user", "content": "<|im_end|>"}, TALK[1])), "line 1")  # no control token here
+
+
+@pytest.mark.parametrize("chat_format", [CHATML, SMOLLM2, dataclasses.replace(CHATML, strip=True)])
+def test_rows_are_the_pieces_that_the_model_wrote(chat_format: ChatFormat, letters) -> None:
+    for first in (0, 2):
+        row = DialogEncoder(letters, chat_format).encode(Dialog(TALK, first))
+        (pieces,) = written_pieces(TALK, chat_format, first_written=first)
+        found = encode_pieces(pieces, letters)
+        np.testing.assert_array_equal(found.tokens, row.tokens)
+        np.testing.assert_array_equal(found.steps, row.steps)
+
+
+def test_where_no_token_ends_a_turn_the_marker_of_the_next_one_is_chosen() -> None:
+    markers = ("<|user|>", "<|observation|>")
+    tokenizer = ByteTokenizer(markers)
+    calls = [{"name": "f", "arguments": {}}]
+    talk = [TALK[0], {"role": "assistant", "tool_calls": calls}, {"role": "tool", "content": "4"}, TALK[1]]
+    (pieces,) = written_pieces(talk, GLM4_5)
+    row = encode_pieces(pieces, tokenizer, starts=True)
+    assert tokenizer.decode(row.tokens, skip_special_tokens=False) == "".join(map(str, pieces))
+    for step, marker in enumerate(reversed(markers)):
+        assert row.tokens[row.steps == step][-1] == tokenizer.backend.token_to_id(marker)
+    assert set(row.steps.tolist()) == {-1, 0, 1}
+    with pytest.raises(ValueError, match=r"the tokenizer must have '<\|observation\|>', with which an answer ends"):
+        encode_pieces(pieces, ByteTokenizer())
+
+
+def test_a_text_may_have_its_start_tokens_already() -> None:
+    starting = ByteTokenizer(("<|im_end|>",))
+    starting.backend.post_processor = TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 257)])
+    pieces = [Piece("a"), Piece("b", "<|im_end|>"), Piece("c"), Piece("d", "<|im_end|>")]
+    assert (encode_pieces(pieces, starting).tokens == starting.bos_id).tolist() == [True] + [False] * 6
+    assert starting.bos_id not in encode_pieces(pieces, starting, starts=True).tokens
 
 
 ROW = Row(np.arange(10, 18, dtype=np.int32), np.array([-1, -1, 0, 0, -1, 1, 1, 1], np.int32))
