@@ -1,7 +1,7 @@
 """Workers at work: each call in a thread of its own, with a time limit, and every way of failing turned into an answer.
 
 A call that computes in Python is stopped at its limit. One that hangs in a library or waits for ever cannot be stopped:
-it is given up, and keeps its worker's place until it returns by itself, so that there are never more threads than places.
+it is given up and keeps its worker's place until it returns by itself, so there are never more threads than places.
 """
 
 import queue
@@ -64,9 +64,7 @@ def call_all(calls: Sequence[tuple[Worker, Assignment]], seconds: float) -> list
     return ended
 
 
-def _call(
-    worker: Worker, assignment: Assignment, seconds: float, box: "queue.SimpleQueue[tuple[Answer, str]]"
-) -> None:
+def _call(worker: Worker, assignment: Assignment, seconds: float, box: "queue.SimpleQueue[tuple[Answer, str]]") -> None:
     name = worker.card.name
     try:
         with time_limit(seconds, what=name):

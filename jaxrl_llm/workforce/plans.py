@@ -80,8 +80,8 @@ def _check_step(number: int, plan: Plan) -> None:
     step = plan.step(number)
     if not step.text or step.text != step.text.strip() or "\n" in step.text or BAR in step.text:
         raise PlanError(
-            f"step {number} has the text {step.text!r}; it must be one line that is not blank, without spaces around it "
-            f"and without {BAR!r} in it."
+            f"step {number} has the text {step.text!r}; it must be one line that is not blank, without spaces around "
+            f"it and without {BAR!r} in it."
         )
     if step.worker is not None and not re.fullmatch(r"\S+", step.worker):
         raise PlanError(f"step {number} names the worker {step.worker!r}; a name is one word.")
@@ -122,8 +122,8 @@ def parse_plan(text: str) -> Plan:
         found = _LINE.fullmatch(line)
         if found is None:
             raise PlanError(
-                f"the line {line[:200]!r} is no step; a step reads '{len(steps) + 1}. what to do', then ' | after: 1, 2' "
-                "where it needs the results of others."
+                f"the line {line[:200]!r} is no step; a step reads '{len(steps) + 1}. what to do', then "
+                "' | after: 1, 2' where it needs the results of others."
             )
         number, said, worker, after = found.groups()
         # Compared as text, which "01" and digits of other alphabets are not equal to.

@@ -104,7 +104,9 @@ class Workforce:
         self.limits = Limits() if limits is None else limits
         self.workers = {worker.card.name: worker for worker in workers}
         if len(self.workers) < max(len(workers), 1):
-            raise ValueError(f"workers are {[w.card.name for w in workers]}; expected at least one, each with its name.")
+            raise ValueError(
+                f"workers are {[w.card.name for w in workers]}; expected at least one, each with its name."
+            )
         self._given_up: dict[str, list[threading.Thread]] = {name: [] for name in self.workers}
 
     @property
@@ -166,10 +168,10 @@ class _Session:
     def outcome(self, task: int) -> Outcome:
         """What became of a task."""
         run = self.runs[task]
-        places = tuple((place, number, name) for place, (number, name) in enumerate(self.claimed) if number.task == task)
-        return Outcome(
-            run.question, run.answer, run.attempt, run.failures, run.turns, places, dict(self.counts[task])
+        places = tuple(
+            (place, number, name) for place, (number, name) in enumerate(self.claimed) if number.task == task
         )
+        return Outcome(run.question, run.answer, run.attempt, run.failures, run.turns, places, dict(self.counts[task]))
 
     def _in(self, phase: Phase) -> list[int]:
         return [task for task in self.order if self.runs[task].phase is phase]

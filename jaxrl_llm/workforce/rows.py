@@ -118,8 +118,8 @@ def records_to_trajectories(
         chosen = np.flatnonzero(np.asarray(row.steps[:width]) != OUTSIDE)
         if not len(chosen):
             raise ValueError(
-                f"record {number} has no chosen token among its first {width} (width), of {len(row.tokens)}; each needs "
-                "one, or nothing can be learned from it."
+                f"record {number} has no chosen token among its first {width} (width), of {len(row.tokens)}; each "
+                "needs one, or nothing can be learned from it."
             )
         row = _cut(row, int(chosen[-1]) + 1, ended=len(row.tokens) <= width)
         count = len(row.tokens)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rank_bm25 import BM25Plus
+    pass
 
 
 @functools.lru_cache(maxsize=65_536)

@@ -1,5 +1,6 @@
 """A base of facts: what can be searched, tables, files, and which relation leads from what to what."""
 
+import contextlib
 import csv
 import functools
 import hashlib
@@ -45,22 +46,20 @@ class Fact(NamedTuple):
     value: str
 
 
-class Table(NamedTuple):
-    """A table: names of columns, and rows of texts and numbers."""
+@dataclass(frozen=True)
+class Table:
+    """A table: names of columns, and rows of texts and numbers; the first entry of a row names it."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str | int | float, ...], ...]
 
-    def value(self, row: str, column: str) -> str | int | float:
-        """The entry of a column in the row that begins with a text.
+    @functools.cached_property
+    def _named(self) -> dict[str | int | float, tuple[str | int | float, ...]]:
+        return {row[0]: row for row in self.rows}
 
-        Raises:
-            KeyError: no row does, or there is no such column.
-        """
-        for entries in self.rows:
-            if entries[0] == row and column in self.columns:
-                return entries[self.columns.index(column)]
-        raise KeyError(f"no row begins with {row!r}, or no column is named {column!r}.")
+    def value(self, row: str, column: str) -> str | int | float | None:
+        """The entry of a column in the row of this name; None where there is no such row."""
+        return self._named[row][self.columns.index(column)] if row in self._named else None
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ class FactBase:
 
 def _as_json(base: FactBase) -> str:
     # Key by key in the order given: the order of facts is part of a base.
-    return json.dumps({**asdict(base), "tables": {k: t._asdict() for k, t in base.tables.items()}}, ensure_ascii=False)
+    return json.dumps(asdict(base), ensure_ascii=False)
 
 
 def write_base(base: FactBase, folder: Path) -> None:
@@ -172,8 +171,6 @@ def kept_base(key: str, build: Callable[[], FactBase]) -> tuple[FactBase, Path]:
     """
     folder = cache_folder() / "workforce" / f"{key}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
     if not folder.is_dir():
-        try:
+        with contextlib.suppress(FileExistsError):  # another process was faster
             write_base(build(), folder)
-        except FileExistsError:  # another process was faster
-            pass
     return read_base(folder), folder

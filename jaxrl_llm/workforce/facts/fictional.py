@@ -12,7 +12,30 @@ from jaxrl_llm.workforce.facts.base import Relation
 from jaxrl_llm.workforce.facts.base import Table
 from jaxrl_llm.workforce.facts.readings import readings
 
-STARTS = ("b", "br", "d", "dr", "f", "g", "gl", "h", "k", "kr", "l", "m", "n", "p", "pl", "r", "s", "st", "t", "tr", "v", "z")
+STARTS = (
+    "b",
+    "br",
+    "d",
+    "dr",
+    "f",
+    "g",
+    "gl",
+    "h",
+    "k",
+    "kr",
+    "l",
+    "m",
+    "n",
+    "p",
+    "pl",
+    "r",
+    "s",
+    "st",
+    "t",
+    "tr",
+    "v",
+    "z",
+)
 VOWELS = ("a", "e", "i", "o", "u", "ai", "ou")
 ENDS = ("l", "m", "n", "r", "s", "th", "x")
 REGIONS = 4
@@ -57,7 +80,10 @@ def fictional_base(seed: int, *, size: int = 24) -> FactBase:
     tables = {
         "countries": Table(
             ("country", "region", "area", "population"),
-            tuple((one, region[one], rng.randrange(1_000, 900_000), rng.randrange(10_000, 90_000_000)) for one in countries),
+            tuple(
+                (one, region[one], rng.randrange(1_000, 900_000), rng.randrange(10_000, 90_000_000))
+                for one in countries
+            ),
         ),
         "metals": Table(
             ("metal", "density", "melting"),

@@ -4,7 +4,6 @@ import random
 from collections.abc import Iterable
 
 
-
 def readings(cities: Iterable[str], seed: str) -> dict[str, str]:
     """A text of a week's readings for each city, by path; a function of the city and the seed."""
     files = {}

@@ -11,6 +11,7 @@ from jaxrl_llm.workforce.facts.base import FactBase
 from jaxrl_llm.workforce.facts.readings import numbers_of
 from jaxrl_llm.workforce.facts.readings import path_of
 from jaxrl_llm.workforce.plans import Step
+from jaxrl_llm.workforce.workers.wording import shown
 
 FACTS, TABLES, FILES, CODE = "facts", "tables", "files", "code"
 """Capabilities; a worker has one."""
@@ -59,11 +60,8 @@ def asks(base: FactBase) -> list[Ask]:
 
 def _entry(table: str, column: str) -> Callable[[FactBase, str], str | None]:
     def answer(base: FactBase, thing: str) -> str | None:
-        try:
-            value = base.tables[table].value(thing, column)
-        except KeyError:
-            return None
-        return str(int(value)) if isinstance(value, float) and value == int(value) else str(value)
+        value = base.tables[table].value(thing, column)
+        return None if value is None else shown(value)
 
     return answer
 
@@ -88,8 +86,9 @@ def _count(table: str, kind: str) -> Ask:
         return str(count) if count else None
 
     return Ask(
-        f"{table} count", "region", frozenset({TABLES}), f"In the table {table}, how many rows have the region {{}}?",
-        answer, lambda thing, after, _: [_select(table, "region", "COUNT(*)", thing, after)],
+        f"{table} count", "region", frozenset({TABLES}),
+        f"In the table {table}, how many rows have {{}} as their region?", answer,
+        lambda thing, after, _: [_select(table, "region", "COUNT(*)", thing, after)],
     )  # fmt: skip
 
 
@@ -149,7 +148,7 @@ def _more(total: str, table: str, kind: str, column: str) -> Ask:
     def answer(base: FactBase, country: str) -> str | None:
         capital, own = base.value("capital", country), _entry(table, column)(base, country)
         found = None if capital is None else _numbers(base, capital)
-        return None if found is None or own is None else shown_sum(TOTALS[total](found), own)
+        return None if found is None or own is None else shown(TOTALS[total](found) + float(own))
 
     def steps(thing: str, after: tuple[int, ...], number: int) -> list[Step]:
         return [
@@ -160,13 +159,7 @@ def _more(total: str, table: str, kind: str, column: str) -> Ask:
         ]
 
     phrase = (
-        f"What is the {WORDS[total]} of the readings of the gauge in the capital of {{}}, plus its {column} in the table "
-        f"{table}?"
+        f"What is the {WORDS[total]} of the readings of the gauge in the capital of {{}}, plus its {column} in the "
+        f"table {table}?"
     )
     return Ask(f"{table} plus {total}", kind, frozenset({FACTS, TABLES, FILES, CODE}), phrase, answer, steps)
-
-
-def shown_sum(one: int, other: str) -> str:
-    """A whole number and one of a table, added and written as workers write it."""
-    value = one + float(other)
-    return str(int(value)) if value == int(value) else str(value)

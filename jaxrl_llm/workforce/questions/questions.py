@@ -194,4 +194,6 @@ def _sums() -> Iterator[Question]:
     for number in range(SUMS):
         one, other, third = (stable_key("sum", number, part) % 90 + 10 for part in range(3))
         text, plan = f"What is {one} * {other} - {third}?", Plan((Step(f"compute {one} * {other} - {third}"),))
-        yield Question(text, str(one * other - third), plan, frozenset({CODE}), f"{one} {other} {third}", ("arithmetic",))
+        yield Question(
+            text, str(one * other - third), plan, frozenset({CODE}), f"{one} {other} {third}", ("arithmetic",)
+        )

@@ -24,7 +24,7 @@ class FactsWorker:
     """
 
     def __init__(self, base: FactBase, *, name: str = "facts", capacity: int = 4) -> None:
-        relations = ", ".join(relation.title(f"a {relation.subject}") for relation in base.relations)
+        relations = ", ".join(relation.title(_a(relation.subject)) for relation in base.relations)
         self.card = Card(name, f"looks up one fact by its title: {relations}", capacity)
         self._values = [fact.value for fact in base.facts]
         self._titles = [base.title(fact) for fact in base.facts]
@@ -43,3 +43,7 @@ class FactsWorker:
                 return Answer(self._values[place])
         nearest = "; ".join(self._titles[place] for place in found[:SHOWN]) or "none"
         return Answer(f"no fact has its title in {query!r}; the nearest are: {nearest}", failed=True)
+
+
+def _a(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"

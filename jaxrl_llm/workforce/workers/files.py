@@ -44,7 +44,9 @@ class FilesWorker:
         said = filled(assignment)
         found = _COMMAND.fullmatch(said)
         if found is None or (found[1] != "list" and found[2] is None):
-            return Answer(f"{said[:100]!r} is no command; expected list FOLDER, read FILE or numbers in FILE", failed=True)
+            return Answer(
+                f"{said[:100]!r} is no command; expected list FOLDER, read FILE or numbers in FILE", failed=True
+            )
         command, path = found[1], found[2] or "."
         try:
             if command == "list":
@@ -99,7 +101,7 @@ class FilesWorker:
 def _open_inner(outer: int, part: str, *, file: bool) -> int:
     if stat.S_ISLNK(os.stat(part, dir_fd=outer, follow_symlinks=False).st_mode):
         raise ValueError("it goes through a link, which is not followed")
-    # O_NOFOLLOW, should it become a link now; O_NONBLOCK, as opening a named pipe would wait for whoever writes into it.
+    # O_NOFOLLOW, should it become a link now; O_NONBLOCK, as opening a named pipe waits for whoever writes.
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
     number = os.open(part, flags if file else flags | os.O_DIRECTORY, dir_fd=outer)
     if file and not stat.S_ISREG(os.fstat(number).st_mode):

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import PIPE
 from typing import IO
 from typing import NamedTuple
 
@@ -88,7 +89,7 @@ def bwrap_command(
     """
     if prefix in ("/", "/home", "/root", str(Path.home())):
         raise SandboxError(f"the interpreter is installed in {prefix}, all of which its programs could read.")
-    shown = [folder for folder in dict.fromkeys(["/usr", *folders, prefix])]
+    shown = list(dict.fromkeys(["/usr", *folders, prefix]))
     return [
         bwrap, "--unshare-all", "--die-with-parent", "--new-session", "--clearenv", "--cap-drop", "ALL",
         "--uid", "65534", "--gid", "65534", "--hostname", "sandbox",
@@ -139,8 +140,9 @@ class Sandbox:
         try:
             os.write(number, self._filter)
             os.lseek(number, 0, os.SEEK_SET)
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-            process = subprocess.Popen([*self._command(number), BOOT], pass_fds=(number,), env={}, **pipes)
+            process = subprocess.Popen(
+                [*self._command(number), BOOT], pass_fds=(number,), env={}, stdin=PIPE, stdout=PIPE, stderr=PIPE
+            )
         finally:
             os.close(number)
         with process:
@@ -200,5 +202,9 @@ def _read(stdout: IO[bytes], stderr: IO[bytes], limits: CodeLimits) -> tuple[byt
                 room = limits.output - len(found[key.data])
                 found[key.data] += piece[: room + 1]
                 if len(piece) > room:
-                    return found["stdout"][: limits.output], found["stderr"], f"it printed more than {limits.output} bytes"
+                    return (
+                        found["stdout"][: limits.output],
+                        found["stderr"],
+                        f"it printed more than {limits.output} bytes",
+                    )
     return found["stdout"], found["stderr"], None

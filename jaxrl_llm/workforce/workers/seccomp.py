@@ -1,4 +1,4 @@
-"""A filter of system calls for programs that only compute: no process or thread, no socket, no memory outside the limits.
+"""A filter of system calls for programs that only compute: no process or thread, no socket, no memory beyond limits.
 
 A limit on processes does not hold for root; a filter does. It is a program of the kernel's packet filter (seccomp(2)),
 which bubblewrap loads: wrong architecture, kill; a forbidden call, EPERM; else go on.

@@ -53,12 +53,14 @@ class TablesWorker:
             raise ValueError(f"{folder} has no CSV file; expected at least one.")
         with closing(sqlite3.connect(":memory:")) as made:
             for table, (columns, entries) in tables.items():
-                made.execute(f"CREATE TABLE {_quoted(table)} ({', '.join(columns)})")
+                made.execute(f"CREATE TABLE {_quoted(table)} ({', '.join(columns.values())})")
                 made.executemany(f"INSERT INTO {_quoted(table)} VALUES ({', '.join('?' * len(columns))})", entries)
             made.commit()
             self._database = made.serialize()
         shown = "; ".join(f"{table}({', '.join(columns)})" for table, (columns, _) in tables.items())
-        self.card = Card(name, f"answers SQL queries, SELECT column FROM table WHERE .., over the tables {shown}", capacity)
+        self.card = Card(
+            name, f"answers SQL queries, SELECT column FROM table WHERE .., over the tables {shown}", capacity
+        )
 
     def work(self, assignment: Assignment) -> Answer:
         """See `Worker.work`."""
@@ -96,8 +98,8 @@ def _quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def _read_csv(path: Path) -> tuple[list[str], list[list[str | int | float]]]:
-    """Columns as SQL declares them, and rows."""
+def _read_csv(path: Path) -> tuple[dict[str, str], list[list[str | int | float]]]:
+    """Columns, each as SQL declares it, and rows."""
     with path.open(encoding="utf-8", newline="") as text:
         columns, *rows = [row for row in csv.reader(text) if row] or [[]]
     wrong = next((row for row in rows if len(row) != len(columns)), None)
@@ -106,7 +108,7 @@ def _read_csv(path: Path) -> tuple[list[str], list[list[str | int | float]]]:
         raise ValueError(f"{path} {what}; expected a CSV file whose first line names the columns.")
     kinds = [_kind([row[place] for row in rows]) for place in range(len(columns))]
     names = {str: "TEXT", int: "INTEGER", float: "REAL"}
-    declared = [f"{_quoted(column)} {names[kind]}" for column, kind in zip(columns, kinds, strict=True)]
+    declared = {column: f"{_quoted(column)} {names[kind]}" for column, kind in zip(columns, kinds, strict=True)}
     return declared, [[kind(entry) for kind, entry in zip(kinds, row, strict=True)] for row in rows]
 
 

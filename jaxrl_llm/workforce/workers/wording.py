@@ -25,7 +25,9 @@ def named(assignment: Assignment, form: str) -> tuple[str, dict[int, str]]:
         form: of a name, with {} for the number.
     """
     used = {int(number) for number in REFERENCE.findall(assignment.text)} & {*assignment.results}
-    text = re.sub(REFERENCE, lambda found: form.format(int(found[1])) if int(found[1]) in used else found[0], assignment.text)
+    text = re.sub(
+        REFERENCE, lambda found: form.format(int(found[1])) if int(found[1]) in used else found[0], assignment.text
+    )
     return text, {number: assignment.results[number] for number in sorted(used)}
 
 
