@@ -48,10 +48,9 @@ def test_a_plan_that_is_written_and_read_is_the_same(plan: Plan) -> None:
 def test_any_text_is_a_plan_or_a_sentence(text: str) -> None:
     try:
         plan = parse_plan(text)
-    except PlanError as error:
-        assert str(error)
-    else:
-        assert parse_plan(render_plan(plan)) == plan
+    except PlanError:
+        return  # and no other error
+    assert parse_plan(render_plan(plan)) == plan
 
 
 def test_blanks_around_lines_do_not_count() -> None:

@@ -56,7 +56,9 @@ def test_failures_are_told_to_the_next_plan_and_the_attempt_starts_clean() -> No
         done.append(assignment)
         return Answer("the door is locked", failed=True) if assignment.text == "open #1" else echo(assignment)
 
-    planner = Texts("1. find door\n2. open #1 | after: 1\n3. enter | after: 2", "1. find window\n2. climb #1 | after: 1")
+    planner = Texts(
+        "1. find door\n2. open #1 | after: 1\n3. enter | after: 2", "1. find window\n2. climb #1 | after: 1"
+    )
     outcome = one(planner, Does(work))
     assert outcome.answer == "climb #1(1=find window())"
     assert outcome.failures == (("step 2 failed at does: the door is locked",), ())

@@ -24,7 +24,12 @@ CARDS = (
 
 
 def test_a_step_goes_to_the_worker_with_its_words() -> None:
-    steps = (Step("capitals of France"), Step("numbers in a.txt files"), Step("products of #1", (1,)), Step("go, maps!"))
+    steps = (
+        Step("capitals of France"),
+        Step("numbers in a.txt files"),
+        Step("products of #1", (1,)),
+        Step("go, maps!"),
+    )
     assert WordCoordinator().assign("", Plan(steps), CARDS) == ["maps", "library", "sums", "maps"]
     # Names may be given to others: what counts is what is on the cards.
     swapped = (Card("b", CARDS[2].description), Card("a", CARDS[0].description), Card("c", CARDS[1].description))

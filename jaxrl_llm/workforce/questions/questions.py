@@ -28,7 +28,7 @@ from jaxrl_llm.workforce.questions.hops import relation_chains
 
 MOST_CAPABILITIES = 3
 """Levels are 1, 2 and this one, which is "at least as many"."""
-SUMS = 300
+SUMS = 100
 """Questions of pure arithmetic."""
 
 

@@ -185,26 +185,24 @@ def _attended(process: "subprocess.Popen[bytes]", content: bytes, limits: CodeLi
 
 
 def _read(stdout: IO[bytes], stderr: IO[bytes], limits: CodeLimits) -> tuple[bytes, bytes, str | None]:
-    """What was printed and what went wrong, each up to the limit, and why reading stopped before the end."""
-    deadline = time.monotonic() + limits.seconds
-    found = {"stdout": b"", "stderr": b""}
+    """What was printed, the end of what went wrong, and why reading stopped before the end."""
+    deadline, output, errors = time.monotonic() + limits.seconds, b"", b""
     with selectors.DefaultSelector() as selector:
-        selector.register(stdout, selectors.EVENT_READ, "stdout")
-        selector.register(stderr, selectors.EVENT_READ, "stderr")
+        selector.register(stdout, selectors.EVENT_READ)
+        selector.register(stderr, selectors.EVENT_READ)
         while selector.get_map():
             ready = selector.select(max(0.0, deadline - time.monotonic()))
             if time.monotonic() >= deadline:
-                return found["stdout"], found["stderr"], f"it took longer than {limits.seconds:g} s"
+                return output, errors, f"it took longer than {limits.seconds:g} s"
             for key, _ in ready:
                 piece = os.read(key.fd, 65_536)
                 if not piece:
                     selector.unregister(key.fileobj)
-                room = limits.output - len(found[key.data])
-                found[key.data] += piece[: room + 1]
-                if len(piece) > room:
-                    return (
-                        found["stdout"][: limits.output],
-                        found["stderr"],
-                        f"it printed more than {limits.output} bytes",
-                    )
-    return found["stdout"], found["stderr"], None
+                elif key.fileobj is stderr:
+                    # Its last line says what happened; a traceback may be longer than what may be printed.
+                    errors = (errors + piece)[-limits.output :]
+                elif len(output) + len(piece) > limits.output:
+                    return (output + piece)[: limits.output], errors, f"it printed more than {limits.output} bytes"
+                else:
+                    output += piece
+    return output, errors, None
