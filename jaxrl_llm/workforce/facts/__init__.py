@@ -1,0 +1,9 @@
+from jaxrl_llm.workforce.facts.base import Fact as Fact
+from jaxrl_llm.workforce.facts.base import FactBase as FactBase
+from jaxrl_llm.workforce.facts.base import Relation as Relation
+from jaxrl_llm.workforce.facts.base import Table as Table
+from jaxrl_llm.workforce.facts.base import kept_base as kept_base
+from jaxrl_llm.workforce.facts.base import read_base as read_base
+from jaxrl_llm.workforce.facts.base import write_base as write_base
+from jaxrl_llm.workforce.facts.fictional import fictional_base as fictional_base
+from jaxrl_llm.workforce.facts.real import real_base as real_base

@@ -1,0 +1,82 @@
+"""Planner and coordinator without a model, and the planner as a policy."""
+
+import pytest
+
+from jaxrl_llm.workforce import AssignmentError
+from jaxrl_llm.workforce import Card
+from jaxrl_llm.workforce import Plan
+from jaxrl_llm.workforce import PolicyPlanner
+from jaxrl_llm.workforce import Said
+from jaxrl_llm.workforce import ScriptedPlanner
+from jaxrl_llm.workforce import Step
+from jaxrl_llm.workforce import WordCoordinator
+from jaxrl_llm.workforce import Workforce
+from jaxrl_llm.workforce.search import Index
+from jaxrl_llm.workforce.search import words
+from tests.workforce.team import Does
+from tests.workforce.team import echo
+
+CARDS = (
+    Card("maps", "finds capitals and borders of countries"),
+    Card("sums", "computes sums and products of numbers"),
+    Card("library", "reads files, and numbers in files"),
+)
+
+
+def test_a_step_goes_to_the_worker_with_its_words() -> None:
+    steps = (
+        Step("capitals of France"),
+        Step("numbers in a.txt files"),
+        Step("products of #1", (1,)),
+        Step("go, maps!"),
+    )
+    assert WordCoordinator().assign("", Plan(steps), CARDS) == ["maps", "library", "sums", "maps"]
+    # Names may be given to others: what counts is what is on the cards.
+    swapped = (Card("b", CARDS[2].description), Card("a", CARDS[0].description), Card("c", CARDS[1].description))
+    assert WordCoordinator().assign("", Plan(steps[:3]), swapped) == ["a", "b", "c"]
+
+
+def test_the_worker_that_a_plan_names_is_taken() -> None:
+    assert WordCoordinator().assign("", Plan((Step("capitals", worker="sums"),)), CARDS) == ["sums"]
+
+
+def test_a_step_without_a_known_word_is_refused() -> None:
+    with pytest.raises(AssignmentError, match="step 1, 'sing', has no word of any worker's description"):
+        WordCoordinator().assign("", Plan((Step("sing"),)), CARDS)
+
+
+def test_a_question_without_a_plan_is_a_mistake() -> None:
+    with pytest.raises(ValueError, match="no plan is known of the question 'why"):
+        Workforce(ScriptedPlanner({}), WordCoordinator(), [Does(echo)]).run(["why?"])
+
+
+def test_a_policy_reads_the_record_and_writes_plans_and_answers() -> None:
+    """The plan is wrong at first; what it reads then is all that was said, and what it writes is in the record."""
+    read: list[str] = []
+
+    def policy(prompt: str) -> str | Said:
+        read.append(prompt)
+        return "no plan" if "Refused" not in prompt else Said("1. does it", (1, 2), (-0.1, -0.2))
+
+    def answers(prompt: str) -> str:
+        return f" {prompt.split('does: ')[-1].splitlines()[0]}! "
+
+    outcome = Workforce(PolicyPlanner(policy, answers=answers), WordCoordinator(), [Does(echo)]).run(["why?"])[0]
+    assert outcome.answer == "does it()!"
+    assert read[0].startswith("Question: why?\nWorkers:\n- does: does what it is told\n")
+    assert read[1].startswith(read[0] + "no plan\nRefused: the line 'no plan' is no step")
+    wrote = [turn.said for turn in outcome.turns if turn.actor == "planner"]
+    assert wrote == [Said("no plan"), Said("1. does it", (1, 2), (-0.1, -0.2)), Said(" does it()! ")]
+    plain = Workforce(PolicyPlanner(lambda _: "1. does it"), WordCoordinator(), [Does(echo)]).run(["why?"])[0]
+    assert plain.answer == "does it()"
+
+
+def test_search_finds_words_whatever_their_accents_and_breaks_ties_by_order() -> None:
+    index = Index(["capital of Åland", "capital of Peru", "capital of Peru", "river"])
+    assert words("Åländ's 2nd") == ("aland", "s", "2nd")
+    assert index.search("CAPITAL aland")[0] == 0
+    assert index.search("peru") == (1, 2)
+    assert index.search("peru", most=1) == (1,)
+    assert index.search("sea") == ()
+    with pytest.raises(ValueError, match="at least one must have a word"):
+        Index(["!"])
