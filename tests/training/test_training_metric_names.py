@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxrl_llm.bounds import BOUND_NAMES
 from jaxrl_llm.objectives import RECIPES
 from jaxrl_llm.objectives import get_recipe
+from jaxrl_llm.objectives.balance import BalanceMetrics
 from jaxrl_llm.objectives.loss_metrics import loss_metrics
 from jaxrl_llm.objectives.preferences import preference_metrics
 from jaxrl_llm.objectives.values import explained_variance_sums
@@ -46,6 +47,7 @@ def made_by_losses() -> set[str]:
     losses = {name for recipe in recipes for name in jax.eval_shape(recipe, mask, **given)}
     losses |= set(jax.eval_shape(preference_metrics, numbers, numbers, mask, rows, numbers[:, 0]))
     losses |= {f"value_{name}" for name in jax.eval_shape(explained_variance_sums, numbers, numbers, mask)}
+    losses |= {"router_balance_loss", *(f"router_{name}" for name in BalanceMetrics._fields)}
     losses |= {"loss", "value_loss", "grad_norm", "skipped", "entropy", "log_prob", "kl_old_k3", "kl_ref"}
     return set(update_metrics([dict.fromkeys(losses, (1.0, 1.0))]))
 
