@@ -71,8 +71,8 @@ def grouped_matmul(
         sizes = jnp.diff(ends, prepend=0)
         if chosen == "reference":
             return plain.products(x, weights, sizes, accumulator(operands)).astype(x.dtype)
-        arguments = vary_together((x.astype(operands), weights.astype(operands), sizes))
-        return _product(chosen, *arguments).astype(x.dtype)
+        rows, matrices, sizes = vary_together((x.astype(operands), weights.astype(operands), sizes))
+        return _product(chosen, rows, matrices, sizes).astype(x.dtype)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -74,9 +74,7 @@ def gather_rows(x: Float[Array, "T D"], groups: RowGroups) -> Float[Array, "Tk D
     return _gather(*vary_together((x, groups.order, groups.places)))
 
 
-def combine_rows(
-    y: Float[Array, "Tk D"], groups: RowGroups, weights: Float[Array, "T k"]
-) -> Float[Array, "T D"]:
+def combine_rows(y: Float[Array, "Tk D"], groups: RowGroups, weights: Float[Array, "T k"]) -> Float[Array, "T D"]:
     """Weighted sum of each token's rows: out_t = sum_j weights_tj y_{places_tj}, accumulated in float32 or wider.
 
     Gradients: dy of row i is weight times dout of its token, dweights_tj = <dout_t, y_{places_tj}>.
@@ -104,6 +102,14 @@ def _token(order: Array, places: Array) -> Array:
     return order // places.shape[1]
 
 
+def _sum_of_rows(y: Array, places: Array, weights: Array | None, dtype) -> Array:
+    """sum_j weights_tj y_{places_tj}, one j after the other: on a CPU a third of the time of one gather of all."""
+    rows = [y[places[:, j]].astype(dtype) for j in range(places.shape[1])]
+    if weights is not None:
+        rows = [row * weights[:, j : j + 1].astype(dtype) for j, row in enumerate(rows)]
+    return sum(rows[1:], rows[0])
+
+
 @jax.custom_vjp
 def _gather(x: Array, order: Array, places: Array) -> Array:
     return x[_token(order, places)]
@@ -114,8 +120,7 @@ def _gather_forward(x: Array, order: Array, places: Array):
 
 
 def _gather_backward(places: Array, cotangent: Array):
-    dtype = accumulator(cotangent.dtype)
-    return jnp.sum(cotangent[places], axis=1, dtype=dtype).astype(cotangent.dtype), None, None
+    return _sum_of_rows(cotangent, places, None, accumulator(cotangent.dtype)).astype(cotangent.dtype), None, None
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
@@ -123,9 +128,7 @@ _gather.defvjp(_gather_forward, _gather_backward)
 
 @jax.custom_vjp
 def _combine(y: Array, weights: Array, order: Array, places: Array) -> Array:
-    dtype = accumulator(y.dtype, weights.dtype)
-    rows = y[places].astype(dtype) * weights.astype(dtype)[:, :, None]
-    return jnp.sum(rows, axis=1).astype(y.dtype)
+    return _sum_of_rows(y, places, weights, accumulator(y.dtype, weights.dtype)).astype(y.dtype)
 
 
 def _combine_forward(y: Array, weights: Array, order: Array, places: Array):
@@ -135,9 +138,9 @@ def _combine_forward(y: Array, weights: Array, order: Array, places: Array):
 def _combine_backward(residuals: tuple[Array, Array, Array, Array], cotangent: Array):
     y, weights, order, places = residuals
     dtype = accumulator(y.dtype, weights.dtype)
-    wide = cotangent.astype(dtype)
-    dy = wide[_token(order, places)] * weights.astype(dtype).reshape(-1)[order][:, None]
-    d_weights = jnp.sum(y[places].astype(dtype) * wide[:, None, :], axis=2)
+    rows = cotangent[_token(order, places)].astype(dtype)
+    dy = rows * weights.astype(dtype).reshape(-1)[order][:, None]
+    d_weights = jnp.sum(y.astype(dtype) * rows, axis=1)[places]
     return dy.astype(y.dtype), d_weights.astype(weights.dtype), None, None
 
 

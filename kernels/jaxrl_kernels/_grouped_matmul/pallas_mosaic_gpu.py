@@ -7,8 +7,8 @@ unwritten. Its counterpart for the weights' gradient asks a GPU for its size whi
 compiled elsewhere, and multiplies rows of other groups by 0, which keeps their NaN; hence the kernel here. A thread
 block makes one tile of one group's gradient from that group's rows, 64 at a time.
 
-The products are those of the tensor cores, for two bytes, accumulated in float32. Widths that are not a multiple of 64
-are filled up with zeros first, which copies the arrays.
+The products are those of the tensor cores, for two bytes, accumulated in float32. Widths that are not a multiple of 64,
+and rows that are not one of 8, are filled up with zeros first, which copies the arrays.
 """
 
 import jax
@@ -28,6 +28,9 @@ STEP = 64
 TILE = 128
 """Rows of a tile; its columns are as many where the width is a multiple of them. Not measured on a GPU."""
 
+EIGHT = 8
+"""Rows of an array come in multiples of these, those of a tile's first tiling in shared memory."""
+
 STEPS = 4
 """Blocks in flight."""
 
@@ -41,8 +44,9 @@ def refusal(dtype) -> str | None:
     return None if dtype in (jnp.bfloat16, jnp.float16) else f"takes bfloat16 and float16, not {dtype}"
 
 
-def _filled(x: Array, axes: tuple[int, ...]) -> Array:
-    widths = [(0, -size % STEP if axis in axes else 0) for axis, size in enumerate(x.shape)]
+def _filled(x: Array, *steps: int) -> Array:
+    """x with zeros behind it, so that each axis is a multiple of its step."""
+    widths = [(0, -size % step) for size, step in zip(x.shape, steps, strict=True)]
     return jnp.pad(x, widths) if any(after for _, after in widths) else x
 
 
@@ -60,9 +64,9 @@ def products(x: Rows, weights: Float[Array, "E _ _"], sizes: Int[Array, " E"], *
     from jax.experimental.pallas.ops.gpu.ragged_dot_mgpu import ragged_dot
 
     width = weights.shape[1 if transposed else 2]
-    weights = _filled(weights, (1, 2))
+    weights = _filled(weights, 1, STEP, STEP)
     out = ragged_dot(
-        _filled(x, (1,)),
+        _filled(x, EIGHT, STEP),
         weights,
         group_sizes=sizes,
         block_m=TILE,
@@ -71,7 +75,7 @@ def products(x: Rows, weights: Float[Array, "E _ _"], sizes: Int[Array, " E"], *
         max_concurrent_steps=STEPS,
         grid_block_n=1,
         transpose_rhs=transposed,
-    )[:, :width]
+    )[: x.shape[0], :width]
     inside = jnp.arange(x.shape[0], dtype=jnp.int32) < jnp.sum(sizes)
     return jnp.where(inside[:, None], out, jnp.zeros((), x.dtype))
 
@@ -79,7 +83,7 @@ def products(x: Rows, weights: Float[Array, "E _ _"], sizes: Int[Array, " E"], *
 def weight_gradient(x: Rows, dy: Rows, sizes: Int[Array, " E"]) -> Float[Array, "E _ _"]:
     """As `xla.weight_gradient`."""
     shape = (sizes.shape[0], x.shape[1], dy.shape[1])
-    x, dy = _filled(x, (1,)), _filled(dy, (1,))
+    x, dy = _filled(x, EIGHT, STEP), _filled(dy, EIGHT, STEP)
     ends = jnp.cumsum(sizes)
     return _weight_gradient(x, dy, ends - sizes, ends)[:, : shape[1], : shape[2]]
 

@@ -4,8 +4,8 @@ What they leave to the caller: rows behind the groups are never written, and the
 the tile's, so they are filled up.
 """
 
-from contextlib import AbstractContextManager
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
@@ -30,22 +30,27 @@ def refusal(dtype) -> str | None:
 
 
 def _tiling(inner: int, outer: int) -> tuple[int, int, int]:
-    return TILE, *(min(LARGEST, -(-width // 128) * 128) for width in (inner, outer))
+    inner, outer = (min(LARGEST, -(-width // 128) * 128) for width in (inner, outer))
+    return TILE, inner, outer
 
 
 def _filled(x: Array) -> Array:
     return jnp.pad(x, ((0, -x.shape[0] % TILE), (0, 0)))
 
 
-def _in_full(dtype) -> AbstractContextManager:
-    # The kernels name no precision, and a TPU's default rounds float32 to bfloat16.
-    return jax.default_matmul_precision("highest") if dtype == jnp.float32 else nullcontext()
+@contextmanager
+def _settings(dtype) -> Iterator[None]:
+    """What the kernels leave to JAX's settings: they name no precision, and a TPU's default rounds float32 to bfloat16;
+    and they promote integers, to which a caller's strict mode would object."""
+    precision = jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default")
+    with precision, jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 def products(x: Rows, weights: Float[Array, "E _ _"], sizes: Int[Array, " E"], *, transposed: bool) -> Rows:
     """As `xla.products`."""
     tiling = _tiling(x.shape[1], weights.shape[1 if transposed else 2])
-    with _in_full(x.dtype):
+    with _settings(x.dtype):
         out = gmm(_filled(x), weights, sizes, x.dtype, tiling, transpose_rhs=transposed)[: x.shape[0]]
     inside = jnp.arange(x.shape[0], dtype=jnp.int32) < jnp.sum(sizes)
     return jnp.where(inside[:, None], out, jnp.zeros((), x.dtype))
@@ -54,5 +59,5 @@ def products(x: Rows, weights: Float[Array, "E _ _"], sizes: Int[Array, " E"], *
 def weight_gradient(x: Rows, dy: Rows, sizes: Int[Array, " E"]) -> Float[Array, "E _ _"]:
     """As `xla.weight_gradient`."""
     tiling = _tiling(x.shape[1], dy.shape[1])
-    with _in_full(x.dtype):
+    with _settings(x.dtype):
         return tgmm(_filled(x).T, _filled(dy), sizes, x.dtype, tiling)

@@ -14,7 +14,8 @@ def products(x: Float[Array, "N D"], weights: Float[Array, "E D F"], sizes: Int[
     total = jnp.zeros((x.shape[0], weights.shape[2]), dtype)
     for group in range(weights.shape[0]):
         inside = (index >= ends[group] - sizes[group]) & (index < ends[group])
-        # Rows of other groups are replaced, not multiplied by 0: they may hold NaN.
+        # Rows of other groups, and their cotangents, are replaced and not multiplied by 0: they may hold NaN.
         rows = jnp.where(inside, x.astype(dtype), jnp.zeros((), dtype))
-        total += jnp.matmul(rows, weights[group].astype(dtype), precision=lax.Precision.HIGHEST)
+        product = jnp.matmul(rows, weights[group].astype(dtype), precision=lax.Precision.HIGHEST)
+        total += jnp.where(inside, product, jnp.zeros((), dtype))
     return total

@@ -31,20 +31,26 @@ class Plan(NamedTuple):
     place: Int[Array, " N"]
 
 
+def _group(ends: Array, index: Array) -> Array:
+    """The group that each index lies in; beyond the last group, that one."""
+    found = jnp.searchsorted(ends, index, side="right", method="compare_all")
+    return jnp.minimum(found.astype(jnp.int32), ends.shape[0] - 1)
+
+
 def _plan(rows: int, sizes: Array) -> Plan:
     groups = sizes.shape[0]
     height = -(-rows // (groups * STEP)) * STEP
     count = rows // height + groups
     ends, last = jnp.cumsum(sizes), jnp.cumsum(-(-sizes // height))
-    # What a block or a row finds beyond the last group is taken for the last group's, and masked.
+    # Blocks and rows beyond the last group are masked.
     block = jnp.arange(count, dtype=jnp.int32)
-    group = jnp.minimum(jnp.searchsorted(last, block, side="right").astype(jnp.int32), groups - 1)
+    group = _group(last, block)
     before = last - -(-sizes // height)
     row = (ends - sizes)[group] + (block - before[group]) * height
     row = row[:, None] + jnp.arange(height, dtype=jnp.int32)[None, :]
     filled = row < ends[group][:, None]
     index = jnp.arange(rows, dtype=jnp.int32)
-    of_row = jnp.minimum(jnp.searchsorted(ends, index, side="right").astype(jnp.int32), groups - 1)
+    of_row = _group(ends, index)
     place = before[of_row] * height + index - (ends - sizes)[of_row]
     return Plan(group, jnp.minimum(row, rows - 1), filled, jnp.minimum(place, count * height - 1))
 
