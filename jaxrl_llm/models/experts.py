@@ -7,6 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxrl_kernels import combine_rows
+from jaxrl_kernels import gather_rows
+from jaxrl_kernels import group_rows
+from jaxrl_kernels import grouped_matmul
 from jaxrl_llm.models.config import ExpertsConfig
 from jaxrl_llm.models.config import TransformerConfig
 from jaxrl_llm.models.layers import LowRank
@@ -159,18 +163,8 @@ class Experts(nnx.Module):
         """Apply the layer; `selection` names the experts of each token where another router has chosen them."""
         routes, weights = self.router(x, selection)
         chosen, rows = routes.selection, x.reshape(-1, x.shape[-1])
-        order, sizes = group_rows(chosen.reshape(rows.shape[0], -1), self.router.settings.count)
-        sent = rows[order // chosen.shape[-1]]
+        groups = group_rows(chosen.reshape(rows.shape[0], -1), self.router.settings.count)
+        sent, sizes = gather_rows(rows, groups), groups.group_sizes
         out = self.down(jax.nn.silu(self.gate(sent, sizes)) * self.up(sent, sizes), sizes)
-        back = out[jnp.argsort(order)].reshape(*chosen.shape, -1)
-        mixed = jnp.sum(weights[..., None] * back.astype(weights.dtype), axis=-2).astype(x.dtype)
+        mixed = combine_rows(out, groups, weights.reshape(groups.places.shape)).reshape(x.shape)
         return mixed if self.shared is None else mixed + self.shared(x), routes
-
-
-def group_rows(selection: Int[Array, "N k"], experts: int) -> tuple[Int[Array, " M"], Int[Array, " E"]]:
-    flat = selection.reshape(-1)
-    return jnp.argsort(flat, stable=True), jnp.bincount(flat, length=experts).astype(jnp.int32)
-
-
-def grouped_matmul(x, w, sizes):
-    return jax.lax.ragged_dot(x, w, sizes, precision=jax.lax.Precision.HIGHEST)

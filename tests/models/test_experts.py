@@ -75,11 +75,11 @@ def test_gradients_of_experts_equal_those_of_a_loop_over_them(model: Transformer
     selection = np.array([[[0, 1], [1, 0], [0, 3], [3, 1], [1, 0]]])  # 2, 4 and 5 get nothing
 
     def grouped(state, x):
-        return jnp.sum(jnp.square(nnx.merge(graphdef, state)(x, selection)[0]))
+        return jnp.sum(jnp.square(nnx.merge(graphdef, state)(x, jnp.asarray(selection))[0]))
 
     def looped(state, x):
         layer = nnx.merge(graphdef, state)
-        _, weights = layer.router(x, selection)
+        _, weights = layer.router(x, jnp.asarray(selection))
         out = layer.shared(x)
         for token in range(5):
             for place in range(2):

@@ -107,10 +107,7 @@ def test_a_step_moves_the_bias_by_the_rule_and_nothing_else(world: World) -> Non
     assert not np.asarray(router_biases(after[0.0])[0]).any()
     moved = RATE * np.sign(world.loads.mean() - world.loads)
     np.testing.assert_allclose(router_biases(after[RATE])[0], moved - moved.mean(), atol=1e-6)
-    others = [
-        [leaf for leaf in jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))]
-        for tree in after.values()
-    ]
+    others = [jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)) for tree in after.values()]
     for one, other in zip(*others, strict=True):
         if not isinstance(one, RouterBias):
             np.testing.assert_array_equal(one.get_value(), other.get_value())
