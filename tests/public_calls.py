@@ -22,7 +22,7 @@ from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Float
 from jaxrl_llm.typing import Int
 
-SIZES = {"B": 4, "T": 3, "R": 3, "K": 2, "V": 3, "H": 2, "D": 2, "N": 5, "_": 4}
+SIZES = {"B": 4, "T": 3, "R": 3, "K": 2, "V": 3, "H": 2, "D": 2, "N": 5, "_": 4, "E": 4, "k": 1}
 OTHERS = {
     "mode": "token-mean",
     "length_normaliser": 4.0,
@@ -68,6 +68,8 @@ OTHERS = {
     "rank": 2,
     "smallest_kept_mass": 0.9,
     "clip": 0.2,
+    "num_experts": 4,
+    "rate": 0.1,
     "means": {"target": 0.5, "target_squared": 0.5, "error": 0.1, "error_squared": 0.2},
 }
 """What the arguments that are not arrays are in a call without mistakes."""
