@@ -96,7 +96,9 @@ def test_an_empty_batch(name):
 def test_an_empty_mask(name):
     arguments, _ = good_call(name)
     masks = {
-        key: jnp.zeros_like(value) for key, value in arguments.items() if key in ("response_mask", "step_mask", "mask")
+        key: jnp.zeros_like(value)
+        for key, value in arguments.items()
+        if key in ("response_mask", "token_mask", "step_mask", "mask")
     }
     defined(name, {**arguments, **masks})
     # What lies outside a mask does not enter, be it NaN.
