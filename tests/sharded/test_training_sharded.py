@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from jaxrl_llm.models import trainable
+from jaxrl_llm.models.config import ExpertsConfig
 from jaxrl_llm.models.config import tiny
 from jaxrl_llm.models.sharding import make_mesh
 from jaxrl_llm.models.sharding import shardings
@@ -21,6 +22,7 @@ from jaxrl_llm.models.tokenizers import ByteTokenizer
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.training import state_hash
 from jaxrl_llm.training import train
+from jaxrl_llm.training.text.routers import router_biases
 
 MESHES = {"data": {"data": 8}, "fsdp": {"fsdp": 8}, "both": {"data": 2, "fsdp": 4}}
 
@@ -37,10 +39,10 @@ def tiny_run() -> ModuleType:
     return module
 
 
-def one_batch(tiny_run, mesh, experience=None):
+def one_batch(tiny_run, mesh, experience=None, experts=None):
     """Gradient, loss, parameters after one step, and comparison with the policy before, on a given rollout."""
     settings = dataclasses.replace(tiny_run.SETTINGS, response_length=3)
-    parts = tiny_run.make_parts("trm_max", mesh=mesh)
+    parts = tiny_run.make_parts("trm_max", mesh=mesh, experts=experts)
     trainer, collector = tiny_run.make_trainer(parts, settings)
     with trainer.devices():
         state = trainer.initial_state()
@@ -89,6 +91,21 @@ def test_loss_gradient_and_updated_parameters_equal_those_of_one_device(tiny_run
     if shape == "fsdp":
         kernel = got_state.params["layers"][0]["mlp"]["gate"]["kernel"][...]
         assert kernel.addressable_shards[0].data.size * 8 == kernel.size
+
+
+def test_experts_on_a_mesh_have_the_gradient_and_the_loads_of_one_device(tiny_run):
+    experts = ExpertsConfig(count=4, chosen=2, width=16, shared=1)
+    experience, gradient, loss, *_ = one_batch(tiny_run, None, experts=experts)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    _, got_gradient, got_loss, state, *_ = one_batch(tiny_run, mesh, experience, experts)
+    np.testing.assert_array_equal(got_loss[1], loss[1])
+    [loads], [got] = router_biases(gradient), router_biases(got_gradient)
+    np.testing.assert_allclose(got, loads, rtol=1e-6)
+    for one, other in zip(jax.tree.leaves(got_gradient), jax.tree.leaves(gradient), strict=True):
+        one, other = np.asarray(one), np.asarray(other)
+        np.testing.assert_allclose(one, other, rtol=0, atol=2e-5 * np.abs(other).max() + 1e-9)
+    kernel = state.params["layers"][0]["mlp"]["gate"]["kernel"][...]
+    assert kernel.addressable_shards[0].data.size * 4 == kernel.size, "width over fsdp, inner width over tensor"
 
 
 def test_a_run_on_a_mesh_is_interrupted_and_resumed_bit_for_bit(tiny_run, tmp_path):
