@@ -1,7 +1,11 @@
 """What distinguishes one Llama-family decoder from another, as data."""
 
 from dataclasses import dataclass
+from dataclasses import field
 from typing import Literal
+
+LATER = {"later": True}
+"""Metadata of a field that is newer than runs that were saved: at its default it does not tell two models apart."""
 
 LARGEST_SIZE = 2**31 - 1
 """Of anything that is counted: positions and token ids are 32-bit integers."""
@@ -138,9 +142,9 @@ class TransformerConfig:
     qkv_bias: bool = False
     qk_norm: bool = False
     rope_scaling: RopeScaling | None = None
-    rotary_fraction: float = 1.0
-    experts: ExpertsConfig | None = None
-    mtp_layers: int = 0
+    rotary_fraction: float = field(default=1.0, metadata=LATER)
+    experts: ExpertsConfig | None = field(default=None, metadata=LATER)
+    mtp_layers: int = field(default=0, metadata=LATER)
 
     def __post_init__(self) -> None:
         sizes = (
