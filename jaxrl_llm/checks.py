@@ -22,6 +22,10 @@ from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import Int
 
+LATER = {"later": True}
+"""Metadata of a field of settings that is newer than runs that were saved: at its default it is not written down, so that
+their settings are still the same."""
+
 
 def _describe(value: object) -> str:
     if hasattr(value, "shape") and hasattr(value, "dtype"):

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from dataclasses import field
 from typing import Literal
 
-LATER = {"later": True}
-"""Metadata of a field that is newer than runs that were saved: at its default it does not tell two models apart."""
+from jaxrl_llm.checks import LATER
 
 LARGEST_SIZE = 2**31 - 1
 """Of anything that is counted: positions and token ids are 32-bit integers."""

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import optax
 import pytest
 
+from jaxrl_llm.models.config import ExpertsConfig
+from jaxrl_llm.models.config import tiny
 from jaxrl_llm.training.run.checkpoints import Checkpoints
 from jaxrl_llm.training.run.checkpoints import Progress
 from jaxrl_llm.training.run.checkpoints import flatten_settings
@@ -100,6 +102,15 @@ def test_changed_settings_are_refused_with_the_difference():
         ChangedSettingsError, match=r"(?s)old: 1 -> '\(absent\)'\n  optimizer\.learning_rate: 3e-05 -> 1\.0\n"
     ):
         refuse_changed_settings(saved, current)
+
+
+def test_models_are_told_apart_by_what_they_were_before_there_were_experts():
+    """The fields of the first saved runs, and no other where a model has none of the later parts."""
+    first = "vocab_size hidden_size num_layers num_heads num_kv_heads head_dim intermediate_size rope_theta norm_eps"
+    first += " tie_embeddings max_positions qkv_bias qk_norm rope_scaling"
+    assert set(flatten_settings({"config": tiny()})) == {f"config.{name}" for name in first.split()}
+    experts = ExpertsConfig(count=4, chosen=2, width=8)
+    assert flatten_settings({"config": tiny(experts=experts)})["config.experts.count"] == 4
 
 
 def test_a_field_that_came_later_changes_no_run_that_was_saved_before_it():

@@ -4,9 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
-LATER = {"later": True}
-"""Metadata of a field that is newer than runs that were saved: at its default it is not written down, so that their
-settings are still the same."""
+from jaxrl_llm.checks import LATER
 
 
 def is_written(field: dataclasses.Field[Any], value: Any) -> bool:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxrl_llm.training.run.numbers import LATER
+from jaxrl_llm.checks import LATER
 from jaxrl_llm.training.run.numbers import require_finite
 from jaxrl_llm.typing import Bool
 from jaxrl_llm.typing import Int
