@@ -23,8 +23,8 @@ from jaxtyping import Float
 from jaxtyping import Int
 
 LATER = {"later": True}
-"""Metadata of a field of settings that is newer than runs that were saved: at its default it is not written down, so that
-their settings are still the same."""
+"""Metadata of a field of settings that is newer than runs that were saved: at its default it is not written down, so
+that their settings are still the same."""
 
 
 def _describe(value: object) -> str:
