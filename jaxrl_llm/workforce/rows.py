@@ -58,25 +58,25 @@ def encode_turns(
         actors: see `actor_names`.
         learners: whose texts are marked.
     """
-    row = RecordRow([], [], [], [])
+    tokens: list[int] = []
+    steps: list[int] = []
+    chosen_by: list[int] = []
+    log_probs: list[float] = []
     recorded, step, end = True, 0, 0
     for turn in turns:
-        said = turn.said
-        learned = turn.acted and turn.actor in learners
+        said, learned = turn.said, turn.acted and turn.actor in learners
         ids = said.tokens
         if ids is None:
-            ids = tokenizer.encode(said.text, add_special_tokens=not row.tokens)
+            ids = tokenizer.encode(said.text, add_special_tokens=not tokens)
             ids = [*ids, tokenizer.eos_id] if turn.acted else ids
-        row.tokens.extend(ids)
-        row.steps.extend([step if learned else OUTSIDE] * len(ids))
-        row.actors.extend([actors.index(turn.actor) if learned else OUTSIDE] * len(ids))
-        known = learned and said.log_probs is not None
-        assert row.log_probs is not None
-        row.log_probs.extend(said.log_probs if known and said.log_probs is not None else [0.0] * len(ids))
+        tokens += ids
+        steps += [step if learned else OUTSIDE] * len(ids)
+        chosen_by += [actors.index(turn.actor) if learned else OUTSIDE] * len(ids)
+        known = said.log_probs if learned else None
+        log_probs += [0.0] * len(ids) if known is None else known
         if learned:
-            recorded, step, end = recorded and known, step + 1, len(row.tokens)
-    log_probs = row.log_probs if recorded else None
-    return _cut(RecordRow(row.tokens, row.steps, row.actors, log_probs), end, ended=True)
+            recorded, step, end = recorded and known is not None, step + 1, len(tokens)
+    return _cut(RecordRow(tokens, steps, chosen_by, log_probs if recorded else None), end, ended=True)
 
 
 def records_to_trajectories(
