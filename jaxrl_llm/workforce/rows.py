@@ -114,14 +114,7 @@ def records_to_trajectories(
     real, earned, log_probs = np.zeros(shape, bool), np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     ended, recorded = np.zeros(len(records), bool), True
     for number, turns in enumerate(records):
-        row = encode_turns(turns, tokenizer, actors=actors, learners=learners)
-        chosen = np.flatnonzero(np.asarray(row.steps[:width]) != OUTSIDE)
-        if not len(chosen):
-            raise ValueError(
-                f"record {number} has no chosen token among its first {width} (width), of {len(row.tokens)}; each "
-                "needs one, or nothing can be learned from it."
-            )
-        row = _cut(row, int(chosen[-1]) + 1, ended=len(row.tokens) <= width)
+        row = _fitted(encode_turns(turns, tokenizer, actors=actors, learners=learners), width, number)
         count = len(row.tokens)
         tokens[number, :count], steps[number, :count], ids[number, :count] = row.tokens, row.steps, row.actors
         real[number, :count], ended[number], earned[number, count - 1] = True, row.ended, rewards[number]
@@ -140,6 +133,17 @@ def records_to_trajectories(
         versions=np.where(steps != OUTSIDE, np.int32(version), np.int32(OUTSIDE)),
         ended=ended,
     )
+
+
+def _fitted(row: RecordRow, width: int, number: int) -> RecordRow:
+    """The row up to the last chosen token that fits."""
+    chosen = np.flatnonzero(np.asarray(row.steps[:width]) != OUTSIDE)
+    if not len(chosen):
+        raise ValueError(
+            f"record {number} has no chosen token among its first {width} (width), of {len(row.tokens)}; each needs "
+            "one, or nothing can be learned from it."
+        )
+    return _cut(row, int(chosen[-1]) + 1, ended=len(row.tokens) <= width)
 
 
 def _cut(row: RecordRow, end: int, *, ended: bool) -> RecordRow:
