@@ -7,6 +7,7 @@ from jaxrl_llm.workforce.facts import FactBase as FactBase
 from jaxrl_llm.workforce.facts import fictional_base as fictional_base
 from jaxrl_llm.workforce.facts import kept_base as kept_base
 from jaxrl_llm.workforce.facts import real_base as real_base
+from jaxrl_llm.workforce.facts import write_base as write_base
 from jaxrl_llm.workforce.plans import Plan as Plan
 from jaxrl_llm.workforce.plans import PlanError as PlanError
 from jaxrl_llm.workforce.plans import Step as Step

@@ -58,25 +58,25 @@ def encode_turns(
         actors: see `actor_names`.
         learners: whose texts are marked.
     """
-    row = RecordRow([], [], [], [])
+    tokens: list[int] = []
+    steps: list[int] = []
+    chosen_by: list[int] = []
+    log_probs: list[float] = []
     recorded, step, end = True, 0, 0
     for turn in turns:
-        said = turn.said
-        learned = turn.acted and turn.actor in learners
+        said, learned = turn.said, turn.acted and turn.actor in learners
         ids = said.tokens
         if ids is None:
-            ids = tokenizer.encode(said.text, add_special_tokens=not row.tokens)
+            ids = tokenizer.encode(said.text, add_special_tokens=not tokens)
             ids = [*ids, tokenizer.eos_id] if turn.acted else ids
-        row.tokens.extend(ids)
-        row.steps.extend([step if learned else OUTSIDE] * len(ids))
-        row.actors.extend([actors.index(turn.actor) if learned else OUTSIDE] * len(ids))
-        known = learned and said.log_probs is not None
-        assert row.log_probs is not None
-        row.log_probs.extend(said.log_probs if known and said.log_probs is not None else [0.0] * len(ids))
+        tokens += ids
+        steps += [step if learned else OUTSIDE] * len(ids)
+        chosen_by += [actors.index(turn.actor) if learned else OUTSIDE] * len(ids)
+        known = said.log_probs if learned else None
+        log_probs += [0.0] * len(ids) if known is None else known
         if learned:
-            recorded, step, end = recorded and known, step + 1, len(row.tokens)
-    log_probs = row.log_probs if recorded else None
-    return _cut(RecordRow(row.tokens, row.steps, row.actors, log_probs), end, ended=True)
+            recorded, step, end = recorded and known is not None, step + 1, len(tokens)
+    return _cut(RecordRow(tokens, steps, chosen_by, log_probs if recorded else None), end, ended=True)
 
 
 def records_to_trajectories(
@@ -114,14 +114,7 @@ def records_to_trajectories(
     real, earned, log_probs = np.zeros(shape, bool), np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     ended, recorded = np.zeros(len(records), bool), True
     for number, turns in enumerate(records):
-        row = encode_turns(turns, tokenizer, actors=actors, learners=learners)
-        chosen = np.flatnonzero(np.asarray(row.steps[:width]) != OUTSIDE)
-        if not len(chosen):
-            raise ValueError(
-                f"record {number} has no chosen token among its first {width} (width), of {len(row.tokens)}; each "
-                "needs one, or nothing can be learned from it."
-            )
-        row = _cut(row, int(chosen[-1]) + 1, ended=len(row.tokens) <= width)
+        row = _fitted(encode_turns(turns, tokenizer, actors=actors, learners=learners), width, number)
         count = len(row.tokens)
         tokens[number, :count], steps[number, :count], ids[number, :count] = row.tokens, row.steps, row.actors
         real[number, :count], ended[number], earned[number, count - 1] = True, row.ended, rewards[number]
@@ -140,6 +133,17 @@ def records_to_trajectories(
         versions=np.where(steps != OUTSIDE, np.int32(version), np.int32(OUTSIDE)),
         ended=ended,
     )
+
+
+def _fitted(row: RecordRow, width: int, number: int) -> RecordRow:
+    """The row up to the last chosen token that fits."""
+    chosen = np.flatnonzero(np.asarray(row.steps[:width]) != OUTSIDE)
+    if not len(chosen):
+        raise ValueError(
+            f"record {number} has no chosen token among its first {width} (width), of {len(row.tokens)}; each needs "
+            "one, or nothing can be learned from it."
+        )
+    return _cut(row, int(chosen[-1]) + 1, ended=len(row.tokens) <= width)
 
 
 def _cut(row: RecordRow, end: int, *, ended: bool) -> RecordRow:

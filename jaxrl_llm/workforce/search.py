@@ -4,10 +4,9 @@ import functools
 import re
 import unicodedata
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
+COMMON = 20
+"""Titles that a word may be in, however few there are, without being a common one."""
 
 
 @functools.lru_cache(maxsize=65_536)
@@ -21,7 +20,8 @@ class Index:
     """Titles that can be searched.
 
     BM25+ and not Okapi's: with a handful of titles, a word that half of them have weighs nothing there, and one that
-    most have weighs less than nothing.
+    most have weighs less than nothing. Titles that share nothing with a query but words of a tenth of all titles
+    ("of", "country") are ranked only where it has no other word.
 
     Args:
         titles: what is searched; a result is a place in it.
@@ -38,19 +38,24 @@ class Index:
             raise ModuleNotFoundError(
                 "search needs rank-bm25; run: pip install 'jaxrl_llm[llm]'", name="rank_bm25"
             ) from error
-        self._words = [frozenset(words(title)) for title in titles]
-        if not any(self._words):
+        self._places: dict[str, set[int]] = {}
+        for place, title in enumerate(titles):
+            for word in words(title):
+                self._places.setdefault(word, set()).add(place)
+        if not self._places:
             raise ValueError(f"titles are {list(titles)[:3]}; at least one must have a word.")
-        self._ranks: BM25Plus = BM25Plus([list(words(title)) for title in titles])
+        self._common = max(COMMON, len(titles) // 10)
+        self._ranks = BM25Plus([list(words(title)) for title in titles])
 
     def search(self, query: str, *, most: int = 10) -> tuple[int, ...]:
         """Places of the titles that have a word of the query, best first; equal ones in the order given."""
         asked = words(query)
-        scores = self._ranks.get_scores(list(asked))
+        known = [self._places[word] for word in asked if word in self._places]
+        rare = [places for places in known if len(places) <= self._common]
+        ranked = sorted(set().union(*(rare or known)))
+        if not ranked:
+            return ()
+        scores = self._ranks.get_batch_scores(list(asked), ranked)
         # Rounded, so that the last digits of another processor change no order.
-        found = [
-            (-round(float(score), 9), place)
-            for place, score in enumerate(scores)
-            if not self._words[place].isdisjoint(asked)
-        ]
-        return tuple(place for _, place in sorted(found)[:most])
+        found = sorted((-round(float(score), 9), place) for score, place in zip(scores, ranked, strict=True))
+        return tuple(place for _, place in found[:most])

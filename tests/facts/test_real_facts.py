@@ -71,7 +71,7 @@ def test_every_kind_of_fact_is_found_by_its_title(kept: tuple[FactBase, Path]) -
 
 def test_the_scripted_team_solves_questions_on_the_world(kept: tuple[FactBase, Path]) -> None:
     base, folder = kept
-    task = Questions(base)
+    task = Questions(base, hops=2)
     check_task(task, seeds=(0,), steps=1)
     problems = [*task.train(0, 0, 80), *task.held_out()[:120]]
     questions = {problem.prompt: problem.metadata["question"] for problem in problems}

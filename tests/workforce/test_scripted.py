@@ -78,5 +78,9 @@ def test_search_finds_words_whatever_their_accents_and_breaks_ties_by_order() ->
     assert index.search("peru") == (1, 2)
     assert index.search("peru", most=1) == (1,)
     assert index.search("sea") == ()
+    # Common words rank titles, and bring none in unless there is no other word.
+    many = Index([f"capital of c{number}" for number in range(300)])
+    assert many.search("the capital of c7") == (7,)
+    assert many.search("capital of nowhere") == tuple(range(10))
     with pytest.raises(ValueError, match="at least one must have a word"):
         Index(["!"])

@@ -60,13 +60,18 @@ class Question:
     @property
     def held_out_by(self) -> tuple[str, ...]:
         """Why it is never trained on: "entity", "hops", both or neither."""
-        named = {"entity": f"entity {self.start}", "hops": f"hops {' '.join(self.hops)}"}
-        return tuple(name for name, identity in named.items() if is_held_out(identity))
+        return _held_out_by(self.start, self.hops)
 
     @property
     def problem(self) -> Problem:
         """As tasks have it; the question itself is in its metadata."""
         return Problem(self.text, self.answer, f"{self.start}: {', '.join(self.hops)}", {"question": self})
+
+
+@functools.lru_cache(maxsize=2**18)
+def _held_out_by(start: str, hops: tuple[str, ...]) -> tuple[str, ...]:
+    named = {"entity": f"entity {start}", "hops": f"hops {' '.join(hops)}"}
+    return tuple(name for name, identity in named.items() if is_held_out(identity))
 
 
 class Questions:
@@ -114,6 +119,10 @@ class Questions:
 
     def held_out(self) -> list[Problem]:
         """Questions whose start or hops are held out, by a fixed shuffle, the levels in turn."""
+        return [one.problem for one in self._held_out[: self._count]]
+
+    @functools.cached_property
+    def _held_out(self) -> list[Question]:
         by_level = [
             sorted(
                 (one for one in self.all() if one.held_out_by and one.level == level),
@@ -122,8 +131,7 @@ class Questions:
             for level in self.levels
         ]
         longest = max(map(len, by_level))
-        mixed = [pool[place] for place in range(longest) for pool in by_level if place < len(pool)]
-        return [one.problem for one in mixed[: self._count]]
+        return [pool[place] for place in range(longest) for pool in by_level if place < len(pool)]
 
     def score(self, problem: Problem, text: str) -> Score:
         """1 for the answer, 0 for anything else; numbers are compared by value."""

@@ -22,8 +22,10 @@ READING = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_
 """What a query may do."""
 LONGEST_QUERY = 2_000
 """Characters of a query."""
-LARGEST_VALUE = 100_000
+LARGEST_VALUE = 10_000
 """Bytes of a text that a query makes."""
+LONGEST_PATTERN = 50
+"""Characters of a pattern of LIKE and GLOB."""
 STEPS_BETWEEN_LOOKS = 1_000
 """Instructions of SQLite between two looks at the clock."""
 
@@ -70,6 +72,8 @@ class TablesWorker:
         with closing(sqlite3.connect(":memory:")) as database:
             database.deserialize(self._database)
             database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LARGEST_VALUE)
+            # A pattern is matched without a look at the clock.
+            database.setlimit(sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, LONGEST_PATTERN)
             database.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in READING else sqlite3.SQLITE_DENY)
             database.set_progress_handler(_over(self._seconds), STEPS_BETWEEN_LOOKS)
             try:
