@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -62,7 +63,8 @@ def make_inputs(shape: GroupedShape) -> GroupedInputs:
     arrays = [jax.random.normal(key, side, jnp.dtype(shape.dtype)) for key, side in zip(keys, sides, strict=True)]
     arrays[1:5] = (x / x.shape[-2] ** 0.5 for x in arrays[1:5])
     ids = lax.top_k(arrays[0] @ arrays[1], shape.chosen)[1]
-    return GroupedInputs(*arrays, group_rows(ids, shape.experts).group_sizes)
+    sizes = group_rows(ids, shape.experts).group_sizes
+    return GroupedInputs(*arrays, sizes)  # pyright: ignore[reportCallIssue]
 
 
 def _dense(x: Array, weights: Array, dy: Array) -> tuple[Array, Array, Array]:
@@ -109,7 +111,7 @@ def _experts(tokens: Array, router: Array, gate: Array, up: Array, down: Array, 
 def layer(inputs: GroupedInputs):
     """Route, gather, gate, up, down and combine, with the gradients of the tokens and of all weights."""
     chosen = inputs.rows.shape[0] // inputs.tokens.shape[0]
-    y, pull = jax.vjp(lambda *arrays: _experts(*arrays, chosen), *inputs[:5])
+    y, pull = jax.vjp(partial(_experts, chosen=chosen), *inputs[:5])
     return y, *pull(inputs.tokens)
 
 
