@@ -53,7 +53,7 @@ def layer(config: TransformerConfig, kind: Kind) -> Layer:
     parts = stored_parts(module)
     sizes = [math.prod(part.parameter.get_value().shape) for part in parts]
     used = 1.0 if config.experts is None else config.experts.chosen / config.experts.count
-    active = [round(size * used) if len(part.names) > 1 else size for size, part in zip(sizes, parts, strict=True)]
+    active = [round(size * used) if part.stacked else size for size, part in zip(sizes, parts, strict=True)]
     return Layer(
         shapes={name: part.shape for part in parts for name in part.names},
         parameters=sum(sizes),

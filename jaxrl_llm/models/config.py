@@ -183,7 +183,7 @@ class TransformerConfig:
     @property
     def rotary_dim(self) -> int:
         """Elements of a head that turn with the position."""
-        return int(self.head_dim * self.rotary_fraction)
+        return round(self.head_dim * self.rotary_fraction)
 
     def is_sparse(self, layer: int) -> bool:
         """Whether a layer has experts."""

@@ -118,7 +118,7 @@ class ExpertsLinear(nnx.Module):
     def stored(self) -> tuple[Stored, ...]:
         """A kernel for each expert."""
         names = [f"mlp.experts.{expert}.{self.name}.weight" for expert in range(self.kernel.shape[0])]
-        return (Stored(self.kernel, tuple(names), transposed=True),)
+        return (Stored(self.kernel, tuple(names), transposed=True, stacked=True),)
 
     def __call__(self, x: Float[Array, "M I"], sizes: Int[Array, " E"]) -> Float[Array, "M O"]:
         """The products.
@@ -133,6 +133,7 @@ class ExpertsLinear(nnx.Module):
         inner = self._product(x, self.low_rank.a[...], sizes)
         return y + self.low_rank.scaling * self._product(inner, self.low_rank.b[...], sizes)
 
+    # Summed in float32 or wider, and rounded to the dtype of the products before it is passed on.
     def _product(self, x: Array, kernel: Array, sizes: Array) -> Array:
         dtype = self.numerics.compute_dtype
         y = grouped_matmul(x.astype(dtype), kernel.astype(dtype), sizes)

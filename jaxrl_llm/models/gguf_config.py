@@ -67,9 +67,10 @@ def config_from_gguf(
     head_dim = entries.integer("attention.key_length", width // heads)
     rotated = entries.integer("rope.dimension_count", head_dim)
     values = entries.integer("attention.value_length", width // heads)
-    for found, what in ((rotated, "rotates"), (values, "has values of")):
-        if found != head_dim and not (found is rotated and architecture == GLM4_MOE.gguf):
-            raise ModelFileError(f"{source} {what} {found} of {head_dim} elements; supported is all.")
+    if rotated != head_dim and architecture != GLM4_MOE.gguf:
+        raise ModelFileError(f"{source} rotates {rotated} of {head_dim} elements; supported is all.")
+    if values != head_dim:
+        raise ModelFileError(f"{source} has values of {values} of {head_dim} elements; supported is all.")
     table = shapes.get(EMBEDDING)
     if table is None or len(table) != 2:
         raise ModelFileError(f"{source} has no tensor token_embd.weight with two axes.")
@@ -78,7 +79,7 @@ def config_from_gguf(
             f"{source} says vocab_size is {entries.integer('vocab_size')}; token_embd.weight has {table[0]} rows."
         )
     with read_from(source):
-        return TransformerConfig(
+        config = TransformerConfig(
             vocab_size=table[0],
             hidden_size=width,
             num_layers=entries.integer("block_count") - entries.integer("nextn_predict_layers", 0),
@@ -96,6 +97,9 @@ def config_from_gguf(
             experts=_experts(entries) if sparse else None,
             mtp_layers=entries.integer("nextn_predict_layers", 0),
         )
+    if not any(one.gguf == architecture and one.describes(config) for one in ARCHITECTURES):
+        raise ModelFileError(f"{source} has entries that no model of the architecture {architecture} has: {config}.")
+    return config
 
 
 def _experts(entries: "_Entries") -> ExpertsConfig:
@@ -103,6 +107,11 @@ def _experts(entries: "_Entries") -> ExpertsConfig:
     gating = entries.integer("expert_gating_func", SIGMOID if of_glm else SOFTMAX)
     if gating != (SIGMOID if of_glm else SOFTMAX):
         raise ModelFileError(f"{entries.source} says expert_gating_func is {gating}; supported is that of its family.")
+    if entries.integer("expert_group_count", 1) > 1:
+        raise ModelFileError(f"{entries.source} has groups of experts; supported is one group.")
+    normalised = entries.get("expert_weights_norm", not of_glm)
+    if not of_glm and not normalised:
+        raise ModelFileError(f"{entries.source} says not to normalise weights, which llama.cpp does for this family.")
     shared = entries.integer("expert_shared_count", 0)
     return ExpertsConfig(
         count=entries.integer("expert_count"),
@@ -112,8 +121,7 @@ def _experts(entries: "_Entries") -> ExpertsConfig:
         dense_layers=entries.integer("leading_dense_block_count", 0),
         scores="sigmoid" if of_glm else "softmax",
         bias=of_glm,
-        # llama.cpp always normalises those of Qwen3.
-        normalise=entries.get("expert_weights_norm", not of_glm) is True,
+        normalise=normalised is True,
         scale=_decimal(entries.number("expert_weights_scale", 1.0)),
     )
 

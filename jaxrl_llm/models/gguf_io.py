@@ -27,6 +27,7 @@ from jaxrl_llm.models.gguf_config import expert_entries
 from jaxrl_llm.models.gguf_header import read_header
 from jaxrl_llm.models.hf_config import architecture_of
 from jaxrl_llm.models.layers import rotary_frequencies
+from jaxrl_llm.models.stored import COPIES
 from jaxrl_llm.models.stored import StoredTensors
 
 GGUFType = Literal["F32", "F16", "BF16", "Q8_0"]
@@ -72,7 +73,10 @@ class GGUFFile(StoredTensors):
             # The experts of a layer lie in one tensor and are asked for one after the other.
             if self._last is None or self._last[0] != place.name:
                 self._last = (place.name, self.reader.values(place.name))
-            return self._last[1][place.index]
+            whole = self._last[1]
+            if place.index == len(whole) - 1:
+                self._last = None
+            return whole[place.index]
         values = self.reader.values(place.name)
         heads = _heads_to_reorder(name, self.config)
         return deinterleave(values, heads) if heads else values
@@ -112,7 +116,9 @@ class _Stored(NamedTuple):
 
     @classmethod
     def of(cls, name: str, shape: Sequence[int], dtype: GGUFType) -> "_Stored":
-        kind = gguf.GGMLQuantizationType[dtype if len(shape) > 1 else "F32"]
+        # Routers stay as they are: their near ties would choose other experts.
+        wide = len(shape) < 2 or name.endswith("mlp.gate.weight")
+        kind = gguf.GGMLQuantizationType["F32" if wide else dtype]
         if kind.name in ("F32", "F16"):
             return cls(kind, tuple(shape), np.dtype(np.float32 if kind.name == "F32" else np.float16))
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
@@ -135,7 +141,7 @@ def write_gguf(
         path: the file, replaced if it exists.
         config: the model's configuration.
         tensors: all tensors under their Hugging Face names.
-        dtype: of the matrices; vectors are float32 always.
+        dtype: of the matrices; vectors and the matrices of routers are float32 always.
         metadata: further key-value entries, those of the tokenizer among them.
 
     Raises:
@@ -151,7 +157,9 @@ def write_gguf(
             for key, value in {**_entries(config, architecture, dtype), **metadata}.items():
                 _add_entry(writer, key, value)
             if config.rope_scaling is not None:
-                writer.add_tensor_info(ROPE_FACTORS, (config.head_dim // 2,), np.dtype(np.float32), config.head_dim * 2)
+                writer.add_tensor_info(
+                    ROPE_FACTORS, (config.rotary_dim // 2,), np.dtype(np.float32), config.rotary_dim * 2
+                )
             for name, stored in layout.items():
                 writer.add_tensor_info(name, stored.shape, stored.dtype, stored.size, stored.kind)
             writer.write_header_to_file()
@@ -169,7 +177,7 @@ def write_gguf(
 
 
 def rope_factors(config: TransformerConfig) -> np.ndarray:
-    """What llama.cpp divides the rotary frequencies by [head_dim / 2], float32: 1 without scaling."""
+    """What llama.cpp divides the rotary frequencies by [rotary_dim / 2], float32: 1 without scaling."""
     plain = rotary_frequencies(replace(config, rope_scaling=None))
     return np.asarray(plain / rotary_frequencies(config), np.float32)
 
@@ -177,7 +185,7 @@ def rope_factors(config: TransformerConfig) -> np.ndarray:
 def _with_rope_factors(config: TransformerConfig, factors: np.ndarray, *, source: str) -> TransformerConfig:
     """The configuration with Llama 3's scaling, its original context (a power of two) found from the stored factors."""
     largest = round(float(factors.max()), 4)
-    if factors.shape == (config.head_dim // 2,) and np.isfinite(factors).all() and 1 <= largest <= LARGEST_FACTOR:
+    if factors.shape == (config.rotary_dim // 2,) and np.isfinite(factors).all() and 1 <= largest <= LARGEST_FACTOR:
         for context in (8192, *(2**power for power in range(4, 21))):
             guess = replace(config, rope_scaling=RopeScaling(factor=largest, original_max_positions=context))
             if np.allclose(factors, rope_factors(guess), rtol=1e-4):
@@ -250,7 +258,9 @@ def _places(config: TransformerConfig, architecture: str) -> dict[str, _Place]:
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(numbers[architecture], config.num_layers + config.mtp_layers)
     places = {}
-    for hf in tensor_shapes(config):
+    further = range(config.num_layers, config.num_layers + config.mtp_layers)
+    copies = [f"model.layers.{layer}.{copy}" for layer in further for copy in COPIES]
+    for hf in [*tensor_shapes(config), *copies]:
         # The bias is a part of the name there, and the kind of the tensor here.
         stem, kind = (hf[: -len("_bias")], "bias") if hf.endswith("e_score_correction_bias") else hf.rsplit(".", 1)
         outer, experts, inner = stem.partition(".experts.")

@@ -83,7 +83,7 @@ def config_to_hf(config: TransformerConfig, *, dtype: str) -> dict[str, Any]:
         dtype: of the saved weights, such as "float32".
 
     Raises:
-        ValueError: biases together with query-key norms, which none of the architectures has.
+        ValueError: parts that no architecture has together.
     """
     architecture = architecture_of(config)
     rope: dict[str, Any] = {"rope_type": "default"}

@@ -97,6 +97,8 @@ def _check_tensor(tensor: int, config: TransformerConfig) -> None:
         "num_kv_heads": config.num_kv_heads,
         "intermediate_size": config.intermediate_size,
     }
+    if config.experts is not None:
+        split["experts.width"] = config.experts.width
     for name, size in split.items():
         if size % tensor:
             raise ValueError(f"tensor is {tensor}; it must divide {name}, which is {size} in this model.")

@@ -15,28 +15,30 @@ class Stored:
 
     Attributes:
         parameter: in the model.
-        names: of the tensors, by Hugging Face's convention; several hold the entries along the first axis.
+        names: of the tensors, by Hugging Face's convention.
         transposed: whether they hold matrices as [out, in], where the parameter is [in, out].
+        stacked: whether each holds an entry along the first axis.
     """
 
     parameter: nnx.Variable
     names: tuple[str, ...]
     transposed: bool = False
+    stacked: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of each of the tensors."""
-        shape = self.parameter.get_value().shape[len(self.names) > 1 :]
+        shape = self.parameter.get_value().shape[self.stacked :]
         return shape[::-1] if self.transposed else shape
 
     def under(self, prefix: str) -> "Stored":
         """The same with the name of the block in front."""
-        return Stored(self.parameter, tuple(f"{prefix}{name}" for name in self.names), self.transposed)
+        return Stored(self.parameter, tuple(f"{prefix}{name}" for name in self.names), self.transposed, self.stacked)
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """What checkpoints hold."""
         value = np.asarray(self.parameter.get_value())
-        parts = value if len(self.names) > 1 else value[None]
+        parts = value if self.stacked else value[None]
         for name, part in zip(self.names, parts, strict=True):
             yield name, part.T if self.transposed else part
 

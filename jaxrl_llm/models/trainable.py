@@ -61,7 +61,8 @@ class Trainable:
         def learns(path: Path, value: Any) -> bool:
             if self.adapters is not None:
                 return "low_rank" in path
-            if not isinstance(value, nnx.Param | RouterBias):
+            # The layer for a further token has a loss of its own, which is not this one's.
+            if not isinstance(value, nnx.Param | RouterBias) or path[0] == "further":
                 return False
             if self.top is None:
                 return True
@@ -82,7 +83,7 @@ class Trainable:
 
 
 def full() -> Trainable:
-    """Every parameter learns."""
+    """Every parameter learns, but for those of a layer that predicts a further token."""
     return Trainable()
 
 

@@ -107,7 +107,14 @@ class Transformer(nnx.Module):
                 back are then those that were given.
             selections: experts of each token in each of these layers, where they were chosen before; None where the
                 layer's own router chooses.
+
+        Raises:
+            ValueError: another number of selections than of layers.
         """
+        if selections is not None and len(selections) != len(contexts):
+            raise ValueError(
+                f"selections has {len(selections)} entries; it must have one for each of {len(contexts)} layers"
+            )
         rotation = Rotation.at(positions, self.config)
         given = [None] * len(contexts) if selections is None else selections
         after: list[Context] = []
@@ -149,7 +156,7 @@ class Transformer(nnx.Module):
         *,
         start: Literal[0] = 0,
         stop: None = None,
-        remat: bool = False,
+        remat: Literal[False] = False,
         visibility: None = None,
         cache: KVCache,
     ) -> tuple[Float[Array, "B T D"], KVCache]: ...
@@ -180,6 +187,8 @@ class Transformer(nnx.Module):
         if cache is not None:
             if (start, stop) != (0, count):
                 raise ValueError(f"a cache covers all {count} layers; start and stop were {start} and {stop}")
+            if remat:
+                raise ValueError("remat must be False with a cache, which nobody learns through")
             if visibility is not None:
                 raise ValueError("visibility must be None with a cache, whose slot_mask says what may be attended to")
             cache = cache.advance(token_mask)
@@ -247,8 +256,8 @@ class Transformer(nnx.Module):
     ) -> Float[Array, "B T1 D"]:
         """States that predict the token after the next one: the one at t predicts token t + 2.
 
-        They depend on tokens up to t + 1. Whoever trains this layer without moving the rest of the model holds `hidden`
-        and the tables still (`jax.lax.stop_gradient`).
+        They depend on tokens up to t + 1. Of several layers for further tokens the first one is read. Whoever trains it
+        without moving the rest of the model holds `hidden` and the tables still (`jax.lax.stop_gradient`).
 
         Args:
             hidden: of `__call__` for these texts.
@@ -257,13 +266,17 @@ class Transformer(nnx.Module):
             remat: recompute the layer in the backward pass.
 
         Raises:
-            ValueError: the model has no layer for it.
+            ValueError: the model has no layer for it, or a text has one token.
         """
         if not self.further:
             raise ValueError("the model has no layer that predicts further tokens; its mtp_layers is 0.")
         token_mask = self._checked_mask(tokens, token_mask)
-        layer, context = self.further[0], RowContext(self._sight(Visibility(token_mask[:, 1:])))
-        rotation = Rotation.at(positions_of(token_mask)[:, 1:], self.config)
+        if tokens.shape[1] < 2:
+            raise ValueError(f"tokens must have two columns or more, a token and the next one, got {tokens.shape}")
+        # A pair is real where both of its tokens are: that of a text's first token with the padding before it is not.
+        real = token_mask[:, 1:] & token_mask[:, :-1]
+        layer, context = self.further[0], RowContext(self._sight(Visibility(real)))
+        rotation = Rotation.at(positions_of(real), self.config)
 
         def apply(hidden, embedded):
             return layer(hidden, embedded, rotation, context)[0]

@@ -63,7 +63,8 @@ def load_hf(
     """The model of a Hugging Face folder: config.json and safetensors, in one file or several.
 
     Args:
-        folder: of a Llama, Mistral, Qwen2 or Qwen3 checkpoint in float weights.
+        folder: of a checkpoint in float weights, of an architecture in `models.architectures`. Layers for further tokens
+            that its configuration counts and that are not in it are left out.
         dtype: of the parameters.
         compute_dtype: of the products; by default `dtype`.
         mesh: devices to spread the parameters over by the rules of `models.sharding`; None for the default device.
@@ -87,7 +88,7 @@ def load_gguf(
     compute_dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
 ) -> Transformer:
-    """The model of a GGUF file with the architecture llama, qwen2 or qwen3; quantised weights are dequantised.
+    """The model of a GGUF file of an architecture in `models.architectures`; quantised weights are dequantised.
 
     The first load converts the file into a Hugging Face folder in the cache (`converted_gguf`); later ones read that.
     Where the cache cannot be written, a warning says so and the file is dequantised every time.
@@ -258,7 +259,7 @@ def build_model(
                 tensor = require_finite(tensors[name], name, source=source, dtype=kept)
             held.append(tensor.T if part.transposed else tensor)
         narrow = jnp.dtype(jnp.float32) if isinstance(part.parameter, RouterBias) else kept
-        part.parameter.set_value(_on_device(held, narrow, placements.get(number)))
+        part.parameter.set_value(_on_device(held, part.stacked, narrow, placements.get(number)))
     return model
 
 
@@ -279,9 +280,9 @@ def _parts(model: Transformer) -> list[Stored]:
     return parts
 
 
-def _on_device(tensors: list[np.ndarray], dtype: jnp.dtype, placement: Sharding | None) -> jax.Array:
+def _on_device(tensors: list[np.ndarray], stacked: bool, dtype: jnp.dtype, placement: Sharding | None) -> jax.Array:
     """A JAX array that owns its memory, since parameters are donated and memory maps must not be."""
-    whole = tensors[0] if len(tensors) == 1 else np.stack(tensors)
+    whole = np.stack(tensors) if stacked else tensors[0]
     if placement is not None:
         return jax.device_put(whole.astype(dtype), placement)
     return jnp.array(whole, dtype=dtype, copy=True)

@@ -124,6 +124,6 @@ def sequence_balance_loss(
     share = safe_divide(count * loads, chosen * tokens[:, None])
     # A NaN at padding would reach the gradient through the quotient.
     inside = jnp.where(token_mask[..., None], scores, 1.0)
-    relative = inside / jnp.sum(inside, axis=-1, keepdims=True)
+    relative = safe_divide(inside, jnp.sum(inside, axis=-1, keepdims=True))
     mean = safe_divide(masked_sum(relative, token_mask[..., None], axis=1), tokens[:, None])
     return jnp.sum(jax.lax.stop_gradient(share) * mean), jnp.sum(tokens > 0).astype(scores.dtype)

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxrl_kernels import Reference
 from jaxrl_kernels import dense_gradient
 from jaxrl_kernels import dense_kl
+from jaxrl_kernels import grouped_matmul
 from jaxrl_kernels import token_statistics
 
 pytestmark = [pytest.mark.aot, pytest.mark.requires_jax("0.11")]
@@ -154,3 +155,29 @@ def test_xla(compiled, gradient, monkeypatch):
     function = statistics_of(1, ("log_prob", "entropy"), "xla", gradient=gradient)
     held = compiled(function, *arrays(LARGE, 1, jnp.bfloat16, reference=False), kernels=0)
     assert held < 1.5e9
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        pytest.param((8192, 2048, 1024, 32), id="aligned"),
+        pytest.param((1001, 200, 130, 8), id="ragged"),
+        pytest.param((16, 2048, 1024, 32), id="few-rows"),
+    ],
+)
+@pytest.mark.parametrize(("implementation", "kernels"), [("pallas_mosaic_gpu", 3), ("xla", 0)])
+def test_grouped_matmul(compiled, implementation, kernels, size):
+    """The kernels hold copies of what fills no tile; the blocks of "xla" copies of rows and weights, both twice."""
+    rows, width, inner, experts = size
+
+    def both(x, weights, dy, sizes):
+        y, pull = jax.vjp(lambda *a: grouped_matmul(*a, sizes, implementation=implementation), x, weights)
+        return y, pull(dy)
+
+    shapes = ((rows, width), (experts, width, inner), (rows, inner))
+    held = compiled(both, *((shape, jnp.bfloat16) for shape in shapes), ((experts,), jnp.int32), kernels=kernels)
+    of_rows, of_weights = 2 * rows * (width + inner), 2 * experts * width * inner
+    if kernels == 0:
+        assert held < 8 * (of_weights + of_rows)
+    else:
+        assert held < (2**20 if rows % 8 == 0 else 4 * (of_weights + of_rows))

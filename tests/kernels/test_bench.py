@@ -13,6 +13,7 @@ from jaxrl_kernels.bench import accuracy
 from jaxrl_kernels.bench import cases
 from jaxrl_kernels.bench import dense
 from jaxrl_kernels.bench import gpu
+from jaxrl_kernels.bench import grouped
 from jaxrl_kernels.bench import roofline
 from jaxrl_kernels.bench import table
 from jaxrl_kernels.bench import targets
@@ -140,6 +141,24 @@ def test_timed_programs_compute_the_same():
     logits = dense.make_inputs(cases.Shape(6, 0, 512, "float32"))
     slopes = [jax.jit(dense.PROGRAMS[f"dense/{name}"])(logits)[1] for name in ("naive", "dense_kl", "dense_gradient")]
     assert max(error(slopes[0], slope) for slope in slopes[1:]) < 2e-5
+
+
+def test_timed_layers_of_experts_compute_the_same():
+    """With equal groups the op makes the products that it is timed against; the layer is a sum over chosen experts."""
+    shape = grouped.GroupedShape(8, 2, 6, 4, 4, "float32")
+    inputs = grouped.make_inputs(shape)
+    assert inputs.sizes.sum() == 16
+    assert max(grouped.errors(inputs, jax.jit(grouped.op)(inputs)).values()) < 1e-6
+    equal = inputs._replace(sizes=np.full(4, 4, np.int32))
+    for one, other in zip(jax.jit(grouped.op)(equal), jax.jit(grouped.products)(inputs), strict=True):
+        assert error(one, np.reshape(other, one.shape)) < 1e-6
+    tokens, router, gate, up, down = (np.asarray(x, np.float64) for x in inputs[:5])
+    scores = 1 / (1 + np.exp(-tokens @ router))
+    chosen = scores >= np.sort(scores, axis=1)[:, -2:-1]
+    inner = np.einsum("td,edf->tef", tokens, gate)
+    inner = inner / (1 + np.exp(-inner)) * np.einsum("td,edf->tef", tokens, up)
+    wanted = np.einsum("tef,efd,te->td", inner, down, scores * chosen)
+    assert error(jax.jit(grouped.layer)(inputs)[0], wanted) < 1e-5
 
 
 def test_gpu_bench_times_programs_that_compute_the_same(monkeypatch, tmp_path, capsys):

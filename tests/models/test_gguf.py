@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxrl_llm.models import gguf_io
 from jaxrl_llm.models import weights
 from jaxrl_llm.models.config import ExpertsConfig
+from jaxrl_llm.models.config import RopeScaling
 from jaxrl_llm.models.config import tiny
+from jaxrl_llm.models.files import ModelFileError
 from jaxrl_llm.models.gguf_io import GGUFFile
 from jaxrl_llm.models.gguf_io import deinterleave
 from jaxrl_llm.models.gguf_io import interleave
@@ -24,6 +27,7 @@ from jaxrl_llm.models.gguf_io import rope_factors
 from jaxrl_llm.models.gguf_io import write_gguf
 from jaxrl_llm.models.hf_config import config_from_hf
 from jaxrl_llm.models.pretrained import load_pretrained
+from jaxrl_llm.models.stored import COPIES
 from jaxrl_llm.models.tokenizers import ByteTokenizer
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.models.weights import build_model
@@ -138,6 +142,57 @@ def test_routers_that_llama_cpp_has_not(tmp_path: Path) -> None:
     experts = ExpertsConfig(count=4, chosen=2, width=8, scores="softmax", bias=False, normalise=False)
     with pytest.raises(ValueError, match=r"llama\.cpp normalises the weights of Qwen3's experts"):
         save_gguf(Transformer(replace(config, experts=experts), rngs=nnx.Rngs(0)), tmp_path / "model.gguf")
+
+
+def test_parts_that_no_architecture_has_together(tmp_path: Path) -> None:
+    """What would be written and could not be read."""
+    for config in (
+        replace(tiny(), mtp_layers=1),
+        tiny(qkv_bias=True, rotary_fraction=0.5),
+        tiny(qk_norm=True, rotary_fraction=0.5),
+        replace(config_from_hf(CHECKPOINTS["qwen3_moe"]), mtp_layers=1),
+    ):
+        with pytest.raises(ValueError, match="the parts of this model go together in none of"):
+            save_gguf(Transformer(config, rngs=nnx.Rngs(0)), tmp_path / "model.gguf")
+
+
+def glm_of(tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of the tiny GLM with other entries."""
+    plain = gguf_io._entries
+    monkeypatch.setattr(gguf_io, "_entries", lambda *given: plain(*given) | changes)
+    save_gguf(tiny_model("glm4_moe_scaled_head_norms"), tmp_path / "model.gguf")
+    return tmp_path / "model.gguf"
+
+
+def test_groups_of_experts_in_a_file_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = glm_of(tmp_path, {"glm4moe.expert_group_count": 2}, monkeypatch)
+    with pytest.raises(ModelFileError, match="has groups of experts; supported is one group"):
+        load_gguf(path)
+
+
+def test_copies_beside_a_layer_for_further_tokens_are_passed_by(tmp_path: Path, monkeypatch) -> None:
+    model = tiny_model("glm4_moe_further_token")
+    copies = {f"model.layers.2.{name}": tensors_of("glm4_moe_further_token")["lm_head.weight"] for name in COPIES}
+    tensors = model_tensors(model) | copies
+    write_gguf(tmp_path / "model.gguf", model.config, tensors, dtype="F32", metadata={})
+    loaded = load_gguf(tmp_path / "model.gguf")
+    np.testing.assert_array_equal(loaded.further[0].join.kernel[...], model.further[0].join.kernel[...])
+
+
+def test_scaled_positions_of_heads_that_turn_in_part(tmp_path: Path) -> None:
+    config = replace(config_from_hf(CHECKPOINTS["glm4_moe_plain_weights"]), rope_scaling=RopeScaling())
+    save_gguf(build_model(config, tensors_of("glm4_moe_plain_weights")), tmp_path / "model.gguf")
+    assert load_gguf(tmp_path / "model.gguf").config == config
+
+
+def test_a_single_expert_and_routers_in_few_bits(tmp_path: Path) -> None:
+    config = tiny(experts=ExpertsConfig(count=1, chosen=1, width=32))
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    assert model_tensors(model)["model.layers.0.mlp.experts.0.down_proj.weight"].shape == (32, 32)
+    save_gguf(model, tmp_path / "model.gguf", dtype="Q8_0")
+    kinds = {one.name: one.tensor_type.name for one in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert kinds["blk.0.ffn_gate_inp.weight"] == "F32"
+    assert kinds["blk.0.ffn_gate_exps.weight"] == "Q8_0"
 
 
 @pytest.mark.parametrize("further", [0, 1])

@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from dataclasses import replace
 
 import chex
 import jax
@@ -7,8 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxrl_llm.models.architectures import glm45
+from jaxrl_llm.models.architectures import glm45_air
 from jaxrl_llm.models.attention import Visibility
 from jaxrl_llm.models.attention import grouped_query_attention
+from jaxrl_llm.models.blueprint import active_parameters
 from jaxrl_llm.models.blueprint import num_parameters
 from jaxrl_llm.models.config import ExpertsConfig
 from jaxrl_llm.models.config import RopeScaling
@@ -299,6 +303,50 @@ def test_attention_to_equal_keys_is_the_mean_of_allowed_values():
     mixed = grouped_query_attention(jnp.ones((1, 2, 3, 2)), jnp.ones((1, 1, 4, 2)), values, mask)
     np.testing.assert_allclose(mixed[0, 0], jnp.tile(values[0, 0, ::2].mean(0), (3, 1)), rtol=1e-6)
     np.testing.assert_allclose(mixed[0, 1], jnp.tile(values[0, 0].mean(0), (3, 1)), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "whole", "further", "active"),
+    [
+        (glm45(), 352_797_829_024, 3_988_069_792, 32_080_373_664),
+        (glm45_air(), 106_852_251_264, 2_375_059_584, 12_182_615_680),
+    ],
+)
+def test_glm_has_its_published_number_of_parameters(config, whole, further, active):
+    """355 and 106 billion, 32 and 12 of them active (Table 1 of the report), to the digit by its configuration."""
+    main = replace(config, mtp_layers=0)
+    assert num_parameters(main) == whole
+    assert num_parameters(config) - whole == further
+    assert active_parameters(main) == active
+
+
+def test_padding_changes_nothing_for_further_tokens(random_transformer):
+    model = random_transformer(replace(tiny(), mtp_layers=1), param_dtype=jnp.float32)
+    tokens = jnp.array([[5, 6, 7, 8, 9]])
+    padded, mask = jnp.pad(tokens, ((0, 0), (3, 0)), constant_values=1), jnp.arange(8)[None] >= 3
+    plain = model.hidden_further(model(tokens), tokens)
+    found = model.hidden_further(model(padded, mask), padded, mask)
+    np.testing.assert_allclose(found[:, 3:], plain, atol=2e-5)
+    with pytest.raises(ValueError, match=r"two columns or more, a token and the next one, got \(1, 1\)"):
+        model.hidden_further(model(tokens[:, :1]), tokens[:, :1])
+
+
+def test_routes_that_are_given_back_change_nothing(random_transformer):
+    config = VARIANTS["glm: experts, half of a head turns"]
+    model = random_transformer(config)
+    tokens, mask = jnp.arange(12).reshape(2, 6), jnp.ones((2, 6), bool)
+
+    def through(selections=None):
+        return model.rows(model.embed(tokens), positions_of(mask), Visibility(mask), selections=selections)
+
+    free = through()
+    chosen = [None if routes is None else routes.selection for routes in free.routes]
+    assert [one is None for one in chosen] == [True, False]
+    np.testing.assert_array_equal(through(chosen).x, free.x)
+    others = [None, (chosen[1] + 1) % config.experts.count]
+    assert jnp.abs(through(others).x - free.x).max() > 1e-3
+    with pytest.raises(ValueError, match="selections has 1 entries; it must have one for each of 2 layers"):
+        through([None])
 
 
 def test_smollm2_has_its_published_number_of_parameters():

@@ -98,6 +98,11 @@ def test_even_loads_cost_one_and_one_expert_for_all_costs_most() -> None:
     assert sequence_balance_loss(sharp, jnp.array([[[0, 1]] * 4]), mask)[0] == pytest.approx(2)
 
 
+def test_scores_that_underflow_are_even() -> None:
+    selection, mask = jnp.zeros((1, 1, 1), jnp.int32), jnp.ones((1, 1), bool)
+    assert sequence_balance_loss(jnp.zeros((1, 1, 4)), selection, mask)[0] == 0
+
+
 def test_no_experts_are_refused() -> None:
     with pytest.raises(ValueError, match="num_experts is 0; it must be at least 1"):
         expert_loads(jnp.zeros((1, 2, 1), int), jnp.ones((1, 2), bool), num_experts=0)

@@ -2,11 +2,12 @@
 
 from jaxrl_llm.models.architectures.protocol import Architecture
 from jaxrl_llm.models.architectures.protocol import Defaults
+from jaxrl_llm.models.architectures.protocol import plain
 from jaxrl_llm.models.config import TransformerConfig
 
 
 def _plain(config: TransformerConfig) -> bool:
-    return config.experts is None and not config.qkv_bias and not config.qk_norm and config.rotary_fraction == 1
+    return plain(config) and not config.qkv_bias and not config.qk_norm
 
 
 LLAMA = Architecture(name="LlamaForCausalLM", model_type="llama", describes=_plain, gguf="llama")

@@ -20,6 +20,11 @@ class Defaults:
     partial_rotary_factor: float = 1.0
 
 
+def plain(config: TransformerConfig) -> bool:
+    """No experts, heads that turn whole, no layer for further tokens."""
+    return config.experts is None and config.rotary_fraction == 1 and not config.mtp_layers
+
+
 def _nothing(entries: Entries) -> dict[str, Any]:
     return {}
 

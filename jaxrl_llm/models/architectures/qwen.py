@@ -1,17 +1,19 @@
 """Qwen2, with biases of queries, keys and values, and Qwen3, with norms of heads; dense, and with experts."""
 
+from dataclasses import replace
 from typing import Any
 
 from jaxrl_llm.models.architectures.entries import Entries
 from jaxrl_llm.models.architectures.protocol import Architecture
 from jaxrl_llm.models.architectures.protocol import Defaults
+from jaxrl_llm.models.architectures.protocol import plain
 from jaxrl_llm.models.config import ExpertsConfig
 from jaxrl_llm.models.config import TransformerConfig
 
 QWEN2 = Architecture(
     name="Qwen2ForCausalLM",
     model_type="qwen2",
-    describes=lambda config: config.experts is None and config.qkv_bias and not config.qk_norm,
+    describes=lambda config: plain(config) and config.qkv_bias and not config.qk_norm,
     gguf="qwen2",
     defaults=Defaults(num_key_value_heads=32, max_position_embeddings=32768, sliding_window=4096),
     reads=lambda entries: {"qkv_bias": True},
@@ -21,7 +23,7 @@ QWEN2 = Architecture(
 QWEN3 = Architecture(
     name="Qwen3ForCausalLM",
     model_type="qwen3",
-    describes=lambda config: config.experts is None and config.qk_norm and not config.qkv_bias,
+    describes=lambda config: plain(config) and config.qk_norm and not config.qkv_bias,
     gguf="qwen3",
     defaults=Defaults(num_key_value_heads=32, head_dim=128, max_position_embeddings=32768, sliding_window=4096),
     reads=lambda entries: {"qk_norm": True},
@@ -66,7 +68,8 @@ def _of_qwen3_moe(config: TransformerConfig) -> bool:
     experts = config.experts
     if experts is None or experts.bias or experts.shared or experts.groups != 1 or experts.scale != 1:
         return False
-    return experts.scores == "softmax" and config.qk_norm and not config.qkv_bias and config.rotary_fraction == 1
+    own = plain(replace(config, experts=None)) and config.qk_norm and not config.qkv_bias
+    return own and experts.scores == "softmax"
 
 
 QWEN3_MOE = Architecture(

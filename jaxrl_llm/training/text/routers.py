@@ -2,7 +2,7 @@
 
 The rule moves a correction bias by the loads of a whole minibatch, which are known when its micro-batches and shards
 have been added up. They are added up with the gradients: in the place of a bias's gradient, which is 0, stand its
-expert's loads, over the count that gradients are divided by. `with_router_bias` reads them there.
+expert's loads, which no count divides. `with_router_bias` reads them there.
 """
 
 from collections.abc import Sequence
@@ -20,6 +20,7 @@ from jaxrl_llm.models.experts import Experts
 from jaxrl_llm.models.experts import RouterBias
 from jaxrl_llm.models.experts import Routes
 from jaxrl_llm.objectives import balance
+from jaxrl_llm.training.run.state import named_leaves
 from jaxrl_llm.training.text.minibatches import UpdateSettings
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Bool
@@ -36,6 +37,11 @@ def router_biases(tree: PyTree) -> list[Float[Array, " E"]]:
     """What stands in the place of each router's correction bias in a tree of parameters or gradients."""
     leaves = jax.tree.leaves(tree, is_leaf=_is_variable)
     return [leaf.get_value() for leaf in leaves if isinstance(leaf, RouterBias)]
+
+
+def router_kernels(params: PyTree) -> list[str]:
+    """Paths of the matrices of routers in a tree of parameters."""
+    return [name for name in named_leaves(params) if ".router.kernel" in name]
 
 
 def gradient_norm(gradients: PyTree) -> Float[Array, ""]:
@@ -62,7 +68,7 @@ def with_router_bias(inner: optax.GradientTransformation, *, rate: float) -> opt
     )
 
 
-def require_routers(settings: UpdateSettings, params: PyTree, blocks: Sequence[Block]) -> None:
+def require_routers(settings: UpdateSettings, params: PyTree) -> None:
     """Loads can be evened out where there are routers that learn.
 
     Raises:
@@ -70,7 +76,7 @@ def require_routers(settings: UpdateSettings, params: PyTree, blocks: Sequence[B
     """
     there = {
         "router_bias_rate": (router_biases(params), "correction biases"),
-        "router_balance": ([block for block in blocks if isinstance(block.mlp, Experts)], "routers"),
+        "router_balance": (router_kernels(params), "routers"),
     }
     for name, (found, what) in there.items():
         if getattr(settings, name) and not found:
@@ -80,42 +86,43 @@ def require_routers(settings: UpdateSettings, params: PyTree, blocks: Sequence[B
 
 
 def router_terms(
-    blocks: Sequence[Block],
-    routes: Sequence[Routes | None],
-    token_mask: Bool[Array, "n W"],
-    *,
-    weight: float,
-    count: Float[Array, ""],
-) -> tuple[Float[Array, ""], dict[str, SumCount]]:
-    """What routers add to the sum of a micro-batch's loss, and its metric.
-
-    The loss of a row is `objectives.balance.sequence_balance_loss`; it is averaged over the rows of a micro-batch and
-    its layers, and over micro-batches by the counts that their losses have.
+    blocks: Sequence[Block], routes: Sequence[Routes | None], token_mask: Bool[Array, "n W"]
+) -> tuple[Float[Array, ""], SumCount | None]:
+    """What routers add to the loss of a micro-batch.
 
     Args:
         blocks: the layers that learn.
         routes: where each sent the tokens.
         token_mask: which tokens are real.
-        weight: of the loss.
-        count: of the micro-batch's loss.
+
+    Returns:
+        a term of value 0 whose gradient with respect to each correction bias is the loads of its experts; and the
+        losses `objectives.balance.sequence_balance_loss` of all rows and layers, as (sum, count). None without routers.
     """
-    added, total, rows = jnp.zeros(()), jnp.zeros(()), jnp.zeros(())
+    named, total, rows = jnp.zeros(()), jnp.zeros(()), jnp.zeros(())
     for block, sent in zip(blocks, routes, strict=True):
         if sent is None:
             continue
         bias, experts = cast(Experts, block.mlp).router.bias, sent.scores.shape[-1]
         if bias is not None:
             loads = balance.expert_loads(sent.selection, token_mask, num_experts=experts)
-            # Its value is 0 and its gradient the loads.
-            named = jnp.sum(bias[...] * jax.lax.stop_gradient(loads))
-            added += named - jax.lax.stop_gradient(named)
+            named += jnp.sum(bias[...] * jax.lax.stop_gradient(loads))
         some = balance.sequence_balance_loss(sent.scores, sent.selection, token_mask)
         total, rows = total + some[0], rows + some[1]
     if not any(sent is not None for sent in routes):
-        return added, {}
-    if weight:
-        added += weight * count.astype(total.dtype) * safe_divide(total, rows)
-    return added, {"router_balance_loss": (total, rows)}
+        return named, None
+    return named - jax.lax.stop_gradient(named), (total, rows)
+
+
+def divided(gradients: PyTree, count: Float[Array, ""]) -> PyTree:
+    """Gradients over a count; loads as they are."""
+
+    def divide(leaf: Any) -> Any:
+        if isinstance(leaf, RouterBias):
+            return leaf
+        return jax.tree.map(lambda array: safe_divide(array, count.astype(array.dtype)), leaf)
+
+    return jax.tree.map(divide, gradients, is_leaf=_is_variable)
 
 
 def load_metrics(gradients: PyTree) -> dict[str, SumCount]:

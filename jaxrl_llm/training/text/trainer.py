@@ -106,7 +106,7 @@ class Trainer:
         self._initial, self.frozen = initial, frozen
         self._grid = self._fixed_grid()
         update, temperature = settings.update, settings.sampling.temperature
-        require_routers(update, initial, list(parts.model.layers)[self.policy.first_layer :])
+        require_routers(update, initial)
         self.optimizer = make_optimizer(settings.optimizer, settings.optimizer_steps)
         if router_biases(initial):
             self.optimizer = with_router_bias(self.optimizer, rate=update.router_bias_rate)

@@ -1,6 +1,7 @@
 """One optimiser step on a minibatch of experience: jitted once per shape, its state donated."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 from typing import NamedTuple
 from typing import cast
@@ -27,6 +28,7 @@ from jaxrl_llm.training.text.objective import NEVER_MADE
 from jaxrl_llm.training.text.objective import Extras
 from jaxrl_llm.training.text.objective import Objective
 from jaxrl_llm.training.text.policy import Policy
+from jaxrl_llm.training.text.routers import divided
 from jaxrl_llm.training.text.routers import gradient_norm
 from jaxrl_llm.training.text.routers import load_metrics
 from jaxrl_llm.training.text.routers import router_terms
@@ -284,44 +286,51 @@ class Update:
         self, trained: tuple[PyTree, PyTree], frozen: PyTree, batch: UpdateBatch, heads: Heads, rows: Any, count: Any
     ) -> tuple[tuple[PyTree, PyTree], Sums]:
         # Gradients of the policy's loss and of the critic's, each divided by its own count.
-        def loss_sum(trained: tuple[PyTree, PyTree], some: UpdateBatch) -> tuple[Array, Sums]:
-            params, critic = trained
-            model = self._policy.model(params, frozen)
+        def pieces(trained: tuple[PyTree, PyTree], some: UpdateBatch) -> Any:
+            model = self._policy.model(trained[0], frozen)
             terms, hidden, routes = micro_batch_loss(
                 self._policy, self._objective, model, some, heads, fraction=1.0 / count, **self._static
             )
             blocks = list(model.layers)[self._policy.first_layer :]
-            weight, mask = self._router_balance, some.rows.token_mask
-            added, routed = router_terms(blocks, routes, mask, weight=weight, count=terms.loss[1])
-            terms = LossTerms((terms.loss[0] + added, terms.loss[1]), terms.metrics | routed)
-            if self._critic is None or not jax.tree.leaves(critic):
+            return terms, hidden, *router_terms(blocks, routes, some.rows.token_mask)
+
+        def over_micro_batches(function: Callable[[UpdateBatch], Any]) -> Any:
+            if rows.shape[0] == 1:
+                return function(take_rows(batch, rows[0]))
+            # The number of micro-batches that hold something differs between minibatches; the program does not.
+            # Jitted, so that the loop finds the trace that the shapes were read from.
+            function = jax.jit(function)
+            shapes = jax.eval_shape(function, take_rows(batch, rows[0]))
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+            def add(index: Array, sums: Any) -> Any:
+                return jax.tree.map(jnp.add, sums, function(take_rows(batch, rows[index])))
+
+            return jax.lax.fori_loop(0, count, add, zeros)
+
+        def counts(some: UpdateBatch) -> tuple[Array, Array]:
+            terms, _, _, even = pieces(trained, some)
+            return terms.loss[1], even[1]
+
+        # The loss for even loads has a count of its own: times this, the sum can be divided by the other one.
+        each = safe_divide(*over_micro_batches(counts)) if self._router_balance else None
+
+        def loss_sum(trained: tuple[PyTree, PyTree], some: UpdateBatch) -> tuple[Array, Sums]:
+            terms, hidden, named, even = pieces(trained, some)
+            added = named if each is None else named + self._router_balance * each * even[0]
+            metrics = terms.metrics if even is None else terms.metrics | {"router_balance_loss": even}
+            terms = LossTerms((terms.loss[0] + added, terms.loss[1]), metrics)
+            if self._critic is None or not jax.tree.leaves(trained[1]):
                 return terms.loss[0], Sums(terms, None)
             # The critic's gradient ends at the states, so one backward pass serves both.
-            value, explained = self._critic.loss(critic, jax.lax.stop_gradient(hidden), some)
+            value, explained = self._critic.loss(trained[1], jax.lax.stop_gradient(hidden), some)
             terms = terms._replace(metrics=terms.metrics | explained)
             return terms.loss[0] + value[0], Sums(terms, value)
 
         gradient = jax.grad(loss_sum, has_aux=True)
-        if rows.shape[0] == 1:
-            total, sums = gradient(trained, take_rows(batch, rows[0]))
-        else:
-            # The number of micro-batches that hold something differs between minibatches; the program does not.
-            # Jitted, so that the loop finds the trace that the shapes were read from.
-            gradient = jax.jit(gradient)
-            shapes = jax.eval_shape(gradient, trained, take_rows(batch, rows[0]))
-            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-
-            def add(index: Array, sums: Any) -> Any:
-                return jax.tree.map(jnp.add, sums, gradient(trained, take_rows(batch, rows[index])))
-
-            total, sums = jax.lax.fori_loop(0, count, add, zeros)
-
-        def divide(tree: PyTree, pair: SumCount | None) -> PyTree:
-            if pair is None:
-                return tree
-            return jax.tree.map(lambda leaf: safe_divide(leaf, pair[1].astype(leaf.dtype)), tree)
-
-        return (divide(total[0], sums.terms.loss), divide(total[1], sums.value)), sums
+        total, sums = over_micro_batches(lambda some: gradient(trained, some))
+        critic = total[1] if sums.value is None else divided(total[1], sums.value[1])
+        return (divided(total[0], sums.terms.loss[1]), critic), sums
 
     def _step(
         self, state: TrainState, frozen: PyTree, batch: UpdateBatch, heads: Heads, rows: Array, micro_batches: Array

@@ -76,7 +76,7 @@ def products(x: Rows, weights: Float[Array, "E _ _"], sizes: Int[Array, " E"], *
         grid_block_n=1,
         transpose_rhs=transposed,
     )[: x.shape[0], :width]
-    inside = jnp.arange(x.shape[0], dtype=jnp.int32) < jnp.sum(sizes)
+    inside = jnp.arange(x.shape[0], dtype=jnp.int32) < jnp.sum(sizes, dtype=jnp.int32)
     return jnp.where(inside[:, None], out, jnp.zeros((), x.dtype))
 
 

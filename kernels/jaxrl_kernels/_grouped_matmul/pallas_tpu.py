@@ -52,7 +52,7 @@ def products(x: Rows, weights: Float[Array, "E _ _"], sizes: Int[Array, " E"], *
     tiling = _tiling(x.shape[1], weights.shape[1 if transposed else 2])
     with _settings(x.dtype):
         out = gmm(_filled(x), weights, sizes, x.dtype, tiling, transpose_rhs=transposed)[: x.shape[0]]
-    inside = jnp.arange(x.shape[0], dtype=jnp.int32) < jnp.sum(sizes)
+    inside = jnp.arange(x.shape[0], dtype=jnp.int32) < jnp.sum(sizes, dtype=jnp.int32)
     return jnp.where(inside[:, None], out, jnp.zeros((), x.dtype))
 
 

@@ -70,7 +70,7 @@ def products(x: Rows, weights: Float[Array, "E _ _"], sizes: Int[Array, " E"], *
     plan = _plan(x.shape[0], sizes)
     blocks = _batched(_gathered(x, plan), weights[plan.group], (2, 2 if transposed else 1)).astype(x.dtype)
     out = blocks.reshape(-1, blocks.shape[2])[plan.place]
-    inside = jnp.arange(x.shape[0], dtype=jnp.int32) < jnp.sum(sizes)
+    inside = jnp.arange(x.shape[0], dtype=jnp.int32) < jnp.sum(sizes, dtype=jnp.int32)
     return jnp.where(inside[:, None], out, jnp.zeros((), x.dtype))
 
 

@@ -19,8 +19,8 @@ from jaxrl_kernels._token_statistics.blocks import vary_together
 
 HEIGHTS = (16, 32, 64, 96, 128)
 """Rows of a block; whole blocks have the last. Forward and backward in CPU time, timed on a busy Xeon at N = 16384, D =
-256, F = 128 of 32 groups: a last height of 256 takes 6 % longer, one of 512 20 % (a block outgrows the caches), and
-powers of two alone 4 %."""
+256, F = 128 of 32 groups: a last height of 256 takes 6 % longer, one of 512 15 % (a block outgrows the caches), and
+powers of two alone 5 %."""
 
 Rows = Float[Array, "N _"]
 

@@ -22,6 +22,7 @@ import jax
 from jaxrl_kernels import tuned
 from jaxrl_kernels.bench import accuracy
 from jaxrl_kernels.bench import dense
+from jaxrl_kernels.bench import grouped
 from jaxrl_kernels.bench import peers
 from jaxrl_kernels.bench import tune
 from jaxrl_kernels.bench.cases import PRODUCTS
@@ -47,6 +48,9 @@ SHAPES = (
     Shape(2048, 0, 49152, "bfloat16"),
 )
 """Width 0 means logits that exist already."""
+
+GROUPED_QUICK = (grouped.GroupedShape(4096, 4, 256, 128, 32, "float32"),)
+GROUPED = (*GROUPED_QUICK, grouped.GroupedShape(1024, 4, 1024, 512, 16, "float32"))
 
 QUICK_SECONDS = 100
 """After these no further round of --quick begins: a round, compiling, errors and the logits' own shape take the rest of
@@ -94,6 +98,24 @@ def run_dense(shape: Shape, rounds: int) -> dict:
     }
 
 
+def run_grouped(shape: grouped.GroupedShape, rounds: int) -> dict:
+    """Everything measured for one layer of experts."""
+    inputs = grouped.make_inputs(shape)
+    compiled = compile_all(grouped.PROGRAMS, inputs)
+    table: dict[str, Any] = time_all(compiled, inputs, rounds)
+    for name, program in compiled.items():
+        table[name]["temporaries_mib"] = temporaries(program)
+        work = grouped.PRODUCTS[name.split("/")[0]] * shape.flop / 1e9
+        table[name]["gflop_per_cpu_second"] = round(work / table[name]["cpu_seconds"], 1)
+    seconds = {name: measured["cpu_seconds"] for name, measured in table.items()}
+    return {
+        "programs": table,
+        "grouped_matmul_over_products": round(seconds["grouped/grouped_matmul"] / seconds["grouped/products"], 2),
+        "layer_over_products": round(seconds["layer/experts"] / seconds["layer/products"], 2),
+        "errors": grouped.errors(inputs, compiled["grouped/grouped_matmul"](inputs)),
+    }
+
+
 def main() -> int:
     """Run, print, write; the exit code says whether all promises were kept."""
     parser = argparse.ArgumentParser(
@@ -123,11 +145,14 @@ def main() -> int:
     }
     print(f"{device}, jax {jax.__version__}, median of {rounds} interleaved rounds")
     print(HEADER)
-    for shape in QUICK if options.quick else SHAPES:
+    for shape in (*QUICK, *GROUPED_QUICK) if options.quick else (*SHAPES, *GROUPED):
         if options.shapes and not any(word in shape.name for word in options.shapes):
             continue
         limit = QUICK_SECONDS if options.quick else math.inf
-        result = run_shape(shape, rounds, options.torch, limit) if shape.width else run_dense(shape, rounds)
+        if isinstance(shape, grouped.GroupedShape):
+            result = run_grouped(shape, rounds)
+        else:
+            result = run_shape(shape, rounds, options.torch, limit) if shape.width else run_dense(shape, rounds)
         results["shapes"][shape.name] = result
         print("\n".join(table_rows(shape.name, result)), flush=True)
     output = options.output or Path(__file__).parent / "results" / f"{slug}.json"

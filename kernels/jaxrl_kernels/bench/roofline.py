@@ -6,6 +6,7 @@ the slanted one the rate of a copy, if one was measured. matplotlib is needed he
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -106,5 +107,5 @@ def draw(results: dict, shape: str) -> Figure:
 
 if __name__ == "__main__":
     measurements = json.loads(Path(sys.argv[1]).read_text())
-    first = next(name for name in measurements["shapes"] if "_D" in name)
+    first = next(name for name in measurements["shapes"] if re.match(r"N\d+_D", name))
     draw(measurements, first).savefig(sys.argv[2])
