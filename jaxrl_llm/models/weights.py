@@ -63,8 +63,8 @@ def load_hf(
     """The model of a Hugging Face folder: config.json and safetensors, in one file or several.
 
     Args:
-        folder: of a checkpoint in float weights, of an architecture in `models.architectures`. Layers for further tokens
-            that its configuration counts and that are not in it are left out.
+        folder: of a checkpoint in float weights, of an architecture in `models.architectures`. Layers for further
+            tokens that its configuration counts and that are not in it are left out.
         dtype: of the parameters.
         compute_dtype: of the products; by default `dtype`.
         mesh: devices to spread the parameters over by the rules of `models.sharding`; None for the default device.

@@ -180,9 +180,14 @@ def test_copies_beside_a_layer_for_further_tokens_are_passed_by(tmp_path: Path, 
 
 
 def test_scaled_positions_of_heads_that_turn_in_part(tmp_path: Path) -> None:
-    config = replace(config_from_hf(CHECKPOINTS["glm4_moe_plain_weights"]), rope_scaling=RopeScaling())
+    """A file has the factors; of two of them more than one scaling could be the cause."""
+    scaling = RopeScaling(original_max_positions=32)
+    config = replace(config_from_hf(CHECKPOINTS["glm4_moe_plain_weights"]), rope_scaling=scaling)
     save_gguf(build_model(config, tensors_of("glm4_moe_plain_weights")), tmp_path / "model.gguf")
-    assert load_gguf(tmp_path / "model.gguf").config == config
+    found = rope_factors(load_gguf(tmp_path / "model.gguf").config)
+    assert len(found) == 2
+    assert found[-1] > 1
+    np.testing.assert_allclose(found, rope_factors(config), rtol=1e-4)
 
 
 def test_a_single_expert_and_routers_in_few_bits(tmp_path: Path) -> None:
