@@ -2,14 +2,16 @@
 
 Claim      From pictures alone, every batch used eight times, the multi-step divergence holds its own in Pong.
 Command    python -m experiments run divergence_atari
-Cost       about 50 minutes on two cores of an Intel Xeon, by the first fifth of one arm (305 s); needs the extra
-           `atari-gpl` (ale-py is under the GPL)
+Cost       85 minutes on two cores of an Intel Xeon at 2.8 GHz, beside other work (40 minutes with the KL, 46 with PPO);
+           needs the extra `atari-gpl` (ale-py is under the GPL)
 Expected   score_at_the_end >= 0.0 in summary.json: as many points as the opponent, in the last tenth of the run
 
 Two million frames of Pong (half a million steps, each held for four frames), one run each of PPO and the multi-step KL,
-grey pictures of 42 x 42 so that it takes one hour and not three; `--size 84 --torso nature` is the usual one. No
-result is kept yet. A first try had the network for 84 x 84 (`--torso nature`), whose convolutions leave one place of
-such pictures: PPO stayed at -20.3 for all two million frames (727 s).
+grey pictures of 42 x 42 so that it takes one hour and not three; `--size 84 --torso nature` is the usual one.
+
+What came out: both learn, from -20.2 points to -3.6 (PPO) and -8.3 (multi-step KL) in the games that end in the last
+tenth; a claim of 0 is missed, and one run each does not tell the arms apart. With the network for 84 x 84 (`--torso
+nature`), whose convolutions leave one place of such pictures, PPO stayed at -20.3 for all two million frames.
 """
 
 from experiments.games.atari import RANGES
@@ -29,7 +31,7 @@ TINY = AtariSettings(
 EXPERIMENT = Study(
     name="divergence_atari",
     claim="From pictures alone, every batch used eight times, the multi-step divergence holds its own in Pong.",
-    cost="about 50 minutes on two cores of an Intel Xeon, by the first fifth of one arm",
+    cost="85 minutes on two cores of an Intel Xeon, beside other work",
     settings=SETTINGS,
     tiny=TINY,
     expectation=Expectation("score_at_the_end", at_least=0.0),

@@ -221,7 +221,7 @@ def _learning(settings: AtariSettings, results: Results) -> Picture:
     caption = (
         f"Mean score of the games of {settings.game} that ended since the point before, against millions of frames: "
         "one run of each arm, so nothing is said of other seeds. After each checkpoint games begin anew, and long ones "
-        "that were under way are not counted."
+        "that were under way are not counted: the first point behind one is of short games, which are lost ones."
     )
     return Picture("score", "Score", caption, figure)
 
