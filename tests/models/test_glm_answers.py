@@ -248,19 +248,20 @@ def test_the_rules(name: str) -> None:
     assert expected.malformed is (name in MALFORMED)
 
 
-ARGUMENTS = "".join(f"<arg_key>{number}</arg_key><arg_value></arg_value>" for number in range(15000))
+def arguments(count: int) -> str:
+    pairs = (f"<arg_key>{number}</arg_key><arg_value></arg_value>" for number in range(count))
+    return f"<tool_call>now{''.join(pairs)}</tool_call>"
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["</tool_call>" * 30000, f"<tool_call>now{ARGUMENTS}</tool_call>", "<tool_call></tool_call>" * 20000],
-    ids=["ends", "arguments", "calls"],
-)
-def test_the_time_is_that_of_the_length(text: str) -> None:
-    start = time.process_time()
-    parse_answer(text, TOOLS)
-    # A tenth of this here; what cuts the text anew at each tag takes several times as long.
-    assert time.process_time() - start < 2
+@pytest.mark.parametrize("text", [lambda count: "</tool_call>" * count, arguments], ids=["ends", "arguments"])
+def test_four_times_the_text_takes_four_times_as_long(text: Callable[[int], str]) -> None:
+    seconds = []
+    for count in (10000, 40000):
+        start = time.process_time()
+        parse_answer(text(count))
+        seconds.append(time.process_time() - start)
+    # Longer where memory is tight; what cuts the text anew at each tag, or adds up what it found, takes 20 times as long.
+    assert seconds[1] < 13 * seconds[0]
 
 
 def test_a_prompt_may_have_opened_the_thinking() -> None:

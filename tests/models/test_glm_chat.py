@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
+from tokenizers.models import WordLevel
 
 from jaxrl_llm.models.chat import CHATML
 from jaxrl_llm.models.chat import LLAMA3
@@ -217,6 +219,14 @@ def test_a_template_is_told_tools_and_thinking() -> None:
     assert chat.render([USER], thinking=False) == "<|bos|>null TrueFalse"
     with pytest.raises(ValueError, match="tokenizer has no chat template"):
         TemplateChat.of(plain)
+    silent = Tokenizer(gap_in_the_ids(), eos_id=1, chat_template=source)
+    with pytest.raises(ValueError, match=r"the tokenizer has no text for its end tokens \(1,\); a chat needs one"):
+        TemplateChat.of(silent)
+
+
+def gap_in_the_ids() -> tokenizers.Tokenizer:
+    """A vocabulary whose id 1 has no text."""
+    return tokenizers.Tokenizer(WordLevel({"a": 0, "b": 2}, unk_token="a"))
 
 
 @pytest.mark.parametrize(("source", "said"), [("{% if %}", "is no template"), ({"a": "b"}, "is a dict; expected a")])
