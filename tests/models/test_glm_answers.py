@@ -260,7 +260,7 @@ def test_four_times_the_text_takes_four_times_as_long(text: Callable[[int], str]
         start = time.process_time()
         parse_answer(text(count))
         seconds.append(time.process_time() - start)
-    # Longer where memory is tight; what cuts the text anew at each tag, or adds up what it found, takes 20 times as long.
+    # What cuts the text anew at each tag, or adds up what it found, takes twenty times as long or more.
     assert seconds[1] < 13 * seconds[0]
 
 

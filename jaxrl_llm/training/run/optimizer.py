@@ -59,6 +59,9 @@ class OptimizerSettings:
         for name in (*least_zero, "decay_steps"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
+        for name in ("warmup_steps", "decay_steps"):
+            if getattr(self, name) != int(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a whole number.")
         for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1).")

@@ -111,7 +111,7 @@ def test_distillation_goes_round_and_ends_with_the_last_plateau():
 
 
 def test_what_cannot_be_is_refused():
-    for name, value in (("window", 0), ("margin", -0.1), ("margin", math.nan)):
+    for name, value in (("window", 0), ("window", 2.5), ("window", 2.0), ("margin", -0.1), ("margin", math.nan)):
         with pytest.raises(ValueError, match=f"^{name} is {value}"):
             Plateau(**{name: value})
     for reward in (math.nan, math.inf):
