@@ -105,7 +105,7 @@ def restored(settings: Any, saved: Mapping[str, Any]) -> Any:
         ValueError: as `with_values`.
     """
     absent = {leaf.name: leaf.unwritten for leaf in leaves(settings) if leaf.unwritten is not dataclasses.MISSING}
-    return with_values(settings, absent | saved)
+    return with_values(settings, {**absent, **saved})
 
 
 def _kind(settings: Any, path: Path) -> Any:

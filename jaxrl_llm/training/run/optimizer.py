@@ -6,10 +6,10 @@ from typing import Literal
 import optax
 
 from jaxrl_llm.checks import LATER
-from jaxrl_llm.training.run.muon import are_matrices
-from jaxrl_llm.training.run.muon import in_float32
 from jaxrl_llm.training.run.muon import muon_and
 from jaxrl_llm.training.run.numbers import require_finite
+from jaxrl_llm.training.run.parameters import are_matrices
+from jaxrl_llm.training.run.parameters import in_float32
 
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 OPTIMIZERS = ("adamw", "muon")
