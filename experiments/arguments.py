@@ -14,6 +14,7 @@ import tyro
 from experiments.fields import for_tyro
 from experiments.fields import from_tyro
 from experiments.fields import leaves
+from experiments.fields import restored as restored
 from experiments.fields import with_values as with_values
 from experiments.groups import find_group
 from experiments.ranges import SEED
@@ -118,7 +119,7 @@ def parse_run(experiment: "Experiment | Study", words: Sequence[str]) -> RunArgu
             f"go on with: {PROGRAM} run {saved['experiment']} --resume {shlex.quote(arguments.resume)}"
         )
     try:
-        settings = with_values(experiment.tiny if saved["tiny"] else experiment.settings, saved["settings"])
+        settings = restored(experiment.tiny if saved["tiny"] else experiment.settings, saved["settings"])
     except (TypeError, ValueError) as error:
         raise UserError(f"The settings of run {arguments.resume} cannot be used: {error}") from error
     arguments = _parse(experiment, words, start_arguments(experiment, settings))

@@ -16,7 +16,7 @@ from experiments.arguments import PROGRAM
 from experiments.arguments import RUNS
 from experiments.arguments import field_names
 from experiments.arguments import reject_unknown_fields
-from experiments.arguments import with_values
+from experiments.arguments import restored
 from experiments.evaluation_table import GREEDY
 from experiments.evaluation_table import SCORINGS
 from experiments.evaluation_table import file_name
@@ -157,7 +157,7 @@ def trained_settings(run: RunFolder) -> tuple[RunSettings, Task]:
     experiment = get_experiment(config["experiment"])
     if not isinstance(experiment, Experiment):
         raise UserError(f"Run {run.label} is of a study, which computes and keeps no model.")
-    settings = with_values(experiment.tiny if config["tiny"] else experiment.settings, config["settings"])
+    settings = restored(experiment.tiny if config["tiny"] else experiment.settings, config["settings"])
     return settings, settings.get_task()
 
 

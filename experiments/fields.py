@@ -15,7 +15,7 @@ from typing import Any
 
 import tyro
 
-from jaxrl_llm.training.run.numbers import is_written
+from jaxrl_llm.checks import LATER
 
 NAMED = {"named": True}
 """Metadata of a field that is a group whose name its fields keep; what is None in such a group is not saved."""
@@ -32,14 +32,15 @@ class Leaf:
         name: as it is saved: `learning_rate`, `recipe_settings.clip_high`.
         value: what it is set to.
         named: whether its group keeps its name.
-        written: whether it is saved: a field that is newer than runs that were saved is not, at its default.
+        unwritten: the value at which it is not saved, its default where it is newer than runs that were saved, or a
+            None of a group that is named; MISSING where it is always saved.
     """
 
     path: Path
     name: str
     value: Any
     named: bool
-    written: bool = True
+    unwritten: Any = dataclasses.MISSING
 
     @property
     def shown(self) -> str:
@@ -64,7 +65,8 @@ def _leaves(settings: Any, path: Path, *, named: bool) -> list[Leaf]:
         if dataclasses.is_dataclass(value):
             found += _leaves(value, here, named=field.metadata == NAMED)
         else:
-            found.append(Leaf(here, field.name, value, named, is_written(field, value)))
+            later = field.metadata == LATER or (named and field.default is None)
+            found.append(Leaf(here, field.name, value, named, field.default if later else dataclasses.MISSING))
     return found
 
 
@@ -74,7 +76,7 @@ def flat_values(settings: Any) -> dict[str, Any]:
     return {
         leaf.name: list(leaf.value) if isinstance(leaf.value, tuple) else leaf.value
         for leaf in leaves(settings)
-        if leaf.written and not (leaf.named and leaf.value is None)
+        if leaf.unwritten is dataclasses.MISSING or leaf.value != leaf.unwritten
     }
 
 
@@ -89,6 +91,21 @@ def with_values(settings: Any, values: Mapping[str, Any]) -> Any:
             raise ValueError(f"{leaf.name} is {str(values[leaf.name])[:80]!r}, which is not what that field holds.")
     changes = {leaf.path: values[leaf.name] for leaf in leaves(settings) if leaf.name in values}
     return _changed(settings, changes, ())
+
+
+def restored(settings: Any, saved: Mapping[str, Any]) -> Any:
+    """The settings that `flat_values` gave these values of: what it left out is at the value at which it does so, also
+    where it is another in `settings`.
+
+    Args:
+        settings: of the same kind: those of the experiment.
+        saved: by name; what is not among them, and is always saved, keeps its value.
+
+    Raises:
+        ValueError: as `with_values`.
+    """
+    absent = {leaf.name: leaf.unwritten for leaf in leaves(settings) if leaf.unwritten is not dataclasses.MISSING}
+    return with_values(settings, {**absent, **saved})
 
 
 def _kind(settings: Any, path: Path) -> Any:

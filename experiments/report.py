@@ -13,7 +13,7 @@ from experiments import metric_names as names
 from experiments import records
 from experiments import style
 from experiments import words
-from experiments.arguments import with_values
+from experiments.arguments import restored
 from experiments.bounds_report import bounds_section
 from experiments.episode_page import episodes_section
 from experiments.evaluation import summarise
@@ -120,7 +120,7 @@ def study_context(record: Record) -> tuple[dict[str, Any], list[Picture]]:
         raise UserError(f"{record.run.config} says that it is of a study; {study.name} trains.")
     if not record.summary:
         raise UserError(f"Run {record.run.label} is not complete; a study has its report once all parts are done.")
-    settings = with_values(study.tiny if record.config["tiny"] else study.settings, record.settings)
+    settings = restored(study.tiny if record.config["tiny"] else study.settings, record.settings)
     with matplotlib.rc_context(style.SETTINGS):
         page = study.page(settings, read_results(record.run), record.summary)
         sections = [

@@ -2,7 +2,10 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 
 def sync(path: Path) -> None:
@@ -18,6 +21,25 @@ def sync(path: Path) -> None:
         os.fsync(number)
     finally:
         os.close(number)
+
+
+@contextmanager
+def write_whole(path: Path) -> Iterator[TextIO]:
+    """A text file to write to, in UTF-8, that takes the name `path`, replacing it, when all went well; else it is gone.
+
+    Raises:
+        OSError: the place cannot be written.
+        UnicodeEncodeError: the text holds half of a surrogate pair.
+    """
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with part.open("w", encoding="utf-8", newline="\n") as file:
+            yield file
+        sync(part)
+        part.replace(path)
+        sync(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def sync_tree(folder: Path) -> None:

@@ -6,6 +6,7 @@ a verified answer. The report does not say which rates are moderate, nor when th
 
 import numpy as np
 
+from jaxrl_llm.checks import require_sizes
 from jaxrl_llm.typing import Bool
 from jaxrl_llm.typing import Int
 
@@ -23,6 +24,7 @@ def moderate(correct: Int[np.ndarray, " P"], samples: int, *, low: float, high: 
     """
     if not 0 <= low <= high <= 1:
         raise ValueError(f"low is {low} and high {high}; 0 <= low <= high <= 1 must hold.")
+    require_sizes(samples=samples)
     rates = _counts("correct", correct, samples) / samples
     return _some((low <= rates) & (rates <= high), f"has a rate from {low} to {high}")
 
@@ -51,6 +53,7 @@ def just_out_of_reach(
     Raises:
         ValueError: counts that cannot be, other shapes, or no problem is chosen.
     """
+    require_sizes(few=few)
     if not few < many:
         raise ValueError(f"few is {few} and many {many}; few must be smaller.")
     none, some = _counts("correct_few", correct_few, few) == 0, _counts("correct_many", correct_many, many) > 0

@@ -6,6 +6,8 @@ from typing import Any
 from typing import NamedTuple
 from typing import Protocol
 
+from jaxrl_llm.checks import require_not_negative
+
 
 class Call(Protocol):
     """A call of a tool, such as `chat_tools.ToolCall`."""
@@ -36,9 +38,13 @@ def halting_reward(outcome: float, malformed: Sequence[bool]) -> Trace:
     An advantage relative to the mean of a group is then negative wherever another trace of the group earned something.
 
     Args:
-        outcome: what the whole trace would earn.
+        outcome: what the whole trace would earn, at least 0: below it a malformed call would pay.
         malformed: of each turn, in order, whether it has a call that cannot be read or made (`Answer.malformed`).
+
+    Raises:
+        ValueError: an outcome that is negative or no finite number.
     """
+    require_not_negative("outcome", outcome)
     for turn, halts in enumerate(malformed):
         if halts:
             return Trace(0.0, turn + 1)
@@ -55,7 +61,7 @@ def exact_calls_reward(calls: Sequence[Call], annotated: Sequence[Call], *, well
     Args:
         calls: what was called.
         annotated: what should have been; none where the right step is to call nothing.
-        well_formed: whether the answer had no problem (`not Answer.problems`).
+        well_formed: whether the answer had no fault (`not Answer.faults`).
     """
     if not well_formed or len(calls) != len(annotated):
         return 0.0

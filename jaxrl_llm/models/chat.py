@@ -110,34 +110,52 @@ class TemplateChat:
         template: the Jinja source.
         stop_token: the token that ends an answer.
         special_tokens: names of special tokens (bos_token, ...) that the template may write.
+        further_stops: other tokens that can end one; which of them does, the template says.
     """
 
     template: str
     stop_token: str
     special_tokens: Mapping[str, str] = field(default_factory=dict)
+    further_stops: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "TemplateChat":
-        """The template that came with a tokenizer.
+        """The template that came with a tokenizer, whose answers end with any of its end tokens.
 
         Raises:
-            ValueError: none came.
+            ValueError: none came, or no end token has a text.
         """
         if tokenizer.chat_template is None:
             raise ValueError("tokenizer has no chat template; take a ChatFormat.")
         ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
         names = {name: tokenizer.backend.id_to_token(token) for name, token in ids.items() if token is not None}
         special = {name: text for name, text in names.items() if text is not None}
-        return cls(tokenizer.chat_template, special["eos_token"], special)
+        ends = [text for text in map(tokenizer.backend.id_to_token, tokenizer.eos_ids) if text]
+        if not ends:
+            raise ValueError(f"the tokenizer has no text for its end tokens {tokenizer.eos_ids}; a chat needs one.")
+        return cls(tokenizer.chat_template, ends[0], special, tuple(ends[1:]))
 
     @property
     def stop_tokens(self) -> tuple[str, ...]:
-        """The one token that ends an answer."""
-        return (self.stop_token,)
+        """The tokens with which an answer can end."""
+        return (self.stop_token, *self.further_stops)
 
     def end(self, message: Mapping[str, Any]) -> str:
-        """The same for every answer."""
-        return self.stop_token
+        """The stop token that the template writes first after such an answer, be it that of the next turn.
+
+        Raises:
+            ValueError: it writes none of several.
+        """
+        if not self.further_stops:
+            return self.stop_token
+        after = self.render(plain_turns(message), generation=False).rpartition(PLAIN)[2]
+        found = [stop for stop in self.stop_tokens if stop in after]
+        if not found:
+            raise ValueError(
+                f"the chat template writes none of {', '.join(map(repr, self.stop_tokens))} after an answer; it must "
+                "write one of them."
+            )
+        return min(found, key=after.index)
 
     def render(
         self,
@@ -164,6 +182,25 @@ class TemplateChat:
             tools=None if tools is None else list(tools),
             **({} if thinking else {"enable_thinking": False}),
         )
+
+
+PLAIN = "answer"
+"""What the assistant says in `plain_turns`."""
+
+
+def plain_turns(message: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A question, a plain answer that calls a tool where this one does, and the turn after it: what a chat writes
+    around such an answer, whatever is said.
+    """
+    calls = [{"type": "function", "id": "call", "function": {"name": "f", "arguments": {}}}]
+    answer = {"role": "assistant", "content": PLAIN}
+    if not message.get("tool_calls"):
+        return [{"role": "user", "content": "a"}, answer, {"role": "user", "content": "b"}]
+    return [
+        {"role": "user", "content": "a"},
+        answer | {"tool_calls": calls},
+        {"role": "tool", "content": "b", "tool_call_id": "call", "name": "f"},
+    ]
 
 
 CHATML = ChatFormat(before="<|im_start|>{role}\n", after="<|im_end|>\n", stop_token="<|im_end|>")

@@ -30,17 +30,17 @@ class ToolCall:
 
 
 @dataclass(frozen=True)
-class Problem:
+class Fault:
     """What was wrong with an answer.
 
     Attributes:
-        kind: "thinking" where it does not begin or end as it should, "call" where a call cannot be read, "tool" where
-            a call is of a tool that is not there.
+        kind: "thinking" where it does not begin or end as it should, "call" where a call cannot be read or ends without
+            a beginning, "tool" where a call is of a tool that is not there, "text" where text follows a call.
         reason: in words.
         text: the text that it is about and that is nowhere else in the answer.
     """
 
-    kind: Literal["thinking", "call", "tool"]
+    kind: Literal["thinking", "call", "tool", "text"]
     reason: str
     text: str = ""
 
@@ -52,14 +52,14 @@ class Answer:
     Attributes:
         thinking: what it thought, without the white space around it.
         content: what it said, without the white space around it.
-        tool_calls: its calls, in order; those that cannot be read are among the problems.
-        problems: what was wrong, in order.
+        tool_calls: its calls, in order; those that cannot be read are among the faults.
+        faults: what was wrong, in order.
     """
 
     thinking: str = ""
     content: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
-    problems: tuple[Problem, ...] = ()
+    faults: tuple[Fault, ...] = ()
 
     def __add__(self, new: "Answer") -> "Answer":
         """This answer with what is new of it."""
@@ -67,13 +67,13 @@ class Answer:
             self.thinking + new.thinking,
             self.content + new.content,
             self.tool_calls + new.tool_calls,
-            self.problems + new.problems,
+            self.faults + new.faults,
         )
 
     @property
     def malformed(self) -> bool:
-        """Whether there is a call that cannot be read, or of a tool that is not there."""
-        return any(problem.kind != "thinking" for problem in self.problems)
+        """Whether there is a call that cannot be read, a part of one among them, or one of a tool that is not there."""
+        return any(fault.kind in ("call", "tool") for fault in self.faults)
 
     def message(self) -> dict[str, Any]:
         """The turn as a message: role, content, reasoning_content and, where there are calls, tool_calls."""
@@ -87,7 +87,7 @@ def tool_schemas(tools: Sequence[Tool]) -> Schemas:
 
     Raises:
         ValueError: a tool that is no mapping, has no name, has the name of another, or whose parameters are not
-            described by the JSON schema of an object.
+            described by the JSON schema of an object, each by one that is one.
     """
     if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence):
         raise ValueError(f"tools is a {type(tools).__name__}; expected a list of tools.")
@@ -157,11 +157,29 @@ def _properties(parameters: Any, place: str) -> Mapping[str, Any]:
     if not isinstance(properties, Mapping):
         raise ValueError(f"{place} has properties of type {type(properties).__name__}; expected a mapping by name.")
     for name, schema in properties.items():
-        if not isinstance(schema, Mapping | bool):
-            raise ValueError(
-                f"{place} has the parameter {name!r} with a schema of type {type(schema).__name__}; expected a mapping."
-            )
+        _check_schema(schema, f"{place} has the parameter {name!r} with")
     return properties
+
+
+def _check_schema(schema: Any, place: str) -> None:
+    """Refuse, where tools are given, what `allowed_types` could not read in the middle of a run."""
+    if not isinstance(schema, Mapping | bool):
+        raise ValueError(f"{place} a schema of type {type(schema).__name__}; expected a mapping.")
+    if isinstance(schema, bool):
+        return
+    named = schema.get("type", [])
+    if not isinstance(named, str) and not (_is_list(named) and all(isinstance(name, str) for name in named)):
+        raise ValueError(f"{place} the type {named!r}; expected a text or a list of texts.")
+    for key in ("enum", "anyOf", "oneOf", "allOf"):
+        parts = schema.get(key, ())
+        if not _is_list(parts):
+            raise ValueError(f"{place} {key} of type {type(parts).__name__}; expected a list.")
+        for number, part in enumerate(parts if key != "enum" else ()):
+            _check_schema(part, f"{place} {key}[{number}] with")
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def _types_of(value: Any) -> frozenset[str]:
@@ -171,7 +189,8 @@ def _types_of(value: Any) -> frozenset[str]:
     if isinstance(value, bool):
         return frozenset({"boolean"})
     if isinstance(value, int | float):
-        return frozenset({"number", "integer"} if float(value).is_integer() else {"number"})
+        # An int may be larger than any float.
+        return frozenset({"number", "integer"} if isinstance(value, int) or value.is_integer() else {"number"})
     if isinstance(value, str):
         return frozenset({"string"})
     return frozenset({"object" if isinstance(value, Mapping) else "array"})

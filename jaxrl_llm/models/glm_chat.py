@@ -57,7 +57,8 @@ class GlmChat:
     written as they are, as the template does: who may write them can forge a turn.
 
     Departures from the template: what it would drop or write as Python does (pictures, None, unknown roles and keys,
-    numbers that are not finite) and calls that could not be read again are refused.
+    numbers that are not finite, text before `<think>` or between two `</think>` in a content) and calls that could not
+    be read again are refused.
     """
 
     @property
@@ -150,7 +151,7 @@ def _check(message: Mapping[str, Any], place: str) -> None:
     if not isinstance(message, Mapping) or message.get("role") not in ROLES:
         role = message.get("role") if isinstance(message, Mapping) else type(message).__name__
         raise ValueError(f"{place} has the role {role!r}; expected one of {', '.join(ROLES)}.")
-    if unknown := sorted(set(message) - KEYS):
+    if unknown := sorted(set(message) - KEYS, key=str):
         raise ValueError(f"{place} has the keys {unknown}; expected some of {', '.join(sorted(KEYS))}.")
     own = [key for key in ("reasoning_content", "tool_calls") if message.get(key)]
     if own and message["role"] != "assistant":
@@ -171,13 +172,21 @@ def _assistant(message: Mapping[str, Any], place: str, *, thinks: bool) -> str:
     if thinking is None:
         thinking = ""
         if THINK[1] in content:
-            before, *_, content = content.split(THINK[1])
-            thinking = before.split(THINK[0])[-1]
+            before, *between, content = content.split(THINK[1])
+            lost, _, thinking = before.rpartition(THINK[0])
+            if between or lost.strip():
+                raise ValueError(
+                    f"{place} has {THINK[1]} {len(between) + 1} times in its content, after {lost!r:.80}; expected "
+                    f"{THINK[1]} once, and nothing before {THINK[0]}."
+                )
     if not isinstance(thinking, str):
         raise ValueError(f"{place} has a reasoning_content of type {type(thinking).__name__}; expected a text.")
-    calls = []
-    for number, call in enumerate(message.get("tool_calls") or ()):
+    calls, given = [], message.get("tool_calls") or ()
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        raise ValueError(f"{place} has tool_calls of type {type(given).__name__}; expected a list.")
+    for number, call in enumerate(given):
         called = call.get("function", call) if isinstance(call, Mapping) else {}
+        called = called if isinstance(called, Mapping) else {}
         arguments = called.get("arguments", {})
         if not isinstance(called.get("name"), str) or not isinstance(arguments, Mapping):
             raise ValueError(
@@ -196,9 +205,10 @@ def _call(name: str, arguments: Mapping[str, Any]) -> str:
         if not isinstance(key, str):
             raise ValueError(f"a call of {name} has the argument {key!r}; expected names that are texts.")
         written = value if isinstance(value, str) else _json(value)
-        for what, tags in ((key, KEY), (written, VALUE)):
-            if tags[1] in what:
-                raise ValueError(f"the argument {key!r} of {name} has {tags[1]} in it, which the format cannot write.")
+        # Inside a value the end of a call is a text, and nowhere else.
+        for what, tag in ((key, KEY[1]), (key, CALL[1]), (written, VALUE[1])):
+            if tag in what:
+                raise ValueError(f"the argument {key!r} of {name} has {tag} in it, which the format cannot write.")
         text += f"{key.join(KEY)}\n{written.join(VALUE)}\n"
     return text + CALL[1]
 

@@ -61,5 +61,9 @@ def test_what_cannot_be_is_refused():
         just_out_of_reach(counts, counts, np.ones(2))
     with pytest.raises(ValueError, match="none of the 2 problems is verified, unsolved in 8 answers and solved in 512"):
         just_out_of_reach(counts, counts, all_verified)
+    with pytest.raises(ValueError, match="samples is 0; it must be at least 1"):
+        moderate(np.zeros(2, int), 0, low=0.0, high=1.0)
+    with pytest.raises(ValueError, match="few is 0; it must be at least 1"):
+        just_out_of_reach(np.zeros(2, int), counts, all_verified, few=0)
     with pytest.raises(ValueError, match="few is 8 and many 8"):
         just_out_of_reach(counts, counts, all_verified, many=8)

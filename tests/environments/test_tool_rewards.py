@@ -14,7 +14,10 @@ RIGHT = (ToolCall("weather", {"city": "Köln", "days": 2, "hours": [6, {"all": T
 def test_a_malformed_call_halts_the_trace_with_nothing() -> None:
     assert halting_reward(0.5, [False, False]) == (0.5, 2)
     assert halting_reward(0.5, [False, True, False, True]) == (0.0, 2)
-    assert halting_reward(-1.0, [True]) == (0.0, 1)
+    assert halting_reward(0.0, [True]) == (0.0, 1)
+    for outcome in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"outcome is {outcome}; it must be a number that is not negative"):
+            halting_reward(outcome, [True])
     assert halting_reward(1.0, []) == (1.0, 0)
 
 

@@ -11,6 +11,7 @@ from experiments.fields import NAMED
 from experiments.fields import attribute_sentences
 from experiments.fields import flat_values
 from experiments.fields import leaves
+from experiments.fields import restored
 from experiments.fields import with_values
 from experiments.registry import NAMES
 from experiments.registry import get_experiment
@@ -79,6 +80,15 @@ def test_a_later_field_is_saved_where_it_is_not_at_its_default() -> None:
     changed = with_values(RunSettings(), before | {"optimizer": "muon"})
     assert changed.train.optimizer.optimizer == "muon"
     assert {name: value for name, value in flat_values(changed).items() if name not in before} == {"optimizer": "muon"}
+
+
+def test_what_is_not_saved_is_restored_where_the_experiment_has_another_value() -> None:
+    plain, preset = RunSettings(), with_values(RunSettings(), {"optimizer": "muon", "recipe_settings.clip_high": 0.28})
+    for one, other in ((plain, preset), (preset, plain), (preset, preset)):
+        saved = json.loads(json.dumps(flat_values(other)))
+        assert restored(one, saved) == other
+    # A change of a few settings leaves the others as they are.
+    assert with_values(preset, {"seed": 3}).train.optimizer.optimizer == "muon"
 
 
 def test_sentences_of_fields() -> None:

@@ -43,7 +43,6 @@ GLM_CHATS: dict[str, list[dict[str, Any]]] = {
     "answer": [user("hi"), says("  Hello!\n\n", reasoning_content=" I greet.\n")],
     "answer without thinking": [user("hi"), says("Hello!")],
     "thinking in the content": [user("hi"), says("<think>\nI greet.\n</think>\n\nHello!")],
-    "thinking in the content, ended twice": [user("hi"), says("<think>a</think>b</think>\nc")],
     "end of thinking alone": [user("hi"), says("\na\n</think>\nc")],
     "tag in the content beside thinking": [user("hi"), says("a</think>b", reasoning_content="c")],
     "empty thinking beside a tag": [user("hi"), says("a</think>b", reasoning_content="")],

@@ -2,17 +2,26 @@
 
 import pytest
 
+from jaxrl_llm.models.chat import CHATML
+from jaxrl_llm.models.chat import Chat
+from jaxrl_llm.models.chat import ChatFormat
 from jaxrl_llm.models.chat import TemplateChat
 from jaxrl_llm.models.chat_pieces import Piece
 from jaxrl_llm.models.chat_pieces import written_pieces
 from jaxrl_llm.models.glm_answers import parse_answer
 from jaxrl_llm.models.glm_chat import GLM4_5
+from jaxrl_llm.models.tokenizers import ByteTokenizer
+from jaxrl_llm.models.tokenizers import Tokenizer
 
 
 def turn(role: str, content: str, **more: object) -> dict[str, object]:
     return {"role": role, "content": content, **more}
 
 
+TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>\n{% endfor %}{% if add_generation_prompt %}"
+TURNS += "<assistant>{% endif %}"
+MARKERS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>"
+MARKERS += "{% endif %}"
 CALL = {"name": "f", "arguments": {"a": 1}}
 WRITTEN_CALL = "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n</tool_call>"
 TALK = [
@@ -82,8 +91,7 @@ def test_answers_before_the_first_written_one_are_given() -> None:
 
 
 def test_a_template_is_followed_as_far_as_it_only_adds() -> None:
-    source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>\n{% endfor %}{% if add_generation_prompt %}"
-    chat = TemplateChat(source + "<assistant>{% endif %}", "<end>")
+    chat = TemplateChat(TURNS, "<end>")
     talk = [turn("user", "a"), turn("assistant", "b"), turn("user", "c"), turn("assistant", "d")]
     assert written_pieces(talk, chat) == [
         (
@@ -113,3 +121,60 @@ def test_a_template_is_followed_as_far_as_it_only_adds() -> None:
 def test_what_cannot_be_taken_apart_is_said(talk: list, settings: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         written_pieces(talk, GLM4_5, **settings)
+
+
+SHORT = [turn("user", "a"), turn("assistant", "b"), turn("user", "c"), turn("assistant", "d")]
+
+
+@pytest.mark.parametrize(("source", "end"), [(TURNS, "<end>"), (MARKERS, "<user>")])
+def test_a_template_says_which_end_token_it_writes(source: str, end: str) -> None:
+    plain = ByteTokenizer(("<end>", "<user>"))
+    chat = TemplateChat.of(Tokenizer(plain.backend, eos_id=258, eos_ids=(258, 259, 260), chat_template=source))
+    assert chat.stop_tokens == ("<|eos|>", "<end>", "<user>")
+    (pieces,) = written_pieces(SHORT, chat)
+    assert [(piece.text, piece.end) for piece in pieces if piece.written] == [("b", end), ("d", end)]
+    whole = chat.render(SHORT, generation=False).removesuffix("\n")
+    assert "".join(map(str, pieces)) == whole.removesuffix(end) + end
+    with pytest.raises(ValueError, match=r"the chat template writes none of '<\|eos\|>', '<x>' after an answer"):
+        TemplateChat(source, "<|eos|>", {}, ("<x>",)).end({})
+
+
+@pytest.mark.parametrize("source", [TURNS, MARKERS])
+def test_an_end_that_the_chat_never_writes_is_refused(source: str) -> None:
+    with pytest.raises(ValueError, match="the chat does not write '<eos>' after an answer, nor before the next turn"):
+        written_pieces(SHORT, TemplateChat(source, "<eos>"))
+
+
+@pytest.mark.parametrize(
+    ("chat", "content"),
+    [
+        (ChatFormat("{role}: ", "\n", "\n"), "a\nb"),
+        (CHATML, "a<|im_end|>b"),
+        (TemplateChat(TURNS, "<end>"), "a<end>\nb"),
+        (TemplateChat(MARKERS, "<user>"), "a<user>"),
+        (GLM4_5, "a<|observation|>"),
+    ],
+)
+def test_the_end_of_an_answer_stands_once(chat: Chat, content: str) -> None:
+    with pytest.raises(ValueError, match=r"messages\[1\] has the name of a token in it that ends an answer"):
+        written_pieces([SHORT[0], turn("assistant", content)], chat)
+
+
+@pytest.mark.parametrize(
+    ("messages", "named"),
+    [
+        ([turn("user", "<|assistant|>"), SHORT[1]], r"messages\[0\] has '<\|assistant\|>'"),
+        ([SHORT[0], turn("assistant", "b<|pad|>")], r"messages\[1\] has '<\|pad\|>'"),
+        (
+            [SHORT[0], turn("assistant", "", tool_calls=[{"name": "f", "arguments": {"a": ["<|assistant|>"]}}])],
+            r"messages\[1\] has '<\|assistant\|>'",
+        ),
+    ],
+)
+def test_other_control_tokens_are_refused_where_the_tokenizer_is_known(messages: list, named: str) -> None:
+    tokenizer = ByteTokenizer(("<|user|>", "<|assistant|>", "<think>"))
+    written_pieces(messages, GLM4_5)
+    with pytest.raises(ValueError, match=f"{named} in a text, the name of a control token; expected none"):
+        written_pieces(messages, GLM4_5, tokenizer=tokenizer)
+    thinks = [SHORT[0], turn("assistant", "<think>so</think>b")]
+    assert written_pieces(thinks, GLM4_5, tokenizer=tokenizer) == written_pieces(thinks, GLM4_5)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import reduce
@@ -14,7 +15,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from jaxrl_llm.models.chat_tools import Answer
-from jaxrl_llm.models.chat_tools import Problem
+from jaxrl_llm.models.chat_tools import Fault
 from jaxrl_llm.models.chat_tools import ToolCall
 from jaxrl_llm.models.chat_tools import argument_value
 from jaxrl_llm.models.glm_answers import TAGS
@@ -56,7 +57,7 @@ Found = tuple[str, str, list[ToolCall], list[tuple[str, str]]]
 
 
 def oracle(text: str) -> Found:
-    """Thinking, content, calls and problems, of the whole text at once."""
+    """Thinking, content, calls and faults, of the whole text at once."""
     rest, began, thinking = text, text.lstrip().startswith("<think>"), ""
     if began:
         inner, found, rest = text.lstrip().removeprefix("<think>").partition("</think>")
@@ -64,32 +65,32 @@ def oracle(text: str) -> Found:
             return inner.strip(), "", [], [("thinking", "")]
         thinking = inner.strip()
     calls: list[ToolCall] = []
-    problems: list[tuple[str, str]] = []
+    faults: list[tuple[str, str]] = []
     said, place = [], 0
     for match in [*CALL.finditer(rest), None]:
         part = rest[place : match.start() if match else None]
         if part.strip():
-            problems += [("call", "")] * bool(place)
+            faults += [("text", "")] * bool(place)
             said.append(part.strip())
             stray = re.findall("</tool_call>|</think>", part)
-            problems += [("call" if "call" in tag else "thinking", "") for tag in stray if "call" in tag or not began]
+            faults += [("call" if "call" in tag else "thinking", "") for tag in stray if "call" in tag or not began]
         if match:
             place = match.end()
             body = BODY.fullmatch(match.group(1) or "")
             pairs = re.findall(ARGUMENT, body.group(2), re.S) if body else []
             if body is None or len(dict(pairs)) < len(pairs):
-                problems.append(("call", match.group()))
+                faults.append(("call", match.group()))
                 continue
             name = body.group(1)
             schemas = PROPERTIES if name == "f.é-1" else {}
             calls.append(ToolCall(name, {key: argument_value(value, schemas.get(key)) for key, value in pairs}))
-            problems += [("tool", "")] * (name not in ("f.é-1", "now"))
-    return thinking, "\n".join(said), calls, problems
+            faults += [("tool", "")] * (name not in ("f.é-1", "now"))
+    return thinking, "\n".join(said), calls, faults
 
 
 def plain(answer: Answer) -> Found:
-    problems = [(problem.kind, problem.text) for problem in answer.problems]
-    return answer.thinking, answer.content, list(answer.tool_calls), problems
+    faults = [(fault.kind, fault.text) for fault in answer.faults]
+    return answer.thinking, answer.content, list(answer.tool_calls), faults
 
 
 @settings(max_examples=150, deadline=None)
@@ -117,7 +118,7 @@ def test_pieces_cut_anywhere_give_the_same(text: str, cuts: list[int], opened: b
 @given(TEXTS, st.booleans())
 def test_no_word_is_lost(text: str, opened: bool) -> None:
     answer = parse_answer(text, TOOLS, opened=opened)
-    found = [answer.thinking, answer.content, *(problem.text for problem in answer.problems)]
+    found = [answer.thinking, answer.content, *(fault.text for fault in answer.faults)]
     found += [call.name + json.dumps(call.arguments, ensure_ascii=False) for call in answer.tool_calls]
     for word in WORDS:
         assert sum(part.count(word) for part in found) == text.count(word)
@@ -160,9 +161,9 @@ ANSWERS = st.builds(
 @settings(max_examples=60, deadline=None)
 @given(ANSWERS)
 def test_what_was_written_is_read_and_what_was_read_is_written(answer: Answer) -> None:
-    text = render_answer(answer)
+    text = render_answer(answer, TOOLS)
     assert parse_answer(text, TOOLS) == answer
-    assert render_answer(parse_answer(text, TOOLS)) == text
+    assert render_answer(parse_answer(text, TOOLS), TOOLS) == text
     prompt = GLM4_5.render(USER, tools=TOOLS)
     assert prompt + text == GLM4_5.render([*USER, answer.message()], tools=TOOLS, generation=False)
 
@@ -171,7 +172,7 @@ def test_what_was_written_is_read_and_what_was_read_is_written(answer: Answer) -
 @given(ANSWERS)
 def test_without_thinking_the_prompt_has_closed_it(answer: Answer) -> None:
     answer = replace(answer, thinking="", content=answer.content.replace("think", "thin"))
-    text = render_answer(answer, thinking=False)
+    text = render_answer(answer, TOOLS, thinking=False)
     assert not text.lstrip().startswith("<think>")
     assert parse_answer(text, TOOLS) == answer
     prompt = GLM4_5.render(USER, thinking=False)
@@ -202,24 +203,24 @@ RULES: dict[str, tuple[str, Answer]] = {
     "no thinking": ("\nHi! <b>", Answer(content="Hi! <b>")),
     "thinking that does not end": (
         "\n<think>a <tool_call>now\n</tool_call> b\n",
-        Answer("a <tool_call>now\n</tool_call> b", problems=(Problem("thinking", "the thinking does not end"),)),
+        Answer("a <tool_call>now\n</tool_call> b", faults=(Fault("thinking", "the thinking does not end"),)),
     ),
     "thinking that never began": (
-        "a</think>b", Answer(content="a</think>b", problems=(Problem("thinking", "thinking ends that never began"),)),
+        "a</think>b", Answer(content="a</think>b", faults=(Fault("thinking", "thinking ends that never began"),)),
     ),
     "thinking that ends twice": ("<think>a</think>b</think>c", Answer("a", "b</think>c")),
     "unknown tool": (
         "<tool_call>g\n</tool_call>",
-        Answer(tool_calls=(ToolCall("g"),), problems=(Problem("tool", "'g' is none of the tools"),)),
+        Answer(tool_calls=(ToolCall("g"),), faults=(Fault("tool", "'g' is none of the tools"),)),
     ),
     "text between calls": (
         "a <tool_call>now</tool_call>\n b \n<tool_call>now</tool_call>\n",
-        Answer("", "a\nb", (ToolCall("now"),) * 2, (Problem("call", "a call is followed by text"),)),
+        Answer("", "a\nb", (ToolCall("now"),) * 2, (Fault("text", "a call is followed by text"),)),
     ),
-    "end of a call": ("a</tool_call>", Answer(content="a</tool_call>", problems=(
-        Problem("call", "a call ends that never began"),
+    "end of a call": ("a</tool_call>", Answer(content="a</tool_call>", faults=(
+        Fault("call", "a call ends that never began"),
     ))),
-    **{name: ("a" + text, Answer(content="a", problems=(Problem("call", reason, text),))) for name, reason, text in [
+    **{name: ("a" + text, Answer(content="a", faults=(Fault("call", reason, text),))) for name, reason, text in [
         ("no name", "a call has no name", "<tool_call>\n</tool_call>"),
         ("JSON", "a call of '{\"name\":' has what is no argument", '<tool_call>{"name": "now"}</tool_call>'),
         ("no value", "a call of 'now' has what is no argument", "<tool_call>now<arg_key>a</arg_key>\n</tool_call>"),
@@ -234,23 +235,48 @@ RULES: dict[str, tuple[str, Answer]] = {
 }  # fmt: skip
 
 
+MALFORMED = {
+    "unknown tool", "end of a call", "no name", "JSON", "no value", "no key", "more", "in a call", "twice", "cut",
+    "cut in a tag",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_the_rules(name: str) -> None:
     text, expected = RULES[name]
     assert parse_answer(text, TOOLS) == expected
-    assert expected.malformed == any(problem.kind in ("call", "tool") for problem in expected.problems)
+    assert expected.malformed is (name in MALFORMED)
+
+
+def arguments(count: int) -> str:
+    pairs = (f"<arg_key>{number}</arg_key><arg_value></arg_value>" for number in range(count))
+    return f"<tool_call>now{''.join(pairs)}</tool_call>"
+
+
+@pytest.mark.parametrize("text", [lambda count: "</tool_call>" * count, arguments], ids=["ends", "arguments"])
+def test_four_times_the_text_takes_four_times_as_long(text: Callable[[int], str]) -> None:
+    seconds = []
+    for count in (10000, 40000):
+        start = time.process_time()
+        parse_answer(text(count))
+        seconds.append(time.process_time() - start)
+    # What cuts the text anew at each tag, or adds up what it found, takes twenty times as long or more.
+    assert seconds[1] < 13 * seconds[0]
 
 
 def test_a_prompt_may_have_opened_the_thinking() -> None:
     assert parse_answer("a</think>b", opened=True) == Answer("a", "b")
     assert parse_answer("a", opened=True).thinking == "a"
-    assert parse_answer("a", opened=True).problems[0].kind == "thinking"
+    assert parse_answer("a", opened=True).faults[0].kind == "thinking"
 
 
 def test_without_tools_every_tool_is_known() -> None:
     found = parse_answer("<tool_call>g<arg_key>a</arg_key><arg_value>1</arg_value></tool_call>")
     assert found == Answer(tool_calls=(ToolCall("g", {"a": 1}),))
-    assert parse_answer("<tool_call>g</tool_call>", []).problems[0].kind == "tool"
+    assert parse_answer("<tool_call>g</tool_call>", []).faults[0].kind == "tool"
+    long = "9" * 400
+    found = parse_answer(f"<tool_call>g<arg_key>a</arg_key><arg_value>{long}</arg_value></tool_call>")
+    assert found.tool_calls == (ToolCall("g", {"a": int(long)}),)
 
 
 @pytest.mark.parametrize(
@@ -261,13 +287,33 @@ def test_without_tools_every_tool_is_known() -> None:
         (Answer(content="</tool_call>"), True, "answer has a tag in"),
         (Answer(content="<think>a</think>"), False, "answer has a tag in"),
         (Answer(content="a</think>"), False, "answer has a tag in"),
+        (
+            Answer(tool_calls=(ToolCall("now", {"a": "12"}),)),
+            True,
+            "the argument 'a' of now is '12', which .* read as 12",
+        ),
+        (
+            Answer(tool_calls=(ToolCall("f.é-1", {"count": "1"}),)),
+            True,
+            "'count' of f.é-1 is '1', which would be read as 1",
+        ),
+        (Answer(tool_calls=(ToolCall("g"),)), True, "answer has a call that cannot be made: 'g' is none of the tools"),
         (Answer("a"), False, "answer has thinking, and thinking is False; expected none"),
-        (Answer(problems=(Problem("call", "a call has no name"),)), True, r"a problem \(a call has no name\); only"),
+        (Answer(faults=(Fault("call", "a call has no name"),)), True, r"a fault \(a call has no name\); only"),
     ],
 )
 def test_answers_that_cannot_be_written(answer: Answer, thinking: bool, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        render_answer(answer, thinking=thinking)
+        render_answer(answer, TOOLS, thinking=thinking)
+
+
+def test_without_tools_texts_that_are_json_cannot_be_arguments() -> None:
+    call = Answer(tool_calls=(ToolCall("f.é-1", {"text": "12"}),))
+    assert parse_answer(render_answer(call, TOOLS), TOOLS) == call
+    with pytest.raises(ValueError, match=r"'text' of f\.é-1 is '12', which would be read as 12"):
+        render_answer(call)
+    text = render_answer(Answer(tool_calls=(ToolCall("g", {"a": (1, "b")}),)))
+    assert parse_answer(text).tool_calls == (ToolCall("g", {"a": [1, "b"]}),)
 
 
 def test_a_stream_ends_once() -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
+from tokenizers.models import WordLevel
 
 from jaxrl_llm.models.chat import CHATML
 from jaxrl_llm.models.chat import LLAMA3
@@ -30,7 +32,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
 
 
 def test_every_text_is_the_templates() -> None:
-    assert len(TEXTS) == len(GIVEN["GLM_CHATS"]) * len(GIVEN["GLM_SETTINGS"]) > 150
+    assert len(TEXTS) == len(GIVEN["GLM_CHATS"]) * len(GIVEN["GLM_SETTINGS"]) == 147
     for name, messages in GIVEN["GLM_CHATS"].items():
         for listed, thinking, generation in GIVEN["GLM_SETTINGS"]:
             tools = GIVEN["GLM_TOOLS"][listed]
@@ -53,6 +55,19 @@ BAD: dict[str, tuple[Any, str]] = {
     "no mapping": (["hi"], r"messages\[0\] has the role 'str'; expected one of"),
     "unknown key": ([{**USER, "reasoning": "x"}], r"messages\[0\] has the keys \['reasoning'\]; expected some of"),
     "none": ([USER, {"role": "assistant", "content": None}], r"messages\[1\] has a content of type NoneType"),
+    "two kinds of key": ([{**USER, 1: 2, "b": 3}], r"messages\[0\] has the keys \[1, 'b'\]; expected some of"),
+    "calls": (
+        [USER, {"role": "assistant", "tool_calls": 3}],
+        r"messages\[1\] has tool_calls of type int; expected a list",
+    ),
+    "thinking that ends twice": (
+        [USER, {"role": "assistant", "content": "<think>a</think>lost</think>c"}],
+        r"messages\[1\] has </think> 2 times in its content, after ''; expected </think> once, and nothing before",
+    ),
+    "text before thinking": (
+        [USER, {"role": "assistant", "content": "lost<think>a</think>c"}],
+        r"messages\[1\] has </think> 1 times in its content, after 'lost'; expected </think> once, and nothing before",
+    ),
     "picture": ([{"role": "user", "content": [{"type": "image"}]}], "has a part of type 'image' in its content"),
     "not the assistant": ([{**USER, "tool_calls": [{"name": "f"}]}], "is the user's and has tool_calls"),
     "thinking": ([USER, {"role": "assistant", "reasoning_content": ["a"]}], "has a reasoning_content of type list"),
@@ -62,6 +77,16 @@ BAD: dict[str, tuple[Any, str]] = {
         name: ([USER, {"role": "assistant", "tool_calls": [call]}], said)
         for name, call, said in [
             ("no name", {"function": {"arguments": {}}}, "has a call 0 with the name None and arguments of type dict"),
+            (
+                "no function",
+                {"function": None, "name": "f"},
+                "has a call 0 with the name None and arguments of type dict",
+            ),
+            (
+                "end of call",
+                {"name": "f", "arguments": {"a</tool_call>": 2}},
+                "has </tool_call> in it, which the format",
+            ),
             ("JSON", {"name": "f", "arguments": '{"a": 1}'}, r"arguments of type str; expected .*JSON must be decoded"),
             ("name", {"name": "f g", "arguments": {}}, "a call has the name 'f g'; expected one without white space"),
             (
@@ -98,7 +123,20 @@ def test_what_cannot_be_written_is_said(name: str) -> None:
         ([{"name": "f", "parameters": {"type": "array"}}], "has parameters of type 'array'; expected the JSON schema"),
         ([{"name": "f", "parameters": ["a"]}], "has parameters of type 'list'; expected the JSON schema of an object"),
         ([{"name": "f", "parameters": {"properties": []}}], "has properties of type list; expected a mapping"),
-        ([{"name": "f", "parameters": {"properties": {"a": "string"}}}], "parameter 'a' with a schema of type str"),
+        *(
+            (
+                [{"name": "f", "parameters": {"properties": {"a": schema}}}],
+                rf"\('f'\) has the parameter 'a' with {said}",
+            )
+            for schema, said in [
+                ("string", "a schema of type str; expected a mapping"),
+                ({"type": 3}, "the type 3; expected a text or a list of texts"),
+                ({"type": ["string", None]}, r"the type \['string', None\]; expected a text or a list of texts"),
+                ({"enum": None}, "enum of type NoneType; expected a list"),
+                ({"allOf": {"type": "string"}}, "allOf of type dict; expected a list"),
+                ({"anyOf": [{}, {"oneOf": [3]}]}, r"anyOf\[1\] with oneOf\[0\] with a schema of type int; expected"),
+            ]
+        ),
     ],
 )
 @pytest.mark.parametrize("chat", [GLM4_5, TemplateChat("{{ tools }}", "<end>")])
@@ -137,6 +175,8 @@ def test_tools_that_are_none_are_refused(tools: Any, said: str, chat: Chat) -> N
         ("-Infinity", {"type": "number"}, "-Infinity"),
         ("1e999", {"type": "number"}, "1e999"),
         ("9" * 5000, {"type": "number"}, "9" * 5000),
+        ("9" * 400, {"type": ["string", "integer"]}, int("9" * 400)),
+        ("2.0", {"type": ["string", "integer"]}, 2.0),
         ("[" * 20000, {"type": "array"}, "[" * 20000),
         ('{"a": 1, "a": 2}', {"type": "object"}, '{"a": 1, "a": 2}'),
         ('["\\ud800"]', {"type": "array"}, '["\\ud800"]'),
@@ -179,6 +219,14 @@ def test_a_template_is_told_tools_and_thinking() -> None:
     assert chat.render([USER], thinking=False) == "<|bos|>null TrueFalse"
     with pytest.raises(ValueError, match="tokenizer has no chat template"):
         TemplateChat.of(plain)
+    silent = Tokenizer(gap_in_the_ids(), eos_id=1, chat_template=source)
+    with pytest.raises(ValueError, match=r"the tokenizer has no text for its end tokens \(1,\); a chat needs one"):
+        TemplateChat.of(silent)
+
+
+def gap_in_the_ids() -> tokenizers.Tokenizer:
+    """A vocabulary whose id 1 has no text."""
+    return tokenizers.Tokenizer(WordLevel({"a": 0, "b": 2}, unk_token="a"))
 
 
 @pytest.mark.parametrize(("source", "said"), [("{% if %}", "is no template"), ({"a": "b"}, "is a dict; expected a")])

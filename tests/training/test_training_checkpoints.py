@@ -99,7 +99,8 @@ def test_changed_settings_are_refused_with_the_difference():
     current = flatten_settings({"optimizer": OptimizerSettings(learning_rate=1.0), "steps": 3})
     refuse_changed_settings(saved, dict(saved))
     with pytest.raises(
-        ChangedSettingsError, match=r"(?s)old: 1 -> '\(absent\)'\n  optimizer\.learning_rate: 3e-05 -> 1\.0\n"
+        ChangedSettingsError,
+        match=r"(?s)old: 1 -> '\(by default, or absent\)'\n  optimizer\.learning_rate: 3e-05 -> 1\.0\n",
     ):
         refuse_changed_settings(saved, current)
 
@@ -117,7 +118,9 @@ def test_a_field_that_came_later_changes_no_run_that_was_saved_before_it():
     later = {"optimizer.optimizer", "optimizer.momentum", "optimizer.decay_steps"}
     assert not later & set(flatten_settings({"optimizer": OptimizerSettings()}))
     before = flatten_settings({"optimizer": OptimizerSettings()})
-    with pytest.raises(ChangedSettingsError, match=r"optimizer\.optimizer: '\(absent\)' -> 'muon'\nResume"):
+    with pytest.raises(
+        ChangedSettingsError, match=r"optimizer\.optimizer: '\(by default, or absent\)' -> 'muon'\nResume"
+    ):
         refuse_changed_settings(before, flatten_settings({"optimizer": OptimizerSettings(optimizer="muon")}))
 
 

@@ -143,6 +143,28 @@ def test_the_update_of_a_matrix_has_a_root_mean_square_of_a_fifth(optimizer, sca
     assert np.mean(np.abs(np.asarray(updates["head"][...]))) == pytest.approx(0.1, rel=1e-2)
 
 
+def test_small_singular_values_grow_by_a_power_and_the_others_go_near_one(optimizer):
+    rng, sizes = np.random.default_rng(4), np.geomspace(1e-5, 1, 32)
+    sizes /= math.sqrt((sizes**2).sum())
+    left, right = (np.linalg.qr(rng.normal(size=(32, 32)))[0] for _ in range(2))
+    gradient = arrays(3)
+    gradient["square"] = gradient["square"].replace(jnp.asarray(left * sizes @ right, jnp.float32))
+    still = jax.tree.map(lambda leaf: jnp.asarray(np.zeros(leaf.shape, np.float32)), gradient)
+    update = optimizer.step(gradient, optimizer.init(still), still)[0]["square"][...]
+    # Of the update, each at the place of the one that it comes from.
+    found = np.diag(left.T @ np.asarray(update, np.float64) @ right.T) / (-0.1 * 0.2 * math.sqrt(32))
+    assert np.all((found[sizes > 1e-2] > 0.68) & (found[sizes > 1e-2] < 1.14))
+    small = sizes < 1e-2
+    assert np.all((found[small] < 1.21) & (found[small] < 485 * sizes[small]))
+    np.testing.assert_allclose(found[:8], 3.4445**5 * sizes[:8], rtol=0.02)
+
+
+def test_its_products_are_asked_for_in_full_precision(optimizer):
+    params = arrays(0)
+    text = str(jax.make_jaxpr(optimizer.plain.update)(params, jax.eval_shape(optimizer.init, params), params))
+    assert text.count("dot_general[") == text.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") > 0
+
+
 def test_which_parameters_it_takes():
     labels = dict(zip(sorted(ARRAYS), jax.tree.leaves(muon_labels(arrays(0))), strict=True))
     assert {name for name, label in labels.items() if label == "muon"} == set(MATRICES)

@@ -95,6 +95,12 @@ def test_impossible_numbers_are_refused_by_name(field, value):
         OptimizerSettings(**{field: value})
 
 
+@pytest.mark.parametrize("name", ["warmup_steps", "decay_steps"])
+def test_steps_are_whole(name):
+    with pytest.raises(ValueError, match=rf"{name} is 2\.5; it must be a whole number"):
+        OptimizerSettings(schedule="wsd", **{name: 2.5})
+
+
 def test_a_decay_fits_into_what_follows_the_warm_up():
     with pytest.raises(ValueError, match="decay_steps is 0 and schedule 'wsd'"):
         OptimizerSettings(schedule="wsd")

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxrl_llm.durable import sync
+from jaxrl_llm.durable import write_whole
 from jaxrl_llm.environments.worlds.episodes import STEP_SECONDS
 from jaxrl_llm.environments.worlds.episodes import TextEpisodes
 from jaxrl_llm.environments.worlds.panels import Panel
@@ -48,20 +48,16 @@ def write_expert(world: TextWorld, panel: Panel, path: str | Path, *, seconds: f
     if panel.world != world.name:
         raise ValueError(f"the panel is of {panel.world}; the world is {world.name}.")
     path, counts = Path(path), dict.fromkeys(Written._fields, 0)
-    part = path.with_name(f"{path.name}.part")
     expert = f"{type(world).__module__}.{type(world).__qualname__}"
-    with part.open("w", encoding="utf-8") as file:
+    with write_whole(path) as file:
         for seed in panel.seeds.tolist():
             outcome, messages, reward = _play(world, seed, seconds)
             counts[outcome] += 1
             if outcome == "solved":
                 about = (world.name, seed, panel.sha256, expert, reward)
                 file.write(json.dumps({"messages": messages, **dict(zip(PROVENANCE, about, strict=True))}) + "\n")
-    if not counts["solved"]:
-        part.unlink()
-        raise ValueError(f"the expert of {world.name} solves none of the {len(panel.seeds)} tasks of the panel.")
-    sync(part)
-    part.replace(path)
+        if not counts["solved"]:
+            raise ValueError(f"the expert of {world.name} solves none of the {len(panel.seeds)} tasks of the panel.")
     return Written(**counts)
 
 

@@ -1,7 +1,6 @@
 """Dialogues as rows of tokens: exactly what the policy would have chosen is marked, its end tokens included."""
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from typing import Literal
 
@@ -11,6 +10,7 @@ from jaxrl_llm.models.chat import ChatFormat
 from jaxrl_llm.models.chat import Message
 from jaxrl_llm.models.chat import format_chat
 from jaxrl_llm.models.chat_pieces import Piece
+from jaxrl_llm.models.chat_pieces import control_names
 from jaxrl_llm.models.tokenizers import Tokenizer
 from jaxrl_llm.rollouts.collect.protocol import BatchShape
 from jaxrl_llm.trajectory import OUTSIDE
@@ -140,7 +140,8 @@ class DialogEncoder:
                     f"the tokenizer must have {chat_format.stop_token!r}, with which an answer ends; it has not."
                 )
             self.stop_id = int(stop_id)
-        self._control = _control_names(tokenizer, chat_format, self.stop_id)
+        frame = "" if chat_format is None else chat_format.before + chat_format.after
+        self._control = control_names(tokenizer, frame, {self.stop_id})
 
     def check(self, dialog: Dialog, place: str) -> None:
         """Raise a ValueError, naming the place, unless the dialogue can be encoded."""
@@ -156,7 +157,8 @@ class DialogEncoder:
     def encode(self, dialog: Dialog) -> Row:
         """The row of a dialogue that `check` lets through; a row ends with the last response."""
         pieces: list[Piece] = []
-        done, end = "", str(self.tokenizer.backend.id_to_token(self.stop_id))
+        # Without a format the end token may have no text: its id says it.
+        done, end = "", "end" if self.chat_format is None else self.chat_format.stop_token
         for number, message in enumerate(dialog.messages):
             if message["role"] != "assistant" or number < dialog.first_chosen:
                 continue
@@ -165,7 +167,7 @@ class DialogEncoder:
                 raise ValueError("chat_format rewrites earlier turns; it must only add to them.")
             pieces += [Piece(opened[len(done) :]), Piece(content, end)]
             done = done_after
-        return encode_pieces(pieces, self.tokenizer)
+        return encode_pieces(pieces, self.tokenizer, stop_id=self.stop_id)
 
     def _around(self, messages: Sequence[Message]) -> tuple[str, str, str]:
         """Of the last turn: the text before it, its own, and both with the end token."""
@@ -181,13 +183,16 @@ class DialogEncoder:
         return opened, content, opened + content + stop
 
 
-def encode_pieces(pieces: Sequence[Piece], tokenizer: Tokenizer, *, starts: bool = False) -> Row:
+def encode_pieces(
+    pieces: Sequence[Piece], tokenizer: Tokenizer, *, starts: bool = False, stop_id: int | None = None
+) -> Row:
     """The row of a text in pieces (`chat_pieces.written_pieces`): the model's tokens are chosen, their ends included.
 
     Args:
         pieces: given and written ones; each is encoded by itself, as a prompt and an answer to it are.
         tokenizer: text to ids.
         starts: whether the text has its start tokens, as those of Jinja templates and of GLM-4.5 have.
+        stop_id: the token that ends every answer; by default the one that the end of its piece names.
 
     Raises:
         ValueError: the tokenizer lacks the token that ends a piece.
@@ -198,10 +203,10 @@ def encode_pieces(pieces: Sequence[Piece], tokenizer: Tokenizer, *, starts: bool
     for piece in pieces:
         ids = tokenizer.encode(piece.text, add_special_tokens=not tokens and not starts)
         if piece.written:
-            stop_id = tokenizer.backend.token_to_id(piece.end)
-            if stop_id is None:
+            end = tokenizer.backend.token_to_id(piece.end) if stop_id is None else stop_id
+            if end is None:
                 raise ValueError(f"the tokenizer must have {piece.end!r}, with which an answer ends; it has not.")
-            ids.append(int(stop_id))
+            ids.append(int(end))
         tokens += ids
         steps += [step if piece.written else OUTSIDE] * len(ids)
         step += piece.written
@@ -254,12 +259,3 @@ def _check_message(message: object, place: str) -> None:
         raise ValueError(f"{place} has the role {message['role']!r}; expected one of {', '.join(ROLES)}.")
     if not isinstance(message["content"], str):
         raise ValueError(f"{place} has a content of type {type(message['content']).__name__}; expected a text.")
-
-
-def _control_names(tokenizer: Tokenizer, chat_format: ChatFormat | None, stop_id: int) -> re.Pattern[str]:
-    """Finds names that would become tokens which say where a turn or a text begins or ends."""
-    frame = "" if chat_format is None else chat_format.before + chat_format.after
-    ends = {stop_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.bos_id}
-    added = tokenizer.backend.get_added_tokens_decoder()
-    names = [token.content for number, token in added.items() if number in ends or token.content in frame]
-    return re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or r"(?!)")

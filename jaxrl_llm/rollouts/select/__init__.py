@@ -1,6 +1,6 @@
 """Which sampled answers become demonstrations: filters with counted reasons, the best of each, modes, files."""
 
-from jaxrl_llm.rollouts.select.answers import Answer as Answer
+from jaxrl_llm.rollouts.select.answers import SampledAnswer as SampledAnswer
 from jaxrl_llm.rollouts.select.answers import answers_of as answers_of
 from jaxrl_llm.rollouts.select.answers import best_of_each as best_of_each
 from jaxrl_llm.rollouts.select.answers import longest_answered as longest_answered

@@ -5,6 +5,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from jaxrl_llm.rollouts.collect.protocol import Experience
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class SampledAnswer:
     """One answer to one question.
 
     Attributes:
@@ -33,7 +34,7 @@ class Answer:
     ended: bool
 
 
-def answers_of(experience: Experience, problems: Sequence[Problem]) -> list[Answer]:
+def answers_of(experience: Experience, problems: Sequence[Problem]) -> list[SampledAnswer]:
     """The rows of a batch as answers, in their order.
 
     Args:
@@ -41,10 +42,12 @@ def answers_of(experience: Experience, problems: Sequence[Problem]) -> list[Answ
         problems: by group id: what `task.train(seed, step, groups)` gave to a `TaskCollector`.
 
     Raises:
-        ValueError: the batch has no texts, or a group that no problem belongs to.
+        ValueError: the batch has no rows or no texts, or a group that no problem belongs to.
     """
     trajectories = experience.trajectories
     rows = len(trajectories.group_ids)
+    if not rows:
+        raise ValueError("experience has no rows; expected the answers of a batch.")
     if len(experience.texts) != rows:
         raise ValueError(f"experience has {rows} rows and {len(experience.texts)} texts; each row needs one.")
     groups = np.asarray(trajectories.group_ids)
@@ -52,21 +55,21 @@ def answers_of(experience: Experience, problems: Sequence[Problem]) -> list[Answ
         raise ValueError(f"problems has {len(problems)} entries; the groups are {groups.min()} to {groups.max()}.")
     lengths = np.asarray(trajectories.action_mask).sum(axis=1)
     return [
-        Answer(problems[group].prompt, problems[group].identity, text, float(reward), int(length), bool(ended))
+        SampledAnswer(problems[group].prompt, problems[group].identity, text, float(reward), int(length), bool(ended))
         for group, text, reward, length, ended in zip(
             groups, experience.texts, trajectories.returns, lengths, trajectories.ended, strict=True
         )
     ]
 
 
-def _by_question(answers: Iterable[Answer]) -> dict[str, list[Answer]]:
-    groups: dict[str, list[Answer]] = defaultdict(list)
+def _by_question(answers: Iterable[SampledAnswer]) -> dict[str, list[SampledAnswer]]:
+    groups: dict[str, list[SampledAnswer]] = defaultdict(list)
     for answer in answers:
         groups[answer.identity].append(answer)
     return groups
 
 
-def best_of_each(answers: Iterable[Answer], count: int = 1) -> list[Answer]:
+def best_of_each(answers: Iterable[SampledAnswer], count: int = 1) -> list[SampledAnswer]:
     """The `count` answers of highest reward to each question; of texts that are equal one, of rewards the earlier.
 
     With count 1 best-of-n. GLM-4.5 (arXiv 2508.06471, section 3) keeps 4 to each of its hard questions; which 4 of
@@ -81,18 +84,18 @@ def best_of_each(answers: Iterable[Answer], count: int = 1) -> list[Answer]:
     """
     if count < 1:
         raise ValueError(f"count is {count}; it must be at least 1.")
-    kept: list[Answer] = []
+    kept: list[SampledAnswer] = []
     for group in _by_question(answers).values():
         if lost := [answer for answer in group if math.isnan(answer.reward)]:
             raise ValueError(f"an answer to {lost[0].question!r} has the reward nan; leave it out first (`earned`).")
-        best: dict[str, Answer] = {}
+        best: dict[str, SampledAnswer] = {}
         for answer in sorted(group, key=lambda answer: -answer.reward):  # the earlier stay first
             best.setdefault(answer.text, answer)
         kept += list(best.values())[:count]
     return kept
 
 
-def longest_answered(answers: Iterable[Answer], *, dropped: float = 0.5) -> list[Answer]:
+def longest_answered(answers: Iterable[SampledAnswer], *, dropped: float = 0.5) -> list[SampledAnswer]:
     """All answers to the questions whose answers are longest on average.
 
     Source: GLM-4.5 (arXiv 2508.06471, section 3): without the half of the questions with the shortest answers,
@@ -110,6 +113,7 @@ def longest_answered(answers: Iterable[Answer], *, dropped: float = 0.5) -> list
         raise ValueError(f"dropped is {dropped}; it must be in [0, 1).")
     answers = list(answers)
     means = {name: sum(a.length for a in group) / len(group) for name, group in _by_question(answers).items()}
-    left = len(means) - math.floor(dropped * len(means))
+    # The share as it was written: 0.29 of 100 is 29, and 28.999999999999996 in binary.
+    left = len(means) - math.floor(Fraction(str(dropped)) * len(means))
     kept = set(sorted(means, key=lambda name: -means[name])[:left])
     return [answer for answer in answers if answer.identity in kept]

@@ -6,25 +6,25 @@ from collections.abc import Iterable
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from jaxrl_llm.rollouts.select.answers import Answer
+from jaxrl_llm.rollouts.select.answers import SampledAnswer
 
-Filter = Callable[[Answer], bool]
+Filter = Callable[[SampledAnswer], bool]
 """True for an answer that passes."""
 
 
 class Sifted(NamedTuple):
     """What passed, in its order, and how many answers were rejected for each reason, 0 included."""
 
-    kept: list[Answer]
+    kept: list[SampledAnswer]
     rejected: dict[str, int]
 
 
-def sift(answers: Iterable[Answer], filters: Mapping[str, Filter]) -> Sifted:
+def sift(answers: Iterable[SampledAnswer], filters: Mapping[str, Filter]) -> Sifted:
     """Answers that pass every filter; each of the others is counted once, under the first that it does not pass.
 
     Source: the filters of GLM-4.5's demonstrations (arXiv 2508.06471, section 3): form, length, repetition and
     truncation, then correctness where it can be verified, a reward model elsewhere, and the protocol of tools. The
-    report has no thresholds. A filter of your own is any function of an `Answer`.
+    report has no thresholds. A filter of your own is any function of an `SampledAnswer`.
 
     Args:
         answers: of any questions.
@@ -40,7 +40,7 @@ def sift(answers: Iterable[Answer], filters: Mapping[str, Filter]) -> Sifted:
     return Sifted(kept, rejected)
 
 
-def ended(answer: Answer) -> bool:
+def ended(answer: SampledAnswer) -> bool:
     """The answer came to its end: it was not truncated."""
     return answer.ended
 

@@ -1,4 +1,6 @@
-"""When a run goes on to another temperature, other data or harder tasks: pure state machines, saved with a run."""
+"""When a run goes on to another temperature, other data or harder tasks: pure state machines, whose states a
+caller can save.
+"""
 
 from jaxrl_llm.training.phases.distillation import IteratedDistillation as IteratedDistillation
 from jaxrl_llm.training.phases.distillation import Phase as Phase

@@ -8,7 +8,7 @@ from jaxrl_llm.training.phases.plateau import Plateau
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """Where a run stands: numbers and a name, to be saved with a checkpoint.
+    """Where a run stands: numbers and a name, which can be saved by the caller, as JSON for example.
 
     Attributes:
         kind: what is done now.
@@ -19,6 +19,9 @@ class Phase:
     kind: Literal["reinforce", "collect", "imitate", "done"] = "reinforce"
     level: int = 0
     rewards: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rewards", tuple(self.rewards))  # JSON has lists
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,15 +17,15 @@ class Plateau:
         margin: gain that still counts as none. [reward]
 
     Raises:
-        ValueError: a window below 1, or a margin that is no finite number of at least 0.
+        ValueError: a window below 1 or of parts of a step, or a margin that is no finite number of at least 0.
     """
 
     window: int = 20
     margin: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.window < 1:
-            raise ValueError(f"window is {self.window}; it must be at least 1.")
+        if not isinstance(self.window, int) or self.window < 1:
+            raise ValueError(f"window is {self.window}; it must be a whole number of at least 1.")
         if not 0 <= self.margin < math.inf:
             raise ValueError(f"margin is {self.margin}; it must be a finite number of at least 0.")
 

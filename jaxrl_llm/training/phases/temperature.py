@@ -35,10 +35,13 @@ def largest_near_best(scores: Mapping[float, float], *, tolerance: float = 0.01)
 
 @dataclasses.dataclass(frozen=True)
 class TemperatureState:
-    """What is sampled at now, and the rewards since that began: numbers, to be saved with a checkpoint."""
+    """What is sampled at now, and the rewards since that began: numbers, which can be saved by the caller."""
 
     temperature: float
     rewards: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rewards", tuple(self.rewards))  # JSON has lists
 
 
 @dataclasses.dataclass(frozen=True)

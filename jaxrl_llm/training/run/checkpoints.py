@@ -76,9 +76,15 @@ def flatten_settings(settings: Any) -> dict[str, Any]:
     return flat
 
 
-def settings_difference(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """One line for each setting that differs: its name, the saved value and the current one."""
-    absent = "(absent)"
+def settings_difference(
+    saved: Mapping[str, Any], current: Mapping[str, Any], *, absent: str = "(by default, or absent)"
+) -> list[str]:
+    """One line for each setting that differs: its name, the saved value and the current one.
+
+    Args:
+        saved, current: flat; a field that is newer than runs that were saved is not among them at its default.
+        absent: what is said for a name that is not among them.
+    """
     names = sorted(set(saved) | set(current))
     values = [(name, saved.get(name, absent), current.get(name, absent)) for name in names]
     return [f"{name}: {before!r} -> {now!r}" for name, before, now in values if before != now]
@@ -352,7 +358,8 @@ class Checkpoints:
         wanted = {name: (tuple(item.shape), str(item.dtype)) for name, item in wanted.items()}
         if saved == wanted:
             return
-        lines = settings_difference({k: str(v) for k, v in saved.items()}, {k: str(v) for k, v in wanted.items()})
+        texts = ({name: str(item) for name, item in arrays.items()} for arrays in (saved, wanted))
+        lines = settings_difference(*texts, absent="(absent)")
         shown = lines[:5] + ([f"and {len(lines) - 5} more"] if len(lines) > 5 else [])
         raise TrainingError(
             f"Checkpoint {folder} holds other arrays than this model and optimiser:\n  " + "\n  ".join(shown)

@@ -6,10 +6,10 @@ from typing import Literal
 import optax
 
 from jaxrl_llm.checks import LATER
-from jaxrl_llm.training.run.muon import are_matrices
-from jaxrl_llm.training.run.muon import in_float32
 from jaxrl_llm.training.run.muon import muon_and
 from jaxrl_llm.training.run.numbers import require_finite
+from jaxrl_llm.training.run.parameters import are_matrices
+from jaxrl_llm.training.run.parameters import in_float32
 
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 OPTIMIZERS = ("adamw", "muon")
@@ -59,6 +59,9 @@ class OptimizerSettings:
         for name in (*least_zero, "decay_steps"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
+        for name in ("warmup_steps", "decay_steps"):
+            if getattr(self, name) != int(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a whole number.")
         for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1).")

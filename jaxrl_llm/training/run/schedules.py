@@ -70,6 +70,8 @@ class BatchRamp:
             value = getattr(self, name)
             if value < least or value != int(value):
                 raise ValueError(f"{name} is {value}; it must be a whole number of at least {least}.")
+            # 16e6 is whole too; as a float it would index no list, and round large sums.
+            object.__setattr__(self, name, int(value))
         for name in ("first", "last"):
             if getattr(self, name) % self.unit:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be a multiple of unit, {self.unit}.")
@@ -78,17 +80,15 @@ class BatchRamp:
     def _stages(self) -> tuple[list[int], list[int], list[int]]:
         """Of each size: the step and the tokens seen at which it begins, and itself."""
         levels = (self.last - self.first) // self.unit
-        steps, seen, sizes = [0], [0], [self.first]
-        for level in range(1, levels + 1):
-            size = self.first + level * self.unit
-            # A size begins with the first batch that finds this many tokens seen, or more.
-            more = max(-(-(self.over * level - seen[-1] * levels) // (sizes[-1] * levels)), 0)
-            if not more:  # no batch has the size before
-                sizes[-1] = size
-                continue
+        level = 0 if self.over else levels
+        steps, seen, sizes = [0], [0], [self.first + level * self.unit]
+        while level < levels:
+            # The next size begins with the first batch that finds so many tokens seen; sizes before it may be skipped.
+            more = -(-(self.over * (level + 1) - seen[-1] * levels) // (sizes[-1] * levels))
             steps.append(steps[-1] + more)
             seen.append(seen[-1] + more * sizes[-1])
-            sizes.append(size)
+            level = min(levels, seen[-1] * levels // self.over)
+            sizes.append(self.first + level * self.unit)
         return steps, seen, sizes
 
     def batch(self, step: int) -> int:

@@ -12,7 +12,6 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from jaxrl_llm.masked import safe_divide
 from jaxrl_llm.models.block import Block
@@ -20,6 +19,7 @@ from jaxrl_llm.models.experts import Experts
 from jaxrl_llm.models.experts import RouterBias
 from jaxrl_llm.models.experts import Routes
 from jaxrl_llm.objectives import balance
+from jaxrl_llm.training.run.parameters import is_variable
 from jaxrl_llm.training.run.state import named_leaves
 from jaxrl_llm.training.text.minibatches import UpdateSettings
 from jaxrl_llm.typing import Array
@@ -29,13 +29,9 @@ from jaxrl_llm.typing import PyTree
 from jaxrl_llm.typing import SumCount
 
 
-def _is_variable(leaf: Any) -> bool:
-    return isinstance(leaf, nnx.Variable)
-
-
 def router_biases(tree: PyTree) -> list[Float[Array, " E"]]:
     """What stands in the place of each router's correction bias in a tree of parameters or gradients."""
-    leaves = jax.tree.leaves(tree, is_leaf=_is_variable)
+    leaves = jax.tree.leaves(tree, is_leaf=is_variable)
     return [leaf.get_value() for leaf in leaves if isinstance(leaf, RouterBias)]
 
 
@@ -46,7 +42,7 @@ def router_kernels(params: PyTree) -> list[str]:
 
 def gradient_norm(gradients: PyTree) -> Float[Array, ""]:
     """Global norm of the gradients, without the loads that stand among them."""
-    leaves = jax.tree.leaves(gradients, is_leaf=_is_variable)
+    leaves = jax.tree.leaves(gradients, is_leaf=is_variable)
     return optax.tree.norm([leaf for leaf in leaves if not isinstance(leaf, RouterBias)])
 
 
@@ -64,7 +60,7 @@ def with_router_bias(inner: optax.GradientTransformation, *, rate: float) -> opt
 
     rule = optax.GradientTransformation(lambda params: optax.EmptyState(), move)
     return optax.partition(
-        {"gradient": inner, "rule": rule}, lambda tree: jax.tree.map(label, tree, is_leaf=_is_variable)
+        {"gradient": inner, "rule": rule}, lambda tree: jax.tree.map(label, tree, is_leaf=is_variable)
     )
 
 
@@ -122,7 +118,7 @@ def divided(gradients: PyTree, count: Float[Array, ""]) -> PyTree:
             return leaf
         return jax.tree.map(lambda array: safe_divide(array, count.astype(array.dtype)), leaf)
 
-    return jax.tree.map(divide, gradients, is_leaf=_is_variable)
+    return jax.tree.map(divide, gradients, is_leaf=is_variable)
 
 
 def load_metrics(gradients: PyTree) -> dict[str, SumCount]:

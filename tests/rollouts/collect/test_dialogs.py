@@ -4,6 +4,8 @@ import dataclasses
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 
 from jaxrl_llm.models.chat import CHATML
@@ -14,6 +16,7 @@ from jaxrl_llm.models.chat_pieces import Piece
 from jaxrl_llm.models.chat_pieces import written_pieces
 from jaxrl_llm.models.glm_chat import GLM4_5
 from jaxrl_llm.models.tokenizers import ByteTokenizer
+from jaxrl_llm.models.tokenizers import Tokenizer
 from jaxrl_llm.rollouts.collect.dialogs import Dialog
 from jaxrl_llm.rollouts.collect.dialogs import DialogEncoder
 from jaxrl_llm.rollouts.collect.dialogs import Row
@@ -97,6 +100,16 @@ def test_without_a_format_prompt_and_response_are_joined(tokenizer) -> None:
     given = tokenizer.encode("2 + 2 =")
     assert row.tokens.tolist() == [*given, *tokenizer.encode(" 4", add_special_tokens=False), tokenizer.eos_id]
     assert row.steps.tolist() == [-1] * len(given) + [0] * (len(row.tokens) - len(given))
+
+
+def test_an_end_token_without_a_text_ends_the_row() -> None:
+    backend = tokenizers.Tokenizer(WordLevel({"a": 0, "b": 2, "None": 3}, unk_token="a"))
+    tokenizer = Tokenizer(backend, eos_id=1)
+    row = DialogEncoder(tokenizer, None).encode(
+        Dialog(({"role": "user", "content": "b"}, {"role": "assistant", "content": "None"}))
+    )
+    assert row.tokens.tolist() == [2, 3, 1]
+    assert row.steps.tolist() == [-1, 0, 0]
 
 
 @pytest.mark.parametrize("chat_format", [CHATML, None])

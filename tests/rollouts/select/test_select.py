@@ -5,9 +5,11 @@ import itertools
 import json
 import math
 
+import jax
 import numpy as np
 import pytest
 
+from jaxrl_llm import durable
 from jaxrl_llm.environments import Problem
 from jaxrl_llm.models.tokenizers import ByteTokenizer
 from jaxrl_llm.rollouts.collect import DemonstrationCollector
@@ -15,7 +17,7 @@ from jaxrl_llm.rollouts.collect import Experience
 from jaxrl_llm.rollouts.select import DIRECT
 from jaxrl_llm.rollouts.select import PROVENANCE
 from jaxrl_llm.rollouts.select import THINKING
-from jaxrl_llm.rollouts.select import Answer
+from jaxrl_llm.rollouts.select import SampledAnswer
 from jaxrl_llm.rollouts.select import answers_of
 from jaxrl_llm.rollouts.select import best_of_each
 from jaxrl_llm.rollouts.select import earned
@@ -31,8 +33,8 @@ from jaxrl_llm.rollouts.select import write_demonstrations
 from jaxrl_llm.trajectory import single_step
 
 
-def answer(question="q", text="one two three", reward=1.0, length=3, finished=True) -> Answer:
-    return Answer(f"{question}?", question, text, reward, length, finished)
+def answer(question="q", text="one two three", reward=1.0, length=3, finished=True) -> SampledAnswer:
+    return SampledAnswer(f"{question}?", question, text, reward, length, finished)
 
 
 def test_each_answer_is_counted_once_under_the_first_reason():
@@ -92,6 +94,8 @@ def test_the_half_of_the_questions_with_the_shortest_answers_is_dropped():
     assert longest_answered(sampled, dropped=0.0) == sampled
     assert {one.identity for one in longest_answered(sampled, dropped=0.6)} == {"a", "c"}  # of equal ones the later
     assert longest_answered(sampled[:1]) == sampled[:1]
+    hundred = [answer(str(number)) for number in range(100)]
+    assert len(longest_answered(hundred, dropped=0.29)) == 71
     assert longest_answered([]) == []
 
 
@@ -140,13 +144,16 @@ PROBLEMS = [Problem("2+2=", "4", "sum"), Problem("3*3=", "9", "product")]
 def test_rows_of_a_batch_become_answers(experience):
     found = answers_of(experience, PROBLEMS)
     assert found == [
-        Answer("2+2=", "sum", "long", 0.5, 3, False),
-        Answer("2+2=", "sum", "r", 1.0, 1, True),
-        Answer("3*3=", "product", "no", 0.0, 2, True),
-        Answer("3*3=", "product", "yes", 0.25, 3, True),
+        SampledAnswer("2+2=", "sum", "long", 0.5, 3, False),
+        SampledAnswer("2+2=", "sum", "r", 1.0, 1, True),
+        SampledAnswer("3*3=", "product", "no", 0.0, 2, True),
+        SampledAnswer("3*3=", "product", "yes", 0.25, 3, True),
     ]
     with pytest.raises(ValueError, match="problems has 1 entries; the groups are 0 to 1"):
         answers_of(experience, PROBLEMS[:1])
+    nothing = jax.tree.map(lambda array: array[:0], experience.trajectories)
+    with pytest.raises(ValueError, match="experience has no rows; expected the answers of a batch"):
+        answers_of(dataclasses.replace(experience, trajectories=nothing, texts=()), PROBLEMS)
     with pytest.raises(ValueError, match="experience has 4 rows and 0 texts"):
         answers_of(dataclasses.replace(experience, texts=()), PROBLEMS)
 
@@ -202,4 +209,40 @@ def test_what_cannot_be_is_refused(tmp_path):
     for sentence, call in refused:
         with pytest.raises(ValueError, match=sentence):
             call()
-    assert not path.exists()
+    assert not [*tmp_path.iterdir()]
+
+
+def test_direct_answers_have_one_empty_pair_and_no_thinking(tmp_path):
+    path = tmp_path / "direct.jsonl"
+    said = ["\n<think></think>\nyes", "\nyes", "<think></think>yes"]
+    write_demonstrations(path, [(DIRECT, [answer(text=text) for text in said])], source="")
+    written = [json.loads(line)["response"] for line in path.read_text().splitlines()]
+    assert written == ["<think></think>\nyes", "<think></think>\nyes", "<think></think>yes"]
+    for text in ("<think>reason</think>\nyes", "<think></think>\n<think>reason</think>yes", "reason</think>yes"):
+        with pytest.raises(ValueError, match=r"has '</?think>' in .*; answers of the mode 'direct' have none"):
+            write_demonstrations(path, [(DIRECT, [answer(text=text)])], source="")
+    with pytest.raises(ValueError, match="it must have a text"):
+        write_demonstrations(path, [(DIRECT, [answer(text="<think></think>\n")])], source="")
+    write_demonstrations(path, [(THINKING, [answer(text="\n<think>reason</think>\nyes")])], source="")
+    assert json.loads(path.read_text())["response"] == "\n<think>reason</think>\nyes"
+
+
+def test_a_file_that_fails_leaves_the_old_one_and_no_draft(tmp_path):
+    path = tmp_path / "file.jsonl"
+    path.write_text("old")
+    with pytest.raises(UnicodeEncodeError):
+        write_demonstrations(path, [(THINKING, [answer(text="\ud800")])], source="")
+    assert [*tmp_path.iterdir()] == [path]
+    assert path.read_text() == "old"
+
+
+def test_the_disk_has_the_file_before_its_name_and_then_the_name(tmp_path, monkeypatch):
+    path, synced, sync = tmp_path / "file.jsonl", [], durable.sync
+
+    def watched(place):
+        synced.append((place.name, path.exists()))
+        sync(place)
+
+    monkeypatch.setattr(durable, "sync", watched)
+    write_demonstrations(path, [(THINKING, [answer()])], source="")
+    assert synced == [("file.jsonl.part", False), (tmp_path.name, True)]

@@ -79,7 +79,7 @@ def test_the_controller_waits_chooses_and_begins_again():
         state = control.observe(state, reward)
     state = control.observe(state, 0.4)
     assert control.due(state)
-    assert TemperatureState(**json.loads(json.dumps(dataclasses.asdict(state)))).temperature == 0.6
+    assert TemperatureState(**json.loads(json.dumps(dataclasses.asdict(state)))) == state
     with pytest.raises(ValueError, match="it must have those of grid"):
         control.choose(state, {0.6: 1.0})
     chosen = control.choose(state, {t: 0.8 - 0.2 * (t - 0.8) ** 2 for t in GRID})
@@ -97,6 +97,7 @@ def test_distillation_goes_round_and_ends_with_the_last_plateau():
             for reward in (0.1, 0.5, 0.5):
                 assert phase.kind == "reinforce"
                 phase = plan.observe(phase, reward)
+                assert Phase(**json.loads(json.dumps(dataclasses.asdict(phase)))) == phase
         else:
             phase = plan.finished(phase)
         assert not phase.rewards
@@ -111,7 +112,7 @@ def test_distillation_goes_round_and_ends_with_the_last_plateau():
 
 
 def test_what_cannot_be_is_refused():
-    for name, value in (("window", 0), ("margin", -0.1), ("margin", math.nan)):
+    for name, value in (("window", 0), ("window", 2.5), ("window", 2.0), ("margin", -0.1), ("margin", math.nan)):
         with pytest.raises(ValueError, match=f"^{name} is {value}"):
             Plateau(**{name: value})
     for reward in (math.nan, math.inf):
