@@ -1,9 +1,11 @@
 """Arithmetic without running anything; the sandbox's command line and filter, as far as no sandbox is needed."""
 
+import importlib
 import json
 import platform
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -158,6 +160,29 @@ def test_one_that_does_not_work_is_found_at_once(monkeypatch: pytest.MonkeyPatch
     if platform.machine() in MACHINES:
         with pytest.raises(SandboxError, match=r"does not work here \(bwrap: No permissions .*\); install"):
             Sandbox()
+
+
+@pytest.mark.parametrize(
+    "does",
+    ["exec sleep 60", "exec >&- 2>&-; exec sleep 60", "exec <&-; echo lost >&2; exit 1"],
+)
+def test_whoever_does_not_read_or_end_is_not_waited_for(
+    does: str, monkeypatch: pytest.MonkeyPatch, tmp_path: object
+) -> None:
+    """A bwrap that answers the first program as it should, and then does not do as it should."""
+    fake = f"{tmp_path}/bwrap"
+    with open(fake, "w") as file:
+        file.write(f"#!/bin/sh\nif [ -e {tmp_path}/tried ]; then {does}; fi\ntouch {tmp_path}/tried; echo 2\n")
+    subprocess.run(["chmod", "+x", fake], check=True)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    if platform.machine() not in MACHINES:
+        return
+    sandbox, began = Sandbox(CodeLimits(seconds=0.3)), time.monotonic()
+    sandbox_module = importlib.import_module("jaxrl_llm.workforce.workers.sandbox")
+    # More than any pipe holds.
+    monkeypatch.setattr(sandbox_module, "LARGEST_INPUT", 10**7)
+    assert sandbox.run("#" * 2_000_000, {}).error == ("lost" if "lost" in does else "it took longer than 0.3 s")
+    assert time.monotonic() - began < 5
 
 
 def test_limits_that_cannot_be_are_refused() -> None:
