@@ -33,6 +33,7 @@ from jaxrl_llm.workforce.room import Limits as Limits
 from jaxrl_llm.workforce.room import Outcome as Outcome
 from jaxrl_llm.workforce.room import Workforce as Workforce
 from jaxrl_llm.workforce.rows import actor_names as actor_names
+from jaxrl_llm.workforce.rows import encode_prompt as encode_prompt
 from jaxrl_llm.workforce.rows import encode_turns as encode_turns
 from jaxrl_llm.workforce.rows import records_to_trajectories as records_to_trajectories
 from jaxrl_llm.workforce.scripted import ScriptedPlanner as ScriptedPlanner

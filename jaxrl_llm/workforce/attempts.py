@@ -98,7 +98,7 @@ def begin(question: str, cards: Sequence[Card]) -> TaskRun:
 
 def wrote(run: TaskRun, said: Said) -> TaskRun:
     """The planner wrote something; whether it is a plan is not known yet."""
-    return _with_turns(run, Turn(PLANNER, said, acted=True))
+    return _with_turns(run, Turn(PLANNER, said, acted=not said.frozen))
 
 
 def planned(run: TaskRun, plan: Plan, assignees: Sequence[str]) -> TaskRun:
@@ -167,7 +167,7 @@ def answered(run: TaskRun, said: Said | None) -> TaskRun:
     """The planner wrote the final answer; None takes the result of the last step."""
     if said is None:
         return dataclasses.replace(run, phase=Phase.DONE, answer=run.results[len(run.results)])
-    run = _with_turns(run, Turn(PLANNER, said, acted=True))
+    run = _with_turns(run, Turn(PLANNER, said, acted=not said.frozen))
     return dataclasses.replace(run, phase=Phase.DONE, answer=said.text.strip())
 
 

@@ -2,15 +2,13 @@
 
     SENT -> PROCESSING -> RETURNED -> ARCHIVED
 
-A channel is a value: every operation returns another one, so that any order of operations can be tried and none can be
-lost between two threads.
+An operation that its packet's status does not allow raises and changes nothing. One thread owns a channel: the room's.
 """
 
 import dataclasses
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
-from dataclasses import field
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -51,27 +49,35 @@ class ChannelError(ValueError):
     """An operation that the packet's status does not allow: a mistake of the caller's."""
 
 
-@dataclass(frozen=True)
 class TaskChannel:
     """The packets, in the order in which they were posted; those archived stay."""
 
-    packets: Mapping[PacketId, Packet] = field(default_factory=lambda: MappingProxyType({}))
+    def __init__(self) -> None:
+        self._packets: dict[PacketId, Packet] = {}
+        # Of each worker, so that what is done with a packet does not depend on how many there are.
+        self._waiting: dict[str, dict[PacketId, None]] = {}
 
-    def post(self, number: PacketId, assignee: str) -> "TaskChannel":
-        """With a new packet.
+    @property
+    def packets(self) -> Mapping[PacketId, Packet]:
+        """All of them, by id, to read."""
+        return MappingProxyType(self._packets)
+
+    def post(self, number: PacketId, assignee: str) -> None:
+        """Put in a new packet.
 
         Raises:
             ChannelError: there is one with this id.
         """
-        if number in self.packets:
+        if number in self._packets:
             raise ChannelError(f"packet {tuple(number)} was posted before; a packet is posted once.")
-        return TaskChannel(MappingProxyType({**self.packets, number: Packet(number, assignee)}))
+        self._packets[number] = Packet(number, assignee)
+        self._waiting.setdefault(assignee, {})[number] = None
 
     def waiting(self, assignee: str) -> tuple[PacketId, ...]:
         """What can be claimed by a worker, oldest first."""
-        return tuple(p.id for p in self.packets.values() if p.assignee == assignee and p.status is Status.SENT)
+        return tuple(self._waiting.get(assignee, ()))
 
-    def claim(self, number: PacketId, assignee: str) -> "TaskChannel":
+    def claim(self, number: PacketId, assignee: str) -> None:
         """A worker takes a packet, which nobody can take again.
 
         Raises:
@@ -80,42 +86,41 @@ class TaskChannel:
         owner = self._at(number, Status.SENT).assignee
         if owner != assignee:
             raise ChannelError(f"packet {tuple(number)} is for {owner!r}; {assignee!r} cannot claim it.")
-        return self._moved(number, Status.PROCESSING)
+        self._move(number, Status.SENT, Status.PROCESSING)
+        del self._waiting[owner][number]
 
-    def give_back(self, number: PacketId) -> "TaskChannel":
+    def give_back(self, number: PacketId) -> None:
         """The worker has finished, well or not.
 
         Raises:
             ChannelError: the packet is not being worked on.
         """
-        self._at(number, Status.PROCESSING)
-        return self._moved(number, Status.RETURNED)
+        self._move(number, Status.PROCESSING, Status.RETURNED)
 
-    def archive(self, number: PacketId) -> "TaskChannel":
+    def archive(self, number: PacketId) -> None:
         """The publisher has read what came back.
 
         Raises:
             ChannelError: nothing came back.
         """
-        self._at(number, Status.RETURNED)
-        return self._moved(number, Status.ARCHIVED)
+        self._move(number, Status.RETURNED, Status.ARCHIVED)
 
-    def withdraw(self, task: int) -> "TaskChannel":
-        """Without the packets of a task that nobody has claimed: its attempt is over."""
-        kept = {key: p for key, p in self.packets.items() if key.task != task or p.status is not Status.SENT}
-        return TaskChannel(MappingProxyType(kept))
+    def withdraw(self, task: int) -> None:
+        """Take out the packets of a task that nobody has claimed: its attempt is over."""
+        for waiting in self._waiting.values():
+            for number in [number for number in waiting if number.task == task]:
+                del waiting[number], self._packets[number]
 
     def count(self, status: Status) -> int:
         """Packets with this status."""
-        return sum(packet.status is status for packet in self.packets.values())
+        return sum(packet.status is status for packet in self._packets.values())
 
     def _at(self, number: PacketId, status: Status) -> Packet:
-        packet = self.packets.get(number)
+        packet = self._packets.get(number)
         if packet is None or packet.status is not status:
             there = "not in the channel" if packet is None else packet.status.value
             raise ChannelError(f"packet {tuple(number)} is {there}; it must be {status.value}.")
         return packet
 
-    def _moved(self, number: PacketId, status: Status) -> "TaskChannel":
-        moved = dataclasses.replace(self.packets[number], status=status)
-        return TaskChannel(MappingProxyType({**self.packets, number: moved}))
+    def _move(self, number: PacketId, before: Status, after: Status) -> None:
+        self._packets[number] = dataclasses.replace(self._at(number, before), status=after)

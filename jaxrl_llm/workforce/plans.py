@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 MOST_STEPS = 20
 """Steps above which a plan is refused."""
-REFERENCE = re.compile(r"#(\d+)")
-"""The result of a step, within the text of another one."""
+REFERENCE = re.compile(r"#(\d{1,9})(?!\d)")
+"""The result of a step, within the text of another one; more digits are no number of a step, and take long to read."""
 BAR = " | "
 """What separates a step's text from what is said of it; no text may hold it."""
 _LINE = re.compile(r"(\d+)\. (.+?)(?: \| worker: (\S+))?(?: \| after: (\d+(?:, \d+)*))?")

@@ -26,11 +26,13 @@ class Said(NamedTuple):
         text: decoded, without its end.
         tokens: as they were sampled, the end token among them; None where nobody knows them.
         log_probs: of each token under the policy that sampled it [nats]; None where nobody recorded them.
+        frozen: whether another policy than the actor's own wrote it, so that the actor learns nothing from it.
     """
 
     text: str
     tokens: tuple[int, ...] | None = None
     log_probs: tuple[float, ...] | None = None
+    frozen: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class PlanRequest:
 
     @property
     def prompt(self) -> str:
-        """The text that a plan continues."""
+        """The text that a plan continues, for planners of texts; for policies of tokens see `rows.encode_prompt`."""
         return "".join(turn.said.text for turn in self.turns)
 
 
@@ -128,7 +130,7 @@ class AnswerRequest:
 
     @property
     def prompt(self) -> str:
-        """The text that the final answer continues."""
+        """The text that the final answer continues; see `PlanRequest.prompt`."""
         return "".join(turn.said.text for turn in self.turns)
 
 

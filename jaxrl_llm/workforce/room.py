@@ -8,6 +8,7 @@ round lasts as long as its slowest step, at most the time limit.
 
 import collections
 import difflib
+import itertools
 import random
 import threading
 from collections.abc import Sequence
@@ -47,7 +48,7 @@ class Limits:
     Attributes:
         replans: K, attempts after the first one.
         seconds: time limit of a step [s].
-        longest: characters of a result; what is beyond them is cut off and counted.
+        longest: characters of a result; one that has more has failed, since its beginning would be another result.
     """
 
     replans: int = 2
@@ -72,7 +73,7 @@ class Outcome:
         failures: of each attempt, why it failed; empty for one that did not.
         turns: everything that was said, in order.
         claimed: the order in which steps were claimed, among all tasks: (place, step's packet, worker).
-        counts: "refused" plans, steps that "failed", of those the ones that "raised" or were "late", characters "cut".
+        counts: "refused" plans, steps that "failed", of those the ones that "raised", were "late" or too "long".
     """
 
     question: str
@@ -85,7 +86,7 @@ class Outcome:
 
 
 class Workforce:
-    """A planner, a coordinator and workers.
+    """A planner, a coordinator and workers, for one call at a time.
 
     Args:
         planner: writes plans.
@@ -108,6 +109,7 @@ class Workforce:
                 f"workers are {[w.card.name for w in workers]}; expected at least one, each with its name."
             )
         self._given_up: dict[str, list[threading.Thread]] = {name: [] for name in self.workers}
+        self._busy = threading.Lock()
 
     @property
     def cards(self) -> tuple[Card, ...]:
@@ -123,7 +125,17 @@ class Workforce:
 
         Raises:
             ValueError: a blank question, or a planner or coordinator that does not answer each request.
+            RuntimeError: another thread is in a call of this room.
         """
+        # Places of workers are counted per call: two at once would give each place twice.
+        if not self._busy.acquire(blocking=False):
+            raise RuntimeError("this room is at work already; it takes one call at a time: make a second room.")
+        try:
+            return self._run(questions, seed)
+        finally:
+            self._busy.release()
+
+    def _run(self, questions: Sequence[str], seed: int) -> list[Outcome]:
         order = [*range(len(questions))]
         random.Random(seed).shuffle(order)
         session = _Session(self, [attempts.begin(question, self.cards) for question in questions], order)
@@ -149,7 +161,7 @@ class _Session:
 
     def __init__(self, room: Workforce, runs: list[TaskRun], order: list[int]) -> None:
         self.room, self.runs, self.order, self.channel = room, runs, order, TaskChannel()
-        self.claimed: list[tuple[PacketId, str]] = []
+        self.places, self.claimed = itertools.count(), [list[tuple[int, PacketId, str]]() for _ in runs]
         self.counts = [collections.Counter[str]() for _ in runs]
 
     def round(self) -> bool:
@@ -160,7 +172,7 @@ class _Session:
         self._work()
         for task in self._in(Phase.RUNNING):
             if self.runs[task].failures[-1]:
-                self.channel = self.channel.withdraw(task)
+                self.channel.withdraw(task)
             self.runs[task] = attempts.settled(self.runs[task], replans=self.room.limits.replans)
         self._answer(self._in(Phase.ANSWERING))
         return any(run.phase not in (Phase.DONE, Phase.FAILED) for run in self.runs)
@@ -168,10 +180,8 @@ class _Session:
     def outcome(self, task: int) -> Outcome:
         """What became of a task."""
         run = self.runs[task]
-        places = tuple(
-            (place, number, name) for place, (number, name) in enumerate(self.claimed) if number.task == task
-        )
-        return Outcome(run.question, run.answer, run.attempt, run.failures, run.turns, places, dict(self.counts[task]))
+        claimed, counts = tuple(self.claimed[task]), dict(self.counts[task])
+        return Outcome(run.question, run.answer, run.attempt, run.failures, run.turns, claimed, counts)
 
     def _in(self, phase: Phase) -> list[int]:
         return [task for task in self.order if self.runs[task].phase is phase]
@@ -205,7 +215,7 @@ class _Session:
     def _post(self, task: int) -> None:
         for step in self.runs[task].ready:
             run = self.runs[task]
-            self.channel = self.channel.post(PacketId(task, run.attempt, step), run.assignees[step - 1])
+            self.channel.post(PacketId(task, run.attempt, step), run.assignees[step - 1])
             self.runs[task] = attempts.posted(run, step)
 
     def _work(self) -> None:
@@ -218,14 +228,14 @@ class _Session:
                     answer = Answer("all its places are held by calls that never returned", failed=True)
                     self._read(number, answer, LATE)
             for number in waiting[: max(free, 0)]:
-                self.channel = self.channel.claim(number, name)
+                self.channel.claim(number, name)
+                self.claimed[number.task].append((next(self.places), number, name))
                 taken.append((number, name))
-        self.claimed += taken
         called = self.room.work([(name, self._assignment(number)) for number, name in taken])
         for (number, _), one in zip(taken, called, strict=True):
-            self.channel = self.channel.give_back(number)
+            self.channel.give_back(number)
             self._read(number, one.answer, one.kind)
-            self.channel = self.channel.archive(number)
+            self.channel.archive(number)
 
     def _assignment(self, number: PacketId) -> Assignment:
         run = self.runs[number.task]
@@ -234,11 +244,15 @@ class _Session:
         return Assignment(run.question, step.text, {other: run.results[other] for other in step.after})
 
     def _read(self, number: PacketId, answer: Answer, kind: str) -> None:
-        """Take down what came back for a step, at most `longest` characters of it."""
+        """Take down what came back for a step; of a reason of failure at most `longest` characters."""
         limit, counts = self.room.limits.longest, self.counts[number.task]
-        if len(answer.text) > limit:
-            counts["cut"] += len(answer.text) - limit
-            answer = answer._replace(text=answer.text[:limit])
+        # Names of files may hold what no text of Unicode does, and no tokenizer takes.
+        text = answer.text.encode("utf-8", "replace").decode("utf-8")
+        if len(text) > limit:
+            counts["long"] += 1
+            long = f"the result has {len(text)} characters, and at most {limit} are taken; ask for less of it"
+            answer, text = Answer("", failed=True), text[:limit] if answer.failed else long
+        answer = answer._replace(text=text)
         if answer.failed:
             counts["failed"] += 1
             if kind != ANSWERED:
@@ -253,6 +267,8 @@ class _Session:
         requests = [AnswerRequest(run.question, run.turns, run.results) for run in (self.runs[task] for task in tasks)]
         said = _one_each("planner", self.room.planner.synthesise(requests), len(tasks))
         for task, answer in zip(tasks, said, strict=True):
+            if not isinstance(answer, Said | None):
+                raise ValueError(f"the planner answered with a {type(answer).__name__}; it must be a Said or None.")
             self.runs[task] = attempts.answered(self.runs[task], answer)
 
 

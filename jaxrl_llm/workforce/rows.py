@@ -7,6 +7,7 @@ Actor 0 is the planner, 1 the coordinator, 2, 3, .. the workers in their order, 
 learners wrote in a row is step n. The outcome stands at the last chosen token, with which a row ends.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,13 +45,42 @@ def actor_names(cards: Sequence[Card]) -> tuple[str, ...]:
     return (PLANNER, COORDINATOR, *(card.name for card in cards))
 
 
+def turn_tokens(turns: Sequence[Turn], tokenizer: Tokenizer) -> list[list[int]]:
+    """The tokens of each turn: the one way to read a record, for whoever continues it and for who learns from it.
+
+    Each turn is encoded on its own, so that what comes later changes no token. What an actor chose is taken as it was
+    sampled where its tokens are known, else encoded, with the end token behind it.
+
+    Args:
+        turns: the record.
+        tokenizer: of the policy.
+    """
+    pieces: list[list[int]] = []
+    for turn in turns:
+        if turn.said.tokens is not None:
+            pieces.append([*turn.said.tokens])
+            continue
+        ids = tokenizer.encode(turn.said.text, add_special_tokens=not any(pieces))
+        pieces.append([*ids, tokenizer.eos_id] if turn.acted else ids)
+    return pieces
+
+
+def encode_prompt(turns: Sequence[Turn], tokenizer: Tokenizer) -> list[int]:
+    """What a policy reads that writes the next turn of a record: the tokens that stand before it in its row.
+
+    Args:
+        turns: the record so far.
+        tokenizer: of the policy.
+    """
+    return [*itertools.chain.from_iterable(turn_tokens(turns, tokenizer))]
+
+
 def encode_turns(
     turns: Sequence[Turn], tokenizer: Tokenizer, *, actors: Sequence[str], learners: Sequence[str] = (PLANNER,)
 ) -> RecordRow:
     """The row of a record, up to the last token that a learner chose.
 
-    Each turn is encoded on its own, so that a policy which reads a record turn by turn has read these tokens. What a
-    learner wrote is taken as it was sampled where its tokens are known, else encoded, with the end token behind it.
+    Before each chosen text stands what `encode_prompt` gives for the turns before it.
 
     Args:
         turns: the record.
@@ -63,12 +93,8 @@ def encode_turns(
     chosen_by: list[int] = []
     log_probs: list[float] = []
     recorded, step, end = True, 0, 0
-    for turn in turns:
+    for turn, ids in zip(turns, turn_tokens(turns, tokenizer), strict=True):
         said, learned = turn.said, turn.acted and turn.actor in learners
-        ids = said.tokens
-        if ids is None:
-            ids = tokenizer.encode(said.text, add_special_tokens=not tokens)
-            ids = [*ids, tokenizer.eos_id] if turn.acted else ids
         tokens += ids
         steps += [step if learned else OUTSIDE] * len(ids)
         chosen_by += [actors.index(turn.actor) if learned else OUTSIDE] * len(ids)

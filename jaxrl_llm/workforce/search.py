@@ -13,7 +13,7 @@ COMMON = 20
 def words(text: str) -> tuple[str, ...]:
     """The words of a text: lower case, without accents, letters and digits only."""
     plain = unicodedata.normalize("NFKD", text.lower())
-    return tuple(re.findall(r"[a-z0-9]+", "".join(letter for letter in plain if not unicodedata.combining(letter))))
+    return tuple(re.findall(r"[^\W_]+", "".join(letter for letter in plain if not unicodedata.combining(letter))))
 
 
 class Index:

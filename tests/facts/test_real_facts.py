@@ -21,6 +21,7 @@ from jaxrl_llm.workforce import TablesWorker
 from jaxrl_llm.workforce import WordCoordinator
 from jaxrl_llm.workforce import Workforce
 from jaxrl_llm.workforce import real_base
+from jaxrl_llm.workforce.facts.real import DISCOVERY
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +36,14 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[FactBase, Path]:
 def test_facts_that_everybody_knows(kept: tuple[FactBase, Path]) -> None:
     base, _ = kept
     known = {
-        ("capital", "France"): "Paris", ("country of discovery", "Gallium"): "France", ("symbol", "Tungsten"): "W",
+        ("capital", "France"): "Paris", (DISCOVERY, "Gallium"): "France", ("symbol", "Tungsten"): "W",
         ("only neighbour", "Portugal"): "Spain", ("currency code", "Japan"): "JPY", ("continent", "Kenya"): "Africa",
         ("country of the airport", "CDG"): "France",
     }  # fmt: skip
     assert {key: base.value(*key) for key in known} == known
     for doubtful in (
-        ("capital", "Burundi"), ("only neighbour", "Canada"), ("country of discovery", "Oxygen"),
-        ("country of discovery", "Livermorium"), ("capital", "Serbia and Montenegro"),
+        ("capital", "Burundi"), ("only neighbour", "Canada"), (DISCOVERY, "Oxygen"),
+        (DISCOVERY, "Livermorium"), (DISCOVERY, "Aluminum"), ("capital", "Serbia and Montenegro"),
     ):  # fmt: skip
         assert base.value(*doubtful) is None
 
@@ -51,7 +52,9 @@ def test_there_is_enough_of_everything_and_no_package_is_imported(kept: tuple[Fa
     base, _ = kept
     counts = collections.Counter(fact.relation for fact in base.facts)
     assert counts["capital"] > 200
-    assert counts["country of discovery"] > 50
+    assert counts[DISCOVERY] > 45
+    assert base.value("capital", "Curacao") == "Willemstad"
+    assert not [fact for fact in base.facts if fact.value != fact.value.strip()]
     assert counts["country of the airport"] > 7000
     titles = [base.title(fact) for fact in base.facts]
     assert len({*titles}) == len(titles)

@@ -1,5 +1,7 @@
 """Packets are claimed once and none is lost, whatever the order of operations."""
 
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import settings
@@ -25,7 +27,7 @@ def test_packets_are_claimed_once_and_none_is_lost(operations: list[tuple[str, i
         allowed = {"post": None, "claim": "sent", "give_back": "processing", "archive": "returned"}
         after = {"post": "sent", "claim": "processing", "give_back": "returned", "archive": "archived"}
         if name == "withdraw":
-            channel = channel.withdraw(number.task)
+            channel.withdraw(number.task)
             where = {key: at for key, at in where.items() if key.task != number.task or at != "sent"}
             continue
         arguments = (number, worker) if name in ("post", "claim") else (number,)
@@ -33,7 +35,7 @@ def test_packets_are_claimed_once_and_none_is_lost(operations: list[tuple[str, i
             with pytest.raises(ChannelError):
                 getattr(channel, name)(*arguments)
             continue
-        channel = getattr(channel, name)(*arguments)
+        getattr(channel, name)(*arguments)
         where[number] = after[name]
         claims[number] = claims.get(number, 0) + (name == "claim")
     assert {key: packet.status.value for key, packet in channel.packets.items()} == where
@@ -46,10 +48,39 @@ def test_packets_are_claimed_once_and_none_is_lost(operations: list[tuple[str, i
 
 def test_a_packet_is_claimed_by_its_worker_only() -> None:
     number = PacketId(0, 1, 1)
-    channel = TaskChannel().post(number, "a")
+    channel = TaskChannel()
+    channel.post(number, "a")
     with pytest.raises(ChannelError, match=r"packet \(0, 1, 1\) is for 'a'; 'b' cannot claim it"):
         channel.claim(number, "b")
     assert channel.waiting("a") == (number,)
     assert channel.waiting("b") == ()
+    channel.claim(number, "a")
     with pytest.raises(ChannelError, match="is processing; it must be sent"):
-        channel.claim(number, "a").claim(number, "a")
+        channel.claim(number, "a")
+
+
+def test_what_is_done_with_a_packet_does_not_depend_on_how_many_there_are() -> None:
+    """Counted in lines of Python, which a slow machine does not change: no operation looks at every packet."""
+
+    def lines(count: int) -> int:
+        channel, seen = TaskChannel(), [0]
+
+        def trace(frame: object, event: str, _: object) -> object:
+            seen[0] += event == "line"
+            return trace
+
+        for task in range(count):
+            channel.post(PacketId(task, 1, 1), "a")
+        number, before = PacketId(count, 1, 1), sys.gettrace()
+        sys.settrace(trace)  # pyright: ignore[reportArgumentType]
+        try:
+            channel.post(number, "b")
+            channel.claim(number, "b")
+            channel.give_back(number)
+            channel.archive(number)
+        finally:
+            sys.settrace(before)
+        assert channel.count(Status.ARCHIVED) == 1
+        return seen[0]
+
+    assert lines(3) == lines(300)

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from jaxrl_llm.workforce import Assignment
 from jaxrl_llm.workforce import Plan
 from jaxrl_llm.workforce import PlanError
 from jaxrl_llm.workforce import Step
@@ -14,6 +15,8 @@ from jaxrl_llm.workforce import check_plan
 from jaxrl_llm.workforce import parse_plan
 from jaxrl_llm.workforce import render_plan
 from jaxrl_llm.workforce.plans import MOST_STEPS
+from jaxrl_llm.workforce.workers.wording import filled
+from jaxrl_llm.workforce.workers.wording import named
 
 # Any text, and pieces of the grammar, which are what could be mistaken for it.
 PIECES = st.sampled_from(["| after: 1", " |", "after: 2", "worker: x", "1. ", "|", "a", "#", "\r", "\u2028", "'", " "])
@@ -74,12 +77,22 @@ def test_blanks_around_lines_do_not_count() -> None:
         ("1. a\n2. use #1", "step 2 uses #1 and does not come after step 1"),
         ("1. a\n2. b | after: 1 | after: 1", "text 'b | after: 1'"),
         ("1. a | after: 99999999999999999999", "more than 9 digits"),
+        ("1. a\n2. use #000000001", "step 2 uses #1 and"),
         ("\n".join(f"{n}. a" for n in range(1, MOST_STEPS + 2)), f"more than {MOST_STEPS} steps"),
     ],
 )
 def test_what_is_no_plan_is_refused_in_a_sentence(text: str, sentence: str) -> None:
     with pytest.raises(PlanError, match=sentence):
         parse_plan(text)
+
+
+def test_a_number_of_thousands_of_digits_is_no_reference() -> None:
+    """Python reads none of more than 4300 digits, and says so in another error than the room expects."""
+    text = "look #" + "1" * 5000
+    plan = parse_plan(f"1. {text}")
+    assert plan == Plan((Step(text),))
+    assert filled(Assignment("", text, {1: "x"})) == text
+    assert named(Assignment("", text, {1: "x"}), "r{}") == (text, {})
 
 
 @pytest.mark.parametrize("step", [Step(""), Step(" a"), Step("a\nb"), Step("a | b"), Step("a", worker="two words")])

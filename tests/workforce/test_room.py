@@ -241,10 +241,40 @@ def test_a_worker_that_cannot_be_stopped_keeps_its_place_and_tasks_do_not_wait_f
     assert room.run(["go"])[0].answer == "ok"
 
 
-def test_an_answer_that_is_too_long_is_cut_and_counted() -> None:
-    outcome = one(Texts("1. go"), Does(lambda _: Answer("x" * 25)), limits=Limits(longest=10))
-    assert outcome.answer == "x" * 10
-    assert outcome.counts == {"cut": 15}
+def test_a_result_that_is_too_long_has_failed_and_the_planner_reads_why() -> None:
+    """The beginning of "100, 250" is "100, 2", which is another result."""
+    planner, limits = Texts("1. go"), Limits(longest=6, replans=1)
+    outcome = one(planner, Does(lambda _: Answer("100, 250")), limits=limits)
+    assert (outcome.answer, outcome.counts) == (None, {"long": 2, "failed": 2})
+    assert "1. does failed: the result has 8 characters, and at most 6 are taken;" in planner.asked[1].prompt
+    # Of a reason the beginning is a reason still.
+    reason = one(Texts("1. go"), Does(lambda _: Answer("because", failed=True)), limits=limits)
+    assert reason.failures == (("step 1 failed at does: becaus",),) * 2
+    assert one(Texts("1. go"), Does(lambda _: Answer("100, 2")), limits=limits).answer == "100, 2"
+
+
+def test_half_a_surrogate_pair_becomes_a_question_mark() -> None:
+    """Names of files that are no UTF-8 hold such halves, and no tokenizer takes them."""
+    outcome = one(Texts("1. go"), Does(lambda _: Answer("a\udce9b")))
+    assert outcome.answer == "a?b"
+    assert "1. does: a?b\n" in [turn.said.text for turn in outcome.turns]
+
+
+def test_a_room_takes_one_call_at_a_time() -> None:
+    said: list[str] = []
+
+    def work(assignment: Assignment) -> Answer:
+        try:
+            room.run(["inside"])
+        except RuntimeError as error:
+            said.append(str(error))
+        return Answer("ok")
+
+    room = Workforce(Texts("1. go"), First(), [Does(work)])
+    assert room.run(["outside"])[0].answer == "ok"
+    assert said == ["this room is at work already; it takes one call at a time: make a second room."]
+    # The next call is taken.
+    assert room.run(["outside"])[0].answer == "ok"
 
 
 def test_a_room_that_cannot_be_is_refused() -> None:
@@ -276,3 +306,15 @@ class Few(Known):
 def test_a_planner_that_leaves_requests_out_is_a_mistake() -> None:
     with pytest.raises(ValueError, match="the planner gave 0 texts for 1; it must give one for each"):
         Workforce(Few({}), First(), [Does(echo)]).run(["why?"])
+
+
+class Bare(Texts):
+    """A planner whose final answers are texts alone."""
+
+    def synthesise(self, requests: Sequence[AnswerRequest]) -> list[str]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return ["42"] * len(requests)
+
+
+def test_a_final_answer_that_is_a_text_alone_is_a_mistake() -> None:
+    with pytest.raises(ValueError, match="the planner answered with a str; it must be a Said or None"):
+        Workforce(Bare("1. go"), First(), [Does(echo)]).run(["why?"])  # pyright: ignore[reportArgumentType]

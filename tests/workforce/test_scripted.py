@@ -1,7 +1,10 @@
 """Planner and coordinator without a model, and the planner as a policy."""
 
+from collections.abc import Sequence
+
 import pytest
 
+from jaxrl_llm.models.tokenizers import ByteTokenizer
 from jaxrl_llm.workforce import AssignmentError
 from jaxrl_llm.workforce import Card
 from jaxrl_llm.workforce import Plan
@@ -9,13 +12,17 @@ from jaxrl_llm.workforce import PolicyPlanner
 from jaxrl_llm.workforce import Said
 from jaxrl_llm.workforce import ScriptedPlanner
 from jaxrl_llm.workforce import Step
+from jaxrl_llm.workforce import Turn
 from jaxrl_llm.workforce import WordCoordinator
 from jaxrl_llm.workforce import Workforce
+from jaxrl_llm.workforce import encode_prompt
+from jaxrl_llm.workforce import encode_turns
 from jaxrl_llm.workforce.search import Index
 from jaxrl_llm.workforce.search import words
 from tests.workforce.team import Does
 from tests.workforce.team import echo
 
+TOKENIZER = ByteTokenizer()
 CARDS = (
     Card("maps", "finds capitals and borders of countries"),
     Card("sums", "computes sums and products of numbers"),
@@ -54,21 +61,60 @@ def test_a_policy_reads_the_record_and_writes_plans_and_answers() -> None:
     """The plan is wrong at first; what it reads then is all that was said, and what it writes is in the record."""
     read: list[str] = []
 
-    def policy(prompt: str) -> str | Said:
-        read.append(prompt)
-        return "no plan" if "Refused" not in prompt else Said("1. does it", (1, 2), (-0.1, -0.2))
+    def policy(prompt: Sequence[int]) -> str | Said:
+        read.append(TOKENIZER.decode(prompt))
+        return "no plan" if "Refused" not in read[-1] else Said("1. does it", (1, 2), (-0.1, -0.2))
 
-    def answers(prompt: str) -> str:
-        return f" {prompt.split('does: ')[-1].splitlines()[0]}! "
+    def answers(prompt: Sequence[int]) -> str:
+        return f" {TOKENIZER.decode(prompt).split('does: ')[-1].splitlines()[0]}! "
 
-    outcome = Workforce(PolicyPlanner(policy, answers=answers), WordCoordinator(), [Does(echo)]).run(["why?"])[0]
+    planner = PolicyPlanner(policy, TOKENIZER, answers=answers)
+    outcome = Workforce(planner, WordCoordinator(), [Does(echo)]).run(["why?"])[0]
     assert outcome.answer == "does it()!"
     assert read[0].startswith("Question: why?\nWorkers:\n- does: does what it is told\n")
     assert read[1].startswith(read[0] + "no plan\nRefused: the line 'no plan' is no step")
     wrote = [turn.said for turn in outcome.turns if turn.actor == "planner"]
-    assert wrote == [Said("no plan"), Said("1. does it", (1, 2), (-0.1, -0.2)), Said(" does it()! ")]
-    plain = Workforce(PolicyPlanner(lambda _: "1. does it"), WordCoordinator(), [Does(echo)]).run(["why?"])[0]
-    assert plain.answer == "does it()"
+    assert wrote == [Said("no plan"), Said("1. does it", (1, 2), (-0.1, -0.2)), Said(" does it()! ", frozen=True)]
+    plain = Workforce(PolicyPlanner(lambda _: "1. does it", TOKENIZER), WordCoordinator(), [Does(echo)]).run(["why?"])
+    assert plain[0].answer == "does it()"
+
+
+class Writes:
+    """Writes a wrong plan, a right one and an answer, and keeps the tokens that it read."""
+
+    def __init__(self) -> None:
+        self.read: list[list[int]] = []
+
+    def write(self, prompt: Sequence[int]) -> str:
+        self.read.append([*prompt])
+        return ("no plan", "1. does it", "42")[len(self.read) - 1]
+
+
+def test_a_policy_has_read_the_tokens_that_stand_before_what_it_wrote_in_the_row() -> None:
+    """In every attempt, the end tokens of earlier plans included: else its log-probs belong to another context."""
+    policy = Writes()
+    planner = PolicyPlanner(policy.write, TOKENIZER, answers=policy.write)
+    (outcome,) = Workforce(planner, WordCoordinator(), [Does(echo)]).run(["why?"])
+    row = encode_turns(outcome.turns, TOKENIZER, actors=("planner", "coordinator", "does"))
+    starts = [row.steps.index(step) for step in range(3)]
+    assert policy.read == [row.tokens[:start] for start in starts]
+    assert policy.read[2].count(TOKENIZER.eos_id) == 2
+    # Of a record in which nobody has chosen anything there is a prompt as well.
+    assert encode_prompt((Turn("user", Said("abc")),), TOKENIZER) == [*b"abc"]
+
+
+def test_what_another_policy_answered_is_not_learned_as_the_planners() -> None:
+    def texts(planner: PolicyPlanner) -> list[str]:
+        (outcome,) = Workforce(planner, WordCoordinator(), [Does(echo)]).run(["why?"])
+        assert outcome.answer == "42"
+        row = encode_turns(outcome.turns, TOKENIZER, actors=("planner", "coordinator", "does"))
+        chosen = [[t for t, at in zip(row.tokens, row.steps, strict=True) if at == step] for step in range(3)]
+        return [TOKENIZER.decode(ids) for ids in chosen]
+
+    own, other = Writes(), Writes()
+    assert texts(PolicyPlanner(own.write, TOKENIZER, answers=own.write)) == ["no plan", "1. does it", "42"]
+    frozen = PolicyPlanner(other.write, TOKENIZER, answers=lambda _: "42")
+    assert texts(frozen) == ["no plan", "1. does it", ""]
 
 
 def test_search_finds_words_whatever_their_accents_and_breaks_ties_by_order() -> None:

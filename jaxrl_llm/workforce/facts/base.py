@@ -1,6 +1,5 @@
 """A base of facts: what can be searched, tables, files, and which relation leads from what to what."""
 
-import contextlib
 import csv
 import functools
 import hashlib
@@ -118,29 +117,39 @@ def write_base(base: FactBase, folder: Path) -> None:
         FileExistsError: the folder holds something.
         OSError: it cannot be written.
     """
-    content = _as_json(base)
-    with whole_folder(folder, size=4 * len(content)) as draft:
-        (draft / BASE).write_text(content, encoding="utf-8")
-        (draft / DIGEST).write_text(base.digest, encoding="ascii")
-        (draft / TABLES).mkdir()
-        for name, table in base.tables.items():
-            text = io.StringIO(newline="")
-            csv.writer(text, lineterminator="\n").writerows([table.columns, *table.rows])
-            (draft / TABLES / f"{name}.csv").write_text(text.getvalue(), encoding="utf-8")
-        (draft / FILES).mkdir()
-        for path, content in base.files.items():
-            (draft / FILES / path).parent.mkdir(parents=True, exist_ok=True)
-            (draft / FILES / path).write_text(content, encoding="utf-8")
+    contents = _contents(base)
+    with whole_folder(folder, size=4 * len(contents[BASE])) as draft:
+        for name in (TABLES, FILES):
+            (draft / name).mkdir()
+        for path, content in contents.items():
+            (draft / path).parent.mkdir(parents=True, exist_ok=True)
+            (draft / path).write_bytes(content)
+
+
+def _contents(base: FactBase) -> dict[str, bytes]:
+    """Everything that a folder of a base holds, by path."""
+    contents = {BASE: _as_json(base).encode(), DIGEST: base.digest.encode()}
+    for name, table in base.tables.items():
+        text = io.StringIO(newline="")
+        csv.writer(text, lineterminator="\n").writerows([table.columns, *table.rows])
+        contents[f"{TABLES}/{name}.csv"] = text.getvalue().encode()
+    return contents | {f"{FILES}/{path}": content.encode() for path, content in base.files.items()}
 
 
 def read_base(folder: Path) -> FactBase:
-    """The base in a folder.
+    """The base in a folder, of which nothing was changed: its tables and files, which workers read, among it.
 
     Raises:
         FileNotFoundError: there is none.
         ValueError: it is not what was written.
     """
-    found = json.loads((folder / BASE).read_text(encoding="utf-8"))
+    contents = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for name in (BASE, DIGEST):
+        if name not in contents:
+            raise FileNotFoundError(f"{folder} has no {name}; it is no folder of a base.")
+    if hashlib.sha256(contents[BASE]).hexdigest().encode() != contents[DIGEST]:
+        raise ValueError(f"{folder} has another SHA-256 than when it was written; remove it, and it is built anew.")
+    found = json.loads(contents[BASE])
     base = FactBase(
         name=found["name"],
         relations=tuple(Relation(*one) for one in found["relations"]),
@@ -151,8 +160,10 @@ def read_base(folder: Path) -> FactBase:
         },
         files=found["files"],
     )
-    if base.digest != (folder / DIGEST).read_text(encoding="ascii"):
-        raise ValueError(f"{folder} has another SHA-256 than when it was written; remove it, and it is built anew.")
+    expected = _contents(base)
+    changed = sorted(path for path in {*contents, *expected} if contents.get(path) != expected.get(path))
+    if changed:
+        raise ValueError(f"{folder / changed[0]} is not what was written; remove {folder}, and it is built anew.")
     return base
 
 
@@ -168,9 +179,14 @@ def kept_base(key: str, build: Callable[[], FactBase]) -> tuple[FactBase, Path]:
 
     Raises:
         ValueError: the kept one was changed.
+        OSError: it cannot be written.
     """
     folder = cache_folder() / "workforce" / f"{key}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
-    if not folder.is_dir():
-        with contextlib.suppress(FileExistsError):  # another process was faster
+    if not (folder / DIGEST).exists():
+        try:
             write_base(build(), folder)
+        except OSError:
+            # Another process may have been faster, before this one began to write or while it did.
+            if not (folder / DIGEST).exists():
+                raise
     return read_base(folder), folder

@@ -97,14 +97,16 @@ class _Names:
     """Names that no two things share, not even as a part."""
 
     def __init__(self, rng: random.Random) -> None:
-        self._rng, self._taken = rng, set[str]()
+        self._rng, self._taken = rng, list[tuple[str, str]]()
 
     def some(self, count: int, ending: str) -> list[str]:
         found: list[str] = []
         while len(found) < count:
             parts = (self._rng.choice(part) for part in (STARTS, VOWELS, ENDS, STARTS, VOWELS, ENDS))
-            name = "".join(parts).capitalize() + ending
-            if name not in self._taken:
-                self._taken.add(name)
-                found.append(name)
+            stem = "".join(parts)
+            name = stem + ending
+            # Stems, so that a person and a currency are not told apart by an ending alone.
+            if not any(stem in other or taken in name for taken, other in self._taken):
+                self._taken.append((stem, name))
+                found.append(name.capitalize())
         return found

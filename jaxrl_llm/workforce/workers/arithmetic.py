@@ -29,7 +29,8 @@ def numbers(text: Value) -> list:
     """The numbers in a text, as the sandbox reads them."""
     if not isinstance(text, str):
         raise ValueError(f"numbers takes a text; it was given a {type(text).__name__}")
-    return [float(number) if "." in number else int(number) for number in NUMBER.findall(text)]
+    found = NUMBER.findall(text)
+    return [int(number) if number.lstrip("-").isdigit() else float(number) for number in found]
 
 
 _FUNCTIONS: dict[str, Callable[[Any], Any]] = {

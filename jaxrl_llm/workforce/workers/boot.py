@@ -11,8 +11,8 @@ import sys
 
 def numbers(text):
     """The numbers in a text."""
-    found = re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?(?![\w])", text)
-    return [float(number) if "." in number else int(number) for number in found]
+    found = re.findall(r"(?<![\w.])-?(?>\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?(?!\w)", text)
+    return [int(number) if number.lstrip("-").isdigit() else float(number) for number in found]
 
 
 def limit(seconds, memory):
@@ -28,7 +28,7 @@ def limit(seconds, memory):
 
 
 def main():
-    """Run the program; the value of an expression is printed."""
+    """Run the program; the value of an expression is printed, unless it is None: print(2) has printed 2 already."""
     task = json.load(sys.stdin)
     limit(task["seconds"], task["memory"])
     names = {"numbers": numbers, **task["results"]}
@@ -38,7 +38,8 @@ def main():
         exec(compile(task["program"], "<step>", "exec"), names)
         return
     value = eval(expression, names)
-    print(int(value) if isinstance(value, float) and value.is_integer() else value)
+    if value is not None:
+        print(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,10 @@ class CodeWorker:
 
     def work(self, assignment: Assignment) -> Answer:
         """See `Worker.work`."""
-        program, results = named(assignment, "r{}")
+        try:
+            program, results = named(assignment, "r{}")
+        except ValueError as error:
+            return Answer(f"the program failed: {error}", failed=True)
         ran = self._sandbox.run(program.removeprefix(PREFIX), {f"r{number}": text for number, text in results.items()})
         if ran.error is not None:
             return Answer(f"the program failed: {ran.error}", failed=True)
@@ -47,8 +50,8 @@ class ArithmeticWorker:
 
     def work(self, assignment: Assignment) -> Answer:
         """See `Worker.work`."""
-        text, results = named(assignment, "r{}")
         try:
+            text, results = named(assignment, "r{}")
             value = evaluate(text.removeprefix(PREFIX), {f"r{number}": given for number, given in results.items()})
         except (ValueError, ArithmeticError) as error:
             return Answer(f"the expression failed: {error}", failed=True)

@@ -17,7 +17,8 @@ LARGEST_FILE = 1_000_000
 """Bytes above which a file is refused."""
 MOST_NAMES = 200
 """Entries of a folder that are listed."""
-NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?![\w])")
+NUMBER = re.compile(r"(?<![\w.])-?(?>\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?(?!\w)")
+"""A number in a text: 12, -2.5, .5, 1e-05; "1.5x" has none."""
 _COMMAND = re.compile(r"(list|read|numbers in)(?: (.+))?", re.DOTALL)
 
 

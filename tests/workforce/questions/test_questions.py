@@ -4,6 +4,7 @@ import collections
 
 import pytest
 
+from jaxrl_llm.environments import Score
 from jaxrl_llm.environments import check_task
 from jaxrl_llm.workforce import ArithmeticWorker
 from jaxrl_llm.workforce import FactBase
@@ -90,6 +91,10 @@ def test_an_answer_is_right_or_worth_nothing(base: FactBase) -> None:
     assert task.score(number, f"{number.answer}.0").reward == 1
     assert task.score(number, str(int(number.answer) + 1)).reward == 0
     assert task.score(number, "").reward == 0
+    # A list that ends in the right number is no number, and hedging earns nothing.
+    assert task.score(number, f"1, 2, {number.answer}") == Score(0.0, lenient=False, strict=False)
+    assert task.score(number, f"maybe {number.answer}").reward == 0
+    assert task.score(listed, listed.answer.replace(", ", ",")).reward == 0
 
 
 def test_what_no_question_needs_is_refused(base: FactBase) -> None:
@@ -97,4 +102,7 @@ def test_what_no_question_needs_is_refused(base: FactBase) -> None:
         Questions(base, levels=(4,))
     bare = FactBase("bare", base.relations, base.facts, {}, {})
     with pytest.raises(ValueError, match="bare has no question to train on that needs 2 capabilities"):
-        Questions(bare, levels=(1, 2)).held_out()
+        Questions(bare, levels=(1, 2))
+    # With a level twice, half of what is held out would be there twice.
+    with pytest.raises(ValueError, match=r"levels is \(1, 1\); it must be some of 1, 2 and 3, each of them once"):
+        Questions(base, levels=(1, 1))

@@ -1,9 +1,11 @@
 """Arithmetic without running anything; the sandbox's command line and filter, as far as no sandbox is needed."""
 
+import importlib
 import json
 import platform
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -35,6 +37,8 @@ from jaxrl_llm.workforce.workers.seccomp import filter_program
         ("compute max(numbers(#1)) - min(numbers(#1))", "8"),
         ("compute len(numbers(#1)) * int(#2)", "36"),
         ("compute max([1, abs(-5), 2])", "5"),
+        ("compute 1 / 100000", "0.00001"),
+        ("compute sum(numbers('1e-05 and .5'))", "0.50001"),
     ],
 )
 def test_arithmetic(text: str, value: str) -> None:
@@ -47,6 +51,7 @@ def test_arithmetic(text: str, value: str) -> None:
     [
         ("__import__('os').system('true')", "is no arithmetic"),
         ("(1).__class__", "is no arithmetic"),
+        ("len('#1')", "no result is put within quotes, as in '#1'"),
         ("open('/etc/passwd')", "is no arithmetic"),
         ("[x for x in [1]]", "is no arithmetic"),
         ("2 ** 10", "is no arithmetic"),
@@ -66,7 +71,7 @@ def test_arithmetic(text: str, value: str) -> None:
     ],
 )
 def test_what_is_no_arithmetic_is_refused_in_a_sentence(text: str, why: str) -> None:
-    answer = ArithmeticWorker().work(Assignment("", f"compute {text}"))
+    answer = ArithmeticWorker().work(Assignment("", f"compute {text}", {1: "2"}))
     assert answer.failed
     assert why in answer.text
 
@@ -120,6 +125,25 @@ def test_the_first_program_limits_itself_before_it_runs_anything() -> None:
     assert (ran.stdout, ran.stderr) == ("(0, 0) 7\n", "")
 
 
+@pytest.mark.parametrize(
+    ("program", "printed"),
+    [("print(2)", "2\n"), ("1 + 1", "2\n"), ("None", ""), ("numbers('1e-05, .5, 7, 1.5x')", "[1e-05, 0.5, 7]\n")],
+)
+def test_the_value_of_an_expression_is_printed_once(program: str, printed: str) -> None:
+    task = json.dumps({"program": program, "results": {}, "memory": 400_000_000, "seconds": 5})
+    ran = subprocess.run([sys.executable, "-I", "-S", "-c", BOOT], input=task, capture_output=True, text=True)
+    assert (ran.stdout, ran.stderr) == (printed, "")
+
+
+@pytest.mark.parametrize("machine", sorted(MACHINES))
+def test_memory_of_the_kernel_is_not_given(machine: str) -> None:
+    """Semaphores, queues of input and output, and secret memory are counted by no limit of a process."""
+    known = {"x86_64": {64, 206, 447, 29, 68}, "aarch64": {190, 0, 447, 194, 186}}
+    audit, _ = MACHINES[machine]
+    decided = {number: decide(filter_program(machine), audit=audit, number=number) for number in known[machine]}
+    assert decided == dict.fromkeys(known[machine], DENY)
+
+
 def test_where_there_is_no_bubblewrap_the_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(SandboxError, match=r"needs bubblewrap, which is not here; install bubblewrap \(apt-get"):
@@ -136,6 +160,29 @@ def test_one_that_does_not_work_is_found_at_once(monkeypatch: pytest.MonkeyPatch
     if platform.machine() in MACHINES:
         with pytest.raises(SandboxError, match=r"does not work here \(bwrap: No permissions .*\); install"):
             Sandbox()
+
+
+@pytest.mark.parametrize(
+    "does",
+    ["exec sleep 60", "exec >&- 2>&-; exec sleep 60", "exec <&-; echo lost >&2; exit 1"],
+)
+def test_whoever_does_not_read_or_end_is_not_waited_for(
+    does: str, monkeypatch: pytest.MonkeyPatch, tmp_path: object
+) -> None:
+    """A bwrap that answers the first program as it should, and then does not do as it should."""
+    fake = f"{tmp_path}/bwrap"
+    with open(fake, "w") as file:
+        file.write(f"#!/bin/sh\nif [ -e {tmp_path}/tried ]; then {does}; fi\ntouch {tmp_path}/tried; echo 2\n")
+    subprocess.run(["chmod", "+x", fake], check=True)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    if platform.machine() not in MACHINES:
+        return
+    sandbox, began = Sandbox(CodeLimits(seconds=0.3)), time.monotonic()
+    sandbox_module = importlib.import_module("jaxrl_llm.workforce.workers.sandbox")
+    # More than any pipe holds.
+    monkeypatch.setattr(sandbox_module, "LARGEST_INPUT", 10**7)
+    assert sandbox.run("#" * 2_000_000, {}).error == ("lost" if "lost" in does else "it took longer than 0.3 s")
+    assert time.monotonic() - began < 5
 
 
 def test_limits_that_cannot_be_are_refused() -> None:

@@ -8,7 +8,10 @@ import pytest
 from jaxrl_llm.workforce import Answer
 from jaxrl_llm.workforce import Assignment
 from jaxrl_llm.workforce import FilesWorker
+from jaxrl_llm.workforce import Workforce
 from jaxrl_llm.workforce.workers.files import LARGEST_FILE
+from tests.workforce.team import First
+from tests.workforce.team import Texts
 
 
 @pytest.fixture
@@ -41,6 +44,20 @@ def test_files_are_listed_read_and_searched_for_numbers(folder: Path) -> None:
     # A result with another's name in it stays as it is.
     assert "#2.txt cannot be used" in do(folder, "read #1.txt", r1="#2", r2="a").text
     assert do(folder, "numbers in sub/Zoë x.txt") == Answer("sub/Zoë x.txt has no numbers", failed=True)
+
+
+def test_numbers_are_read_as_far_as_they_go(folder: Path) -> None:
+    (folder / "n.txt").write_text("1e-05, .5, -.25 and 2.5E3. Not 1.5x, 3e, 1.2.x, v2 or 4x.")
+    assert do(folder, "numbers in n.txt") == Answer("1e-05, .5, -.25, 2.5E3, 1.2")
+
+
+def test_a_name_that_is_no_text_is_listed(folder: Path) -> None:
+    """As Python reads it: with halves of surrogate pairs, which the room replaces."""
+    (folder / "odd").mkdir()
+    with open(os.fsencode(folder / "odd") + b"/\xff.txt", "w"):
+        pass
+    room = Workforce(Texts("1. list odd"), First(), [FilesWorker(folder)])
+    assert room.run(["what is there?"])[0].answer == "?.txt"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """SQL over CSV files: read-only, bounded, results bound and not written in."""
 
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -71,9 +72,71 @@ def test_a_query_without_end_is_stopped_and_one_that_grows_is_refused(worker: Ta
     assert "too big" in ask(worker, "SELECT zeroblob(1000000000)").text
     assert "too big" in ask(worker, "SELECT hex(zeroblob(9000))").text
     assert "too complex" in ask(worker, f"SELECT area FROM countries WHERE country LIKE '{'%a' * 30}'").text
-    assert ask(worker, "SELECT country FROM countries") == Answer("more than 2 rows; ask for fewer", failed=True)
+    assert ask(worker, "SELECT country FROM countries") == Answer(
+        "the query failed: more than 2 rows; ask for fewer", failed=True
+    )
     assert ask(worker, "SELECT area FROM countries WHERE area < 0") == Answer("no row fits the query", failed=True)
     assert "at most 2000 are read" in ask(worker, "SELECT " + "1" * 2000).text
+
+
+def test_an_answer_is_bounded_before_it_is_in_memory(tmp_path: Path) -> None:
+    """Large values in many columns and rows: neither its memory nor its time is beyond what is allowed."""
+    (tmp_path / "a.csv").write_text("a\n1\n")
+    worker = TablesWorker(tmp_path, seconds=0.5)
+    many = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n WHERE x < 99) SELECT {} FROM n"
+    tracemalloc.start()
+    try:
+        assert "too many columns" in ask(worker, many.format(", ".join(["zeroblob(9999)"] * 60))).text
+        assert "a value is a blob" in ask(worker, many.format(", ".join(["zeroblob(9999)"] * 20))).text
+        text = "printf('%9999s', x)"
+        assert "more than 100000 characters" in ask(worker, many.format(", ".join([text] * 20))).text
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
+    assert ask(worker, many.format("x")).text.startswith("1, 2, 3, ")
+
+
+def test_a_table_may_have_more_columns_than_an_answer(tmp_path: Path) -> None:
+    names = [f"c{number}" for number in range(30)]
+    (tmp_path / "a.csv").write_text(",".join(names) + "\n" + ",".join("7" * 30) + "\n")
+    assert ask(TablesWorker(tmp_path), "SELECT c29 FROM a") == Answer("7")
+
+
+def test_a_result_within_quotes_is_refused(worker: TablesWorker) -> None:
+    for text in ("SELECT area FROM countries WHERE country = '#1'", 'SELECT "#1"', "SELECT 'a''b #1'"):
+        assert "no result is put within quotes, as in " in ask(worker, text, r1="Peru").text
+    between = "SELECT area FROM countries WHERE country IN ('France', #1, 'x') AND area > 700"
+    assert ask(worker, between, r1="Peru") == Answer("1285")
+
+
+def test_numbers_are_those_that_sql_keeps_and_the_rest_are_texts(tmp_path: Path) -> None:
+    columns = {
+        "whole": "12", "negative": "-3", "real": "2.50", "zero": "0", "most": "9" * 18,
+        "long": "9" * 20, "huge": "9" * 400, "code": "007", "grouped": "1_0", "power": "1e5", "blank": " 1",
+    }  # fmt: skip
+    # The mark of UTF-8 in front is no part of the first name.
+    (tmp_path / "a.csv").write_text(",".join(columns) + "\n" + ",".join(columns.values()) + "\n", encoding="utf-8-sig")
+    worker = TablesWorker(tmp_path)
+    for column, entry in columns.items():
+        kind = {"real": "real"}.get(column, "integer" if column in ("whole", "negative", "zero", "most") else "text")
+        assert ask(worker, f"SELECT typeof({column}) FROM a") == Answer(kind), column
+        assert ask(worker, f"SELECT {column} FROM a") == Answer("2.5" if column == "real" else entry)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"a,a\n1,2\n", "a.csv cannot be a table of SQL: duplicate column name: a"),
+        (b"a,A\n1,2\n", "a.csv cannot be a table of SQL: duplicate column name: A"),
+        (b"a\n\xff\n", "a.csv cannot be read: .* expected a CSV file in UTF-8"),
+        (b"a\n" + b"x" * 200_000, "a.csv cannot be read: field larger"),
+    ],
+)
+def test_a_file_that_sql_does_not_take_is_refused_in_a_sentence(tmp_path: Path, content: bytes, sentence: str) -> None:
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=sentence) as refused:
+        TablesWorker(tmp_path)
+    assert type(refused.value) is ValueError
 
 
 def test_what_is_no_table_is_refused_in_a_sentence(tmp_path: Path) -> None:
