@@ -29,6 +29,7 @@ from jaxrl_llm.models.hf_config import architecture_of
 from jaxrl_llm.models.layers import rotary_frequencies
 from jaxrl_llm.models.stored import COPIES
 from jaxrl_llm.models.stored import StoredTensors
+from jaxrl_llm.models.stored import check_layers
 
 GGUFType = Literal["F32", "F16", "BF16", "Q8_0"]
 
@@ -58,6 +59,7 @@ class GGUFFile(StoredTensors):
         )
         if ROPE_FACTORS in there:
             self.config = _with_rope_factors(self.config, self.reader.values(ROPE_FACTORS), source=str(path))
+        check_layers(self.config, len(there), source=str(path))
         places = _places(self.config, self.metadata["general.architecture"])
         named = {place.name for place in places.values()}
         self._places = {hf: place for hf, place in places.items() if place.name in there}

@@ -41,15 +41,20 @@ class StoredTensors(Tensors):
     dtypes: Mapping[str, str]
 
 
+def check_layers(config: TransformerConfig, tensors: int, *, source: str) -> None:
+    """Raise a ModelFileError where there are fewer tensors than so many layers have, before their names are made."""
+    if config.num_layers > 1024 and config.num_layers * SMALLEST_BLOCK > tensors:
+        raise ModelFileError(
+            f"{source} lacks tensors: it is to have {config.num_layers} layers, and has {tensors} tensors."
+        )
+
+
 def check_fit(config: TransformerConfig, tensors: Tensors, *, source: str) -> None:
     """Raise a ModelFileError unless the tensors are those of the configuration, by name, shape and kind.
 
     Tensors in files are judged by their description; nothing is read.
     """
-    if config.num_layers > 1024 and config.num_layers * SMALLEST_BLOCK > len(tensors):  # before their names are made
-        raise ModelFileError(
-            f"{source} lacks tensors: it is to have {config.num_layers} layers, and has {len(tensors)} tensors."
-        )
+    check_layers(config, len(tensors), source=source)
     wanted = tensor_shapes(config)
     _check_names(tensors, wanted, config, source)
     wrong = []
