@@ -81,19 +81,12 @@ def written_pieces(
         if not whole.startswith(opened):
             # Without thinking the prompt closes it, and a turn that thinks does not go on from there.
             raise ValueError(f"messages[{index}] is written otherwise than after its prompt, with thinking={thinking}.")
-        end = chat.end(message)
-        answer = whole[len(opened) :]
-        if _writes_end(chat, message, end):
-            answer, found, _ = answer.rpartition(end)
-            if not found:
-                raise ValueError(f"messages[{index}] is written without {end!r} after it, unlike a plain answer.")
-        if any(stop in answer for stop in chat.stop_tokens):
-            raise ValueError(f"messages[{index}] has the name of a token in it that ends an answer.")
+        answer = _answer(whole[len(opened) :], chat, message, f"messages[{index}]")
         if not texts or not opened.startswith(done):
             texts.append([])
             done = ""
-        texts[-1] += [Piece(opened[len(done) :]), Piece(answer, end)]
-        done = opened + answer + end
+        texts[-1] += [Piece(opened[len(done) :]), answer]
+        done = opened + str(answer)
     if not texts:
         raise ValueError("messages has no turn of the assistant that is to be written; expected one.")
     if tokenizer is not None:
@@ -113,6 +106,18 @@ def control_names(tokenizer: Tokenizer, frame: str, ends: Collection[int]) -> re
     added = tokenizer.backend.get_added_tokens_decoder()
     names = [token.content for number, token in added.items() if number in named or token.content in frame]
     return re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or r"(?!)")
+
+
+def _answer(written: str, chat: Chat, message: Mapping[str, Any], place: str) -> Piece:
+    """What a chat writes of a message after its prompt, as a piece."""
+    text, end = written, chat.end(message)
+    if _writes_end(chat, message, end):
+        text, found, _ = written.rpartition(end)
+        if not found:
+            raise ValueError(f"{place} is written without {end!r} after it, unlike a plain answer.")
+    if any(stop in text for stop in chat.stop_tokens):
+        raise ValueError(f"{place} has the name of a token in it that ends an answer.")
+    return Piece(text, end)
 
 
 def _writes_end(chat: Chat, message: Mapping[str, Any], end: str) -> bool:
