@@ -2,7 +2,6 @@
 
 import json
 import re
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import reduce
@@ -248,20 +247,12 @@ def test_the_rules(name: str) -> None:
     assert expected.malformed is (name in MALFORMED)
 
 
-def arguments(count: int) -> str:
-    pairs = (f"<arg_key>{number}</arg_key><arg_value></arg_value>" for number in range(count))
-    return f"<tool_call>now{''.join(pairs)}</tool_call>"
-
-
-@pytest.mark.parametrize("text", [lambda count: "</tool_call>" * count, arguments], ids=["ends", "arguments"])
-def test_four_times_the_text_takes_four_times_as_long(text: Callable[[int], str]) -> None:
-    seconds = []
-    for count in (10000, 40000):
-        start = time.process_time()
-        parse_answer(text(count))
-        seconds.append(time.process_time() - start)
-    # What cuts the text anew at each tag, or adds up what it found, takes twenty times as long or more.
-    assert seconds[1] < 13 * seconds[0]
+def test_degenerate_answers_are_read_whole() -> None:
+    """Each tag once: what cuts the text anew at every tag would not end here."""
+    assert len(parse_answer("</tool_call>" * 100_000).faults) == 100_000
+    pairs = (f"<arg_key>{number}</arg_key><arg_value></arg_value>" for number in range(20_000))
+    [call] = parse_answer(f"<tool_call>now{''.join(pairs)}</tool_call>").tool_calls
+    assert len(call.arguments) == 20_000
 
 
 def test_a_prompt_may_have_opened_the_thinking() -> None:
