@@ -169,9 +169,9 @@ def test_the_loop_stops_when_all_rows_have_ended(model, prompts, monkeypatch):
     slots = []
     real = generate_module.decode_step
 
-    def counting(config, weights, tokens, slot, *rest):
+    def counting(weights, tokens, slot, *rest):
         jax.debug.callback(lambda slot: slots.append(int(slot)), slot)
-        return real(config, weights, tokens, slot, *rest)
+        return real(weights, tokens, slot, *rest)
 
     monkeypatch.setattr(generate_module, "decode_step", counting)
     sampler.cache_clear()
