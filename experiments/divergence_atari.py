@@ -7,7 +7,7 @@ Cost       85 minutes on two cores of an Intel Xeon at 2.8 GHz, beside other wor
 Expected   score_at_the_end >= 0.0 in summary.json: as many points as the opponent, in the last tenth of the run
 
 Two million frames of Pong (half a million steps, each held for four frames), one run each of PPO and the multi-step KL,
-grey pictures of 42 x 42 so that it takes one hour and not three; `--size 84 --torso nature` is the usual one.
+grey pictures of 42 x 42; `--size 84 --torso nature` is the usual one, and about twice as slow (estimated).
 
 What came out: both learn, from -20.2 points to -3.6 (PPO) and -8.3 (multi-step KL) in the games that end in the last
 tenth; a claim of 0 is missed, and one run each does not tell the arms apart. With the network for 84 x 84 (`--torso

@@ -14,7 +14,7 @@ from jaxrl_llm.models.config import TransformerConfig
 from jaxrl_llm.models.context import Context
 from jaxrl_llm.models.numerics import Numerics
 from jaxrl_llm.models.numerics import at_least_float32
-from jaxrl_llm.models.numerics import product
+from jaxrl_llm.models.numerics import matrix_product
 from jaxrl_llm.models.stored_parts import Stored
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Float
@@ -54,7 +54,7 @@ class LowRank(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch I"], numerics: Numerics) -> Float[Array, "*batch O"]:
         """Apply the update."""
-        return self.scaling * product(product(x, self.a[...], numerics), self.b[...], numerics)
+        return self.scaling * matrix_product(matrix_product(x, self.a[...], numerics), self.b[...], numerics)
 
     def dense(self) -> Float[Array, "*E I O"]:
         """The update as one matrix, in float32."""
@@ -89,7 +89,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
         """The product in the compute dtype."""
-        y = product(x, self.kernel[...], self.numerics)
+        y = matrix_product(x, self.kernel[...], self.numerics)
         if self.bias is not None:
             y = y + self.bias[...].astype(y.dtype)
         if self.low_rank is not None:

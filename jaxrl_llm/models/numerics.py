@@ -41,7 +41,9 @@ def at_least_float32(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def product(x: Float[Array, "*batch I"], kernel: Float[Array, "I O"], numerics: Numerics) -> Float[Array, "*batch O"]:
+def matrix_product(
+    x: Float[Array, "*batch I"], kernel: Float[Array, "I O"], numerics: Numerics
+) -> Float[Array, "*batch O"]:
     """x @ kernel, multiplied in `compute_dtype` and returned in `stream`."""
     dtype = numerics.compute_dtype
     rows = two_rows(x.astype(dtype))

@@ -85,7 +85,9 @@ class DecodeWeights:
 
         def cast(path: tuple, variable: nnx.Variable) -> nnx.Variable:
             value = variable.get_value()
-            if path[0] == "embedding" or path[:-1] in routers:  # read row by row; float32 in every sampler
+            # The table is read row by row, a head is cast by itself, a layer for a further token is not used, and
+            # routers are float32 in every sampler.
+            if path[0] in ("embedding", "unembedding", "further") or path[:-1] in routers:
                 return variable
             return variable.replace(value.astype(wide if value.ndim < 2 else dtype))
 

@@ -1,9 +1,11 @@
 """The first program in a sandbox: it limits itself, reads the program of a step from its standard input and runs it.
 
-Never imported: `sandbox` hands its text to an interpreter that has neither site packages nor this one.
+Never imported: `sandbox` hands its text to an interpreter that has neither site packages nor this one. What it runs was
+written by a model, so it runs nothing where it is not in the sandbox, whose folder no other place has.
 """
 
 import json
+import os
 import re
 import resource
 import sys
@@ -29,6 +31,8 @@ def limit(seconds, memory):
 
 def main():
     """Run the program; the value of an expression is printed, unless it is None: print(2) has printed 2 already."""
+    if os.getcwd() != "/empty":
+        raise SystemExit("programs of steps are run in the sandbox only.")
     task = json.load(sys.stdin)
     limit(task["seconds"], task["memory"])
     names = {"numbers": numbers, **task["results"]}

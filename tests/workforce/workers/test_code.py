@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -117,11 +118,20 @@ def test_the_filter_decides_call_by_call(machine: str) -> None:
     assert len(program) // 8 == len(forbidden) + 7 < 256
 
 
-def test_the_first_program_limits_itself_before_it_runs_anything() -> None:
-    """Without a sandbox, in a process of its own: what is printed, and which limits hold for the program."""
+def booted(task: dict[str, object], folder: Path, *, inside: bool = True) -> "subprocess.CompletedProcess[str]":
+    """The first program without a sandbox, in a process of its own; where it is `inside`, it takes the folder for that
+    of the sandbox.
+    """
+    assert BOOT.count('"/empty"') == 1
+    boot = BOOT.replace('"/empty"', repr(str(folder.resolve()))) if inside else BOOT
+    command = [sys.executable, "-I", "-S", "-c", boot]
+    return subprocess.run(command, input=json.dumps(task), cwd=folder, capture_output=True, text=True)
+
+
+def test_the_first_program_limits_itself_before_it_runs_anything(tmp_path: Path) -> None:
+    """What is printed, and which limits hold for the program."""
     program = "import resource\nprint(resource.getrlimit(resource.RLIMIT_FSIZE), sum(numbers(r1)))"
-    task = json.dumps({"program": program, "results": {"r1": "3, 4"}, "memory": 400_000_000, "seconds": 5})
-    ran = subprocess.run([sys.executable, "-I", "-S", "-c", BOOT], input=task, capture_output=True, text=True)
+    ran = booted({"program": program, "results": {"r1": "3, 4"}, "memory": 400_000_000, "seconds": 5}, tmp_path)
     assert (ran.stdout, ran.stderr) == ("(0, 0) 7\n", "")
 
 
@@ -129,9 +139,8 @@ def test_the_first_program_limits_itself_before_it_runs_anything() -> None:
     ("program", "printed"),
     [("print(2)", "2\n"), ("1 + 1", "2\n"), ("None", ""), ("numbers('1e-05, .5, 7, 1.5x')", "[1e-05, 0.5, 7]\n")],
 )
-def test_the_value_of_an_expression_is_printed_once(program: str, printed: str) -> None:
-    task = json.dumps({"program": program, "results": {}, "memory": 400_000_000, "seconds": 5})
-    ran = subprocess.run([sys.executable, "-I", "-S", "-c", BOOT], input=task, capture_output=True, text=True)
+def test_the_value_of_an_expression_is_printed_once(program: str, printed: str, tmp_path: Path) -> None:
+    ran = booted({"program": program, "results": {}, "memory": 400_000_000, "seconds": 5}, tmp_path)
     assert (ran.stdout, ran.stderr) == (printed, "")
 
 
@@ -190,3 +199,10 @@ def test_limits_that_cannot_be_are_refused() -> None:
         CodeLimits(seconds=0)
     with pytest.raises(ValueError, match="output is 0"):
         CodeLimits(output=0)
+
+
+def test_what_runs_first_in_a_sandbox_runs_nothing_elsewhere(tmp_path: Path) -> None:
+    task = {"program": f"open({str(tmp_path / 'made')!r}, 'w')", "results": {}, "memory": 400_000_000, "seconds": 5}
+    ran = booted(task, tmp_path, inside=False)
+    assert (ran.returncode, ran.stderr) == (1, "programs of steps are run in the sandbox only.\n")
+    assert not (tmp_path / "made").exists()
