@@ -172,12 +172,14 @@ class RunSettings:
             raise UserError(f"Field --mismatch: {error}") from error
 
     def get_trainable(self) -> Trainable:
-        """Which parameters learn."""
+        """Which parameters learn: what `learns` says, and the layer for further tokens where its loss has a weight."""
         if self.learns == "full":
-            return choices.full()
-        if self.learns == "lora":
-            return choices.lora(self.lora_rank, top=self.top_layers)
-        return choices.top_layers(self.top_layers)
+            choice = choices.full()
+        elif self.learns == "lora":
+            choice = choices.lora(self.lora_rank, top=self.top_layers)
+        else:
+            choice = choices.top_layers(self.top_layers)
+        return dataclasses.replace(choice, further=self.train.update.mtp_weight > 0)
 
     def check_mesh(self) -> None:
         """Refuse a mesh that is none, or that this machine has not the devices for, before there is a model.

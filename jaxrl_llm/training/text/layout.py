@@ -329,6 +329,29 @@ def through_layers(
     return model.rows(x, rows.positions, visibility(rows), start=start, stop=stop, remat=remat)
 
 
+def predecessors(rows: Rows) -> tuple[Int[Array, "n W"], Bool[Array, "n W"]]:
+    """The column of the token before each token in its own text, and whether there is one: a text's first has none."""
+    layout, (count, width) = rows.layout, rows.tokens.shape
+    columns = jnp.broadcast_to(jnp.arange(width), (count, width))
+    if rows.segments is None:
+        assert isinstance(layout, Grid)
+        places = np.arange(width) - layout.prompt_length
+        first = (places >= 0) & (places % max(layout.response_length - 1, 1) == 0)
+        before = jnp.where(jnp.asarray(first), layout.prompt_length - 1, columns - 1)
+    else:
+        assert rows.prefixes is not None
+        # Segments lie in one piece: the last column of each, and padding in a place of its own.
+        ends = jnp.full((count, width + 1), -1).at[jnp.arange(count)[:, None], rows.segments].max(columns)
+        begins = rows.segments != jnp.roll(rows.segments, 1, axis=1)
+        begins = begins.at[:, 0].set(True)
+        continued = jnp.where(
+            rows.prefixes == rows.segments, -1, jnp.take_along_axis(ends, jnp.maximum(rows.prefixes, 0), axis=1)
+        )
+        before = jnp.where(begins, continued, columns - 1)
+    there = jnp.take_along_axis(rows.token_mask, jnp.maximum(before, 0), axis=1) & (before >= 0)
+    return jnp.maximum(before, 0), there & rows.token_mask
+
+
 def chosen_states(x: Float[Array, "n W D"], rows: Rows) -> Float[Array, "n K D"]:
     """The state that predicts each chosen token: the one of the token before it in its own text."""
     layout, (count, _, width) = rows.layout, x.shape

@@ -82,30 +82,28 @@ def require_routers(settings: UpdateSettings, params: PyTree) -> None:
 
 
 def router_terms(
-    blocks: Sequence[Block], routes: Sequence[Routes | None], token_mask: Bool[Array, "n W"]
+    sent: Sequence[tuple[Block, Routes | None, Bool[Array, "n W"]]],
 ) -> tuple[Float[Array, ""], SumCount | None]:
     """What routers add to the loss of a micro-batch.
 
     Args:
-        blocks: the layers that learn.
-        routes: where each sent the tokens.
-        token_mask: which tokens are real.
+        sent: of each layer that learns: the layer, where its router sent the tokens, and which of them are real.
 
     Returns:
         a term of value 0 whose gradient with respect to each correction bias is the loads of its experts; and the
         losses `objectives.balance.sequence_balance_loss` of all rows and layers, as (sum, count). None without routers.
     """
     named, total, rows = jnp.zeros(()), jnp.zeros(()), jnp.zeros(())
-    for block, sent in zip(blocks, routes, strict=True):
-        if sent is None:
+    for block, routes, token_mask in sent:
+        if routes is None:
             continue
-        bias, experts = cast(Experts, block.mlp).router.bias, sent.scores.shape[-1]
+        bias, experts = cast(Experts, block.mlp).router.bias, routes.scores.shape[-1]
         if bias is not None:
-            loads = balance.expert_loads(sent.selection, token_mask, num_experts=experts)
+            loads = balance.expert_loads(routes.selection, token_mask, num_experts=experts)
             named += jnp.sum(bias[...] * jax.lax.stop_gradient(loads))
-        some = balance.sequence_balance_loss(sent.scores, sent.selection, token_mask)
+        some = balance.sequence_balance_loss(routes.scores, routes.selection, token_mask)
         total, rows = total + some[0], rows + some[1]
-    if not any(sent is not None for sent in routes):
+    if all(routes is None for _, routes, _ in sent):
         return named, None
     return named - jax.lax.stop_gradient(named), (total, rows)
 

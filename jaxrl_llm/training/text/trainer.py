@@ -28,6 +28,7 @@ from jaxrl_llm.training.text.finite import finite_at
 from jaxrl_llm.training.text.finite import finite_states
 from jaxrl_llm.training.text.finite import without_broken_rows
 from jaxrl_llm.training.text.fitting import stale_sentence
+from jaxrl_llm.training.text.further import require_further
 from jaxrl_llm.training.text.layout import Arrangement
 from jaxrl_llm.training.text.layout import Grid
 from jaxrl_llm.training.text.layout import arrange
@@ -107,6 +108,7 @@ class Trainer:
         self._grid = self._fixed_grid()
         update, temperature = settings.update, settings.sampling.temperature
         require_routers(update, initial)
+        require_further(update, initial)
         self.optimizer = make_optimizer(settings.optimizer, settings.optimizer_steps)
         if router_biases(initial):
             self.optimizer = with_router_bias(self.optimizer, rate=update.router_bias_rate)
@@ -120,8 +122,7 @@ class Trainer:
             self.optimizer,
             critic=self.critic,
             temperature=temperature,
-            remat=update.remat,
-            router_balance=update.router_balance,
+            settings=update,
         )
         self.scorer = Scorer(
             self.policy,
