@@ -68,6 +68,23 @@ def expert_weights(
     return settings.scale * chosen
 
 
+def given_selections(
+    config: TransformerConfig, selections: Int[Array, "B T L k"] | None
+) -> list[Int[Array, "B T k"] | None]:
+    """For `Transformer.through`: of each layer, the experts that were recorded; None of a dense one, and of every layer
+    where nothing was recorded.
+
+    Args:
+        config: of the model.
+        selections: of its L layers that have experts.
+    """
+    if selections is None:
+        return [None] * config.num_layers
+    sparse = [layer for layer in range(config.num_layers) if config.is_sparse(layer)]
+    wide = selections.astype(jnp.int32)
+    return [wide[:, :, sparse.index(layer)] if layer in sparse else None for layer in range(config.num_layers)]
+
+
 class Router(nnx.Module):
     """Scores of the experts; in float32 whatever the model's dtypes, or near ties would choose other experts."""
 

@@ -268,8 +268,6 @@ class Transformer(nnx.Module):
         Raises:
             ValueError: the model has no layer for it, or a text has one token.
         """
-        if not self.further:
-            raise ValueError("the model has no layer that predicts further tokens; its mtp_layers is 0.")
         token_mask = self._checked_mask(tokens, token_mask)
         if tokens.shape[1] < 2:
             raise ValueError(f"tokens must have two columns or more, a token and the next one, got {tokens.shape}")
@@ -305,8 +303,9 @@ class Transformer(nnx.Module):
         layer, context = self.further[0], RowContext(self._sight(visibility))
         rotation = Rotation.at(positions, self.config)
 
-        def apply(before, embedded):
-            return layer(before, embedded, rotation, context)[::2]
+        def apply(before: Array, embedded: Array) -> tuple[Array, Routes | None]:
+            x, _, routes = layer(before, embedded, rotation, context)
+            return x, routes
 
         return (jax.checkpoint(apply) if remat else apply)(before, embedded)
 

@@ -33,6 +33,7 @@ from jaxrl_llm.models.attention import MASKED_SCORE
 from jaxrl_llm.models.cache import KVCache
 from jaxrl_llm.models.config import TransformerConfig
 from jaxrl_llm.models.experts import Router
+from jaxrl_llm.models.experts import Routes
 from jaxrl_llm.models.lora import merge_lora
 from jaxrl_llm.models.numerics import Numerics
 from jaxrl_llm.models.numerics import two_rows
@@ -188,6 +189,18 @@ def decode_step(
     response: ResponseCache,
     cache_rounding: Callable[[Array], Array] | None = None,
 ) -> tuple[Float[Array, "B D"], ResponseCache]:
+    """`decode_routed` without the routes."""
+    return decode_routed(weights, tokens, slot, prompt, response, cache_rounding)[:2]
+
+
+def decode_routed(
+    weights: DecodeWeights,
+    tokens: Int[Array, " B"],
+    slot: Int[Array, ""],
+    prompt: PromptCache,
+    response: ResponseCache,
+    cache_rounding: Callable[[Array], Array] | None = None,
+) -> tuple[Float[Array, "B D"], ResponseCache, tuple[Routes | None, ...]]:
     """Read one token per row.
 
     Args:
@@ -199,7 +212,8 @@ def decode_step(
         cache_rounding: acts on keys and values before anything attends to them, their own token included.
 
     Returns:
-        The final hidden states, which predict the next tokens, and the cache with these tokens in it.
+        The final hidden states, which predict the next tokens; the cache with these tokens in it; and where the router
+        of each layer sent them, None of a dense layer.
     """
     model = weights.model
     length = jnp.repeat(jnp.sum(prompt.mask, axis=1, dtype=jnp.int32), tokens.shape[0] // prompt.mask.shape[0])
@@ -208,7 +222,7 @@ def decode_step(
         for shared, own in zip(prompt.layers(), response.layers(), strict=True)
     ]
     passed = model.through(model.embed(tokens[:, None]), (length + slot)[:, None], contexts)
-    return model.final_norm(passed.x)[:, 0], ResponseCache.of(passed.contexts)
+    return model.final_norm(passed.x)[:, 0], ResponseCache.of(passed.contexts), passed.routes
 
 
 def decode_logits(weights: DecodeWeights, hidden: Float[Array, "B D"]) -> Float[Array, "V B"]:

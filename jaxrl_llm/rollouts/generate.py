@@ -4,19 +4,24 @@ import operator
 from collections.abc import Iterable
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 from typing import NamedTuple
 from typing import Protocol
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxrl_llm.models.cache import KVCache
+from jaxrl_llm.models.config import TransformerConfig
+from jaxrl_llm.models.experts import Routes
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.rollouts.decode import DecodeWeights
 from jaxrl_llm.rollouts.decode import PromptCache
 from jaxrl_llm.rollouts.decode import ResponseCache
 from jaxrl_llm.rollouts.decode import decode_logits
-from jaxrl_llm.rollouts.decode import decode_step
+from jaxrl_llm.rollouts.decode import decode_routed
 from jaxrl_llm.rollouts.grouping import group_ids
 from jaxrl_llm.rollouts.grouping import repeat_prompts
 from jaxrl_llm.rollouts.perturb.logits import LogitPerturbation
@@ -51,6 +56,8 @@ class Rollout:
         log_prob_behaviour: of each sampled token under the distribution that drew it (tempered, truncated,
             renormalised) and in the precision that drew it [nats]; 0 elsewhere.
         group_ids: the prompt of each row, 0 .. N - 1.
+        selections: the k experts to which each of the L layers that have experts sent each token, where that was
+            recorded; of the last sampled token, which no layer read, and at padding they mean nothing.
     """
 
     tokens: Int[Array, "B T"]
@@ -58,6 +65,7 @@ class Rollout:
     response_mask: Bool[Array, "B T"]
     log_prob_behaviour: Float[Array, "B T"]
     group_ids: Int[Array, " B"]
+    selections: Int[Array, "B T L k"] | None = None
 
 
 class Generate(Protocol):
@@ -88,10 +96,11 @@ class _Plan(NamedTuple):
     decode_dtype: jnp.dtype | None
     perturb_logits: LogitPerturbation | None
     cache_rounding: Rounding | None
+    record_selections: bool
 
 
 class _Progress(NamedTuple):
-    # What the decode loop carries; the columns of the last three are token numbers in the response.
+    # What the decode loop carries; the columns of arrays are token numbers in the response.
     count: Int[Array, ""]
     ended: Bool[Array, " B"]
     cache: ResponseCache
@@ -100,6 +109,8 @@ class _Progress(NamedTuple):
     log_probs: Float[Array, "B R"]
     # Of the noise of each row's context; None where the engine has none.
     context_keys: Key[Array, " B"] | None
+    # Of the token that was read; None where nobody asks.
+    selections: Int[Array, "B R L k"] | None
 
 
 def make_generate(
@@ -113,6 +124,7 @@ def make_generate(
     decode_dtype: jnp.dtype | type | None = None,
     perturb_logits: LogitPerturbation | None = None,
     cache_rounding: Rounding | None = None,
+    record_selections: bool = False,
 ) -> Generate:
     """A compiled sampler for models of one structure.
 
@@ -134,6 +146,7 @@ def make_generate(
         perturb_logits: makes the sampler another policy than the model (`rollouts.perturb`); the recorded log-probs are
             those of the policy that sampled. Perturbed weights are given as the state.
         cache_rounding: acts on keys and values of prompts and responses before anything attends to them.
+        record_selections: keep which experts each token was sent to, so that a trainer can send it there too.
 
     Returns:
         A function of (state, prompt_tokens [N, P], prompt_mask [N, P], key, step, prompt_index [N],
@@ -151,7 +164,8 @@ def make_generate(
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
     dtype = None if decode_dtype is None else jnp.dtype(decode_dtype)
-    plan = _Plan(max_new_tokens, group_size, sampling, eos_ids, pad_id, dtype, perturb_logits, cache_rounding)
+    changed = (perturb_logits, cache_rounding)
+    plan = _Plan(max_new_tokens, group_size, sampling, eos_ids, pad_id, dtype, *changed, record_selections)
 
     @jax.jit
     def compiled(state, prompt_tokens, prompt_mask, key, step, prompt_index, sample_index=None, noise_key=None):
@@ -180,6 +194,8 @@ def make_generate(
 
 def _check(model: Transformer, plan: _Plan, prompt_tokens, prompt_mask, step, prompt_index, sample_index) -> None:
     vocabulary = model.config.vocab_size
+    if plan.record_selections and model.config.experts is None:
+        raise ValueError("record_selections is True, and the model has no experts; it must be False.")
     for name, token in (("pad_id", plan.pad_id), *(("eos_id", token) for token in plan.eos_ids)):
         if not 0 <= token < vocabulary:
             raise ValueError(f"{name} must be a token of the vocabulary, 0 .. {vocabulary - 1}, got {token}")
@@ -217,11 +233,17 @@ def _generate(
     noise_key: PRNGKey | None,
 ) -> Rollout:
     read = jnp.where(prompt_mask, prompt_tokens, 0)  # what stands at padding may be no token
-    hidden, cache = model.prefill(read, prompt_mask, cache_rounding=plan.cache_rounding)
+    hidden, cache, routes = _read_prompts(model, read, prompt_mask, plan.cache_rounding)
     first_logits = jnp.repeat(model.logits(hidden[:, -1]).T, plan.group_size, axis=1)
     weights = DecodeWeights.of(model, plan.decode_dtype)
     prompt = PromptCache.of(cache, weights.dtype)
     rows, slots = keys.shape[0], plan.max_new_tokens
+    chosen, selections = None, None
+    if plan.record_selections:
+        chosen = _stacked(routes, model.config)
+        # Of a token that no layer read, the first experts: no expert twice.
+        experts = jnp.arange(chosen.shape[-1], dtype=chosen.dtype)
+        selections = jnp.broadcast_to(experts, (rows, slots, *chosen.shape[2:]))
     progress = _record(
         plan,
         keys,
@@ -235,6 +257,7 @@ def _generate(
             mask=jnp.zeros((rows, slots), bool),
             log_probs=jnp.zeros((rows, slots), first_logits.dtype),
             context_keys=_prompt_keys(plan, noise_key, prompt_tokens, prompt_mask),
+            selections=selections,
         ),
     )
 
@@ -244,18 +267,46 @@ def _generate(
     def advance(progress: _Progress) -> _Progress:
         last = progress.count - 1
         tokens = jax.lax.dynamic_index_in_dim(progress.tokens, last, axis=1, keepdims=False)
-        hidden, cache = decode_step(weights, tokens, last, prompt, progress.cache, plan.cache_rounding)
-        return _record(plan, keys, decode_logits(weights, hidden), progress._replace(cache=cache))
+        hidden, cache, routes = decode_routed(weights, tokens, last, prompt, progress.cache, plan.cache_rounding)
+        selections = progress.selections
+        if selections is not None:
+            read = _stacked(routes, model.config)
+            selections = jax.lax.dynamic_update_slice_in_dim(selections, read, last, axis=1)
+        progress = progress._replace(cache=cache, selections=selections)
+        return _record(plan, keys, decode_logits(weights, hidden), progress)
 
     progress = jax.lax.while_loop(unfinished, advance, progress)
     tokens, mask = repeat_prompts(prompt_tokens, prompt_mask, plan.group_size)
+    if chosen is not None and progress.selections is not None:
+        of_prompts = jnp.repeat(chosen, plan.group_size, axis=0)
+        chosen = jnp.concatenate([of_prompts, progress.selections], axis=1)
     return Rollout(
         tokens=jnp.concatenate([tokens, progress.tokens], axis=1),
         token_mask=jnp.concatenate([mask, progress.mask], axis=1),
         response_mask=jnp.concatenate([jnp.zeros_like(mask), progress.mask], axis=1),
         log_prob_behaviour=jnp.pad(progress.log_probs, ((0, 0), (tokens.shape[1], 0))),
         group_ids=group_ids(prompt_tokens.shape[0], plan.group_size),
+        selections=chosen,
     )
+
+
+def _read_prompts(
+    model: Transformer, tokens: Int[Array, "N P"], token_mask: Bool[Array, "N P"], rounding: Rounding | None
+) -> tuple[Float[Array, "N P D"], KVCache, tuple[Routes | None, ...]]:
+    """`Transformer.prefill`, and where the routers sent the tokens."""
+    rows, length = tokens.shape
+    cache = KVCache.empty(model.config, rows, length, model.numerics.compute_dtype, rounding)
+    positions = cache.next_positions(token_mask)
+    cache = cache.advance(token_mask)
+    passed = model.through(model.embed(tokens), positions, cache.contexts(length))
+    return model.final_norm(passed.x), cache.written(cast(Any, passed.contexts)), passed.routes
+
+
+def _stacked(routes: Sequence[Routes | None], config: TransformerConfig) -> Int[Array, "B T L k"]:
+    """The selections of the layers that have experts, in as few bytes as hold them."""
+    assert config.experts is not None
+    chosen = [layer.selection for layer in routes if layer is not None]
+    return jnp.stack(chosen, axis=2).astype(jnp.uint8 if config.experts.count <= 2**8 else jnp.uint16)
 
 
 def _prompt_keys(

@@ -106,6 +106,7 @@ class PolicySampler:
         decode_dtype: Any = None,
         perturbation: Perturbation | None = None,
         mesh: Mesh | None = None,
+        record_selections: bool = False,
     ) -> None:
         """Nothing is compiled before the first batch.
 
@@ -119,6 +120,7 @@ class PolicySampler:
             decode_dtype: see `make_generate`.
             perturbation: what the sampler does differently from the model.
             mesh: devices that the prompts are spread over.
+            record_selections: see `make_generate`.
         """
         perturbation = Perturbation() if perturbation is None else perturbation
         self.law = Law(
@@ -138,6 +140,7 @@ class PolicySampler:
             decode_dtype=decode_dtype,
             perturb_logits=perturbation.logits,
             cache_rounding=perturbation.cache,
+            record_selections=record_selections,
         )
 
         def perturbed(state: nnx.State) -> nnx.State:

@@ -115,6 +115,7 @@ class TaskCollector:
             samples=self._written(problems, texts, scores),
             texts=tuple(texts),
             cursor={"curriculum": asdict(level), "replaced": [*cursor.get("replaced", ()), *replaced]},
+            selections=None if rollout.selections is None else np.asarray(rollout.selections),
         )
 
     def _encoded(self, problems: Sequence[Problem]) -> tuple[np.ndarray, np.ndarray]:

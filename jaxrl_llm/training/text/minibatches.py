@@ -1,6 +1,7 @@
 """Which rows of a rollout batch make up which optimiser step."""
 
 import dataclasses
+from typing import Literal
 from typing import NamedTuple
 
 import jax
@@ -37,6 +38,8 @@ class UpdateSettings:
             tokens that count. GLM-4.5: 0.3, later 0.1.
         mtp_detached: that loss moves its own layer alone, as it should in reinforcement learning; False lets it move
             the rest of the model too, as in pre-training.
+        router_replay: "on" sends each token in training to the experts to which the sampler sent it, with the weights
+            of the live scores; "measure" lets routers choose anew and measures how often they choose otherwise.
     """
 
     minibatches: int = 4
@@ -52,6 +55,7 @@ class UpdateSettings:
     router_balance: float = dataclasses.field(default=0.0, metadata=LATER)
     mtp_weight: float = dataclasses.field(default=0.0, metadata=LATER)
     mtp_detached: bool = dataclasses.field(default=True, metadata=LATER)
+    router_replay: Literal["off", "measure", "on"] = dataclasses.field(default="off", metadata=LATER)
 
     def __post_init__(self) -> None:
         """Refuse impossible numbers."""
@@ -69,6 +73,8 @@ class UpdateSettings:
         }.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+        if self.router_replay not in (allowed := ("off", "measure", "on")):
+            raise ValueError(f"router_replay is {self.router_replay!r}; it must be one of {', '.join(allowed)}.")
 
 
 class Minibatch(NamedTuple):

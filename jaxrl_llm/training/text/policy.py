@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxrl_llm.models.block import Block
 from jaxrl_llm.models.experts import Routes
 from jaxrl_llm.models.sharding import constrain
 from jaxrl_llm.models.tokenizers import Tokenizer
@@ -66,6 +67,10 @@ class Policy:
     def hidden(self, model: Transformer, rows: Rows, trunk: Float[Array, "n W D"] | None) -> Float[Array, "n K D"]:
         """States that predict the chosen tokens, through the layers that are trained."""
         return self.forward(model, rows, trunk).hidden
+
+    def blocks(self, model: Transformer) -> list[Block]:
+        """The layers that are trained."""
+        return list(model.layers)[self.first_layer :]
 
     def forward(
         self, model: Transformer, rows: Rows, trunk: Float[Array, "n W D"] | None, *, remat: bool = False

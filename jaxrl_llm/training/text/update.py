@@ -293,8 +293,8 @@ class Update:
             terms, forward = micro_batch_loss(
                 self._policy, self._objective, model, some, heads, fraction=1.0 / count, **self._static
             )
-            losses, blocks = {}, list(model.layers)[self._policy.first_layer :]
-            sent = [(*layer, some.rows.token_mask) for layer in zip(blocks, forward.routes, strict=True)]
+            layers = zip(self._policy.blocks(model), forward.routes, strict=True)
+            losses, sent = {}, [(*layer, some.rows.token_mask) for layer in layers]
             if "mtp_loss" in self._weights:
                 detached = self._settings.mtp_detached
                 further = further_loss(
