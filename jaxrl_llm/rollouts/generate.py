@@ -1,16 +1,19 @@
 """Sample a group of responses to every prompt of a batch, in one compiled program."""
 
 import operator
+from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 from typing import Protocol
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxrl_llm.models.config import TransformerConfig
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.rollouts.decode import DecodeWeights
 from jaxrl_llm.rollouts.decode import PromptCache
@@ -78,16 +81,47 @@ class Generate(Protocol):
         ...
 
 
-class _Plan(NamedTuple):
-    # Everything that is fixed when the program is compiled.
+class Plan(NamedTuple):
+    """Everything that is fixed when the program is compiled; see `make_generate`."""
+
     max_new_tokens: int
     group_size: int
     sampling: SamplingSettings
     eos_ids: tuple[int, ...]
     pad_id: int
     decode_dtype: jnp.dtype | None
-    perturb_logits: LogitPerturbation | None
-    cache_rounding: Rounding | None
+    perturb_logits: LogitPerturbation | None = None
+    cache_rounding: Rounding | None = None
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        max_new_tokens: int,
+        group_size: int,
+        sampling: SamplingSettings,
+        eos_id: int | Sequence[int],
+        pad_id: int,
+        decode_dtype: jnp.dtype | type | None,
+    ) -> Self:
+        """The plan, its sizes looked at.
+
+        Raises:
+            ValueError: for a size below 1.
+        """
+        eos_ids = tuple(operator.index(token) for token in (eos_id if isinstance(eos_id, Iterable) else (eos_id,)))
+        for name, size in (("max_new_tokens", max_new_tokens), ("group_size", group_size)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        dtype = None if decode_dtype is None else jnp.dtype(decode_dtype)
+        return cls(max_new_tokens, group_size, sampling, eos_ids, pad_id, dtype)
+
+    def ends(self, tokens: Int[Array, "*batch"]) -> Bool[Array, "*batch"]:
+        """Which tokens end a response."""
+        ends = jnp.zeros(tokens.shape, bool)
+        for token in self.eos_ids:
+            ends = ends | (tokens == token)
+        return ends
 
 
 class _Progress(NamedTuple):
@@ -146,22 +180,40 @@ def make_generate(
             arguments that do not fit, prompts that are not left-padded or empty, and prompt tokens that are none of the
             vocabulary (these two are values: not seen inside another jit).
     """
-    eos_ids = tuple(operator.index(token) for token in (eos_id if isinstance(eos_id, Iterable) else (eos_id,)))
-    for name, size in (("max_new_tokens", max_new_tokens), ("group_size", group_size)):
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
-    dtype = None if decode_dtype is None else jnp.dtype(decode_dtype)
-    plan = _Plan(max_new_tokens, group_size, sampling, eos_ids, pad_id, dtype, perturb_logits, cache_rounding)
+    plan = Plan.of(
+        max_new_tokens=max_new_tokens,
+        group_size=group_size,
+        sampling=sampling,
+        eos_id=eos_id,
+        pad_id=pad_id,
+        decode_dtype=decode_dtype,
+    )
+    return compiled_sampler(
+        graphdef, plan._replace(perturb_logits=perturb_logits, cache_rounding=cache_rounding), _generate
+    )
+
+
+def compiled_sampler(graphdef: nnx.GraphDef, plan: Plan, draw: Callable[..., Rollout]) -> Generate:
+    """The sampler that draws so, compiled; what it is given is looked at first.
+
+    Args:
+        graphdef: of what `draw` reads; its `config` is that of the model.
+        plan: what is fixed.
+        draw: (merged graphdef, plan, prompt_tokens, prompt_mask, keys [B], noise_key) -> Rollout.
+
+    Returns:
+        see `make_generate`, what it raises too.
+    """
 
     @jax.jit
     def compiled(state, prompt_tokens, prompt_mask, key, step, prompt_index, sample_index=None, noise_key=None):
         model = nnx.merge(graphdef, state)
-        sample_index = jnp.arange(group_size) if sample_index is None else sample_index
-        _check(model, plan, prompt_tokens, prompt_mask, step, prompt_index, sample_index)
+        sample_index = jnp.arange(plan.group_size) if sample_index is None else sample_index
+        _check(model.config, plan, prompt_tokens, prompt_mask, step, prompt_index, sample_index)
         if prompt_tokens.dtype.itemsize < 4:
             prompt_tokens = prompt_tokens.astype(jnp.int32)  # a narrow type may not hold what is sampled
         keys = rollout_keys(key, step, prompt_index, sample_index).reshape(-1)
-        return _generate(model, plan, prompt_tokens, prompt_mask.astype(bool), keys, noise_key)
+        return draw(model, plan, prompt_tokens, prompt_mask.astype(bool), keys, noise_key)
 
     sizes: list[int] = []  # of the vocabulary, once a state was seen
 
@@ -178,8 +230,8 @@ def make_generate(
     return generate
 
 
-def _check(model: Transformer, plan: _Plan, prompt_tokens, prompt_mask, step, prompt_index, sample_index) -> None:
-    vocabulary = model.config.vocab_size
+def _check(config: TransformerConfig, plan: Plan, prompt_tokens, prompt_mask, step, prompt_index, sample_index) -> None:
+    vocabulary = config.vocab_size
     for name, token in (("pad_id", plan.pad_id), *(("eos_id", token) for token in plan.eos_ids)):
         if not 0 <= token < vocabulary:
             raise ValueError(f"{name} must be a token of the vocabulary, 0 .. {vocabulary - 1}, got {token}")
@@ -201,16 +253,16 @@ def _check(model: Transformer, plan: _Plan, prompt_tokens, prompt_mask, step, pr
         if array.shape != shape or not jnp.issubdtype(array.dtype, jnp.integer):
             raise ValueError(f"{name} must be integers of shape {shape}, got {array.dtype} of shape {array.shape}")
     length = prompt_tokens.shape[1] + plan.max_new_tokens
-    if length > model.config.max_positions:
+    if length > config.max_positions:
         raise ValueError(
             f"prompt_tokens has {prompt_tokens.shape[1]} columns; with max_new_tokens={plan.max_new_tokens} that is "
-            f"{length}, more than max_positions={model.config.max_positions} of the model"
+            f"{length}, more than max_positions={config.max_positions} of the model"
         )
 
 
 def _generate(
     model: Transformer,
-    plan: _Plan,
+    plan: Plan,
     prompt_tokens: Int[Array, "N P"],
     prompt_mask: Bool[Array, "N P"],
     keys: Key[Array, " B"],
@@ -259,7 +311,7 @@ def _generate(
 
 
 def _prompt_keys(
-    plan: _Plan, noise_key: PRNGKey | None, prompt_tokens: Int[Array, "N P"], prompt_mask: Bool[Array, "N P"]
+    plan: Plan, noise_key: PRNGKey | None, prompt_tokens: Int[Array, "N P"], prompt_mask: Bool[Array, "N P"]
 ) -> Key[Array, " B"] | None:
     """The keys of the contexts that are the prompts, once per row."""
     if plan.perturb_logits is None:
@@ -270,23 +322,20 @@ def _prompt_keys(
     return jnp.repeat(keys[:, -1], plan.group_size)
 
 
-def _record(plan: _Plan, keys: Key[Array, " B"], logits: Float[Array, "V B"], progress: _Progress) -> _Progress:
+def _record(plan: Plan, keys: Key[Array, " B"], logits: Float[Array, "V B"], progress: _Progress) -> _Progress:
     """Draw token number `count` of every row that has not ended, and write it down."""
     count, ended, keys_now = progress.count, progress.ended, progress.context_keys
     if plan.perturb_logits is not None and keys_now is not None:
         logits = plan.perturb_logits(logits.T, keys_now).T
     drawn, log_probs = sample_tokens(logits, token_uniforms(keys, count), plan.sampling)
     drawn = jnp.where(ended, plan.pad_id, drawn).astype(progress.tokens.dtype)
-    ends = jnp.zeros_like(ended)
-    for token in plan.eos_ids:
-        ends = ends | (drawn == token)
 
     def write(columns, values):
         return jax.lax.dynamic_update_slice_in_dim(columns, values[:, None], count, axis=1)
 
     return progress._replace(
         count=count + 1,
-        ended=ended | ends,
+        ended=ended | plan.ends(drawn),
         tokens=write(progress.tokens, drawn),
         mask=write(progress.mask, ~ended),
         log_probs=write(progress.log_probs, jnp.where(ended, 0, log_probs.astype(progress.log_probs.dtype))),
