@@ -12,6 +12,7 @@ from typing import Protocol
 import jax.numpy as jnp
 
 from jaxrl_llm.models.cache import KVCache
+from jaxrl_llm.models.cache import LayerCache
 from jaxrl_llm.models.layers import Rotation
 from jaxrl_llm.models.transformer import positions_of
 from jaxrl_llm.rollouts.chunks import chunk_contexts
@@ -95,6 +96,7 @@ class FurtherDraft(NamedTuple):
         cache = KVCache.empty(model.config, rows, length, self.weights.dtype, layers=1).advance(real)
         rotation = Rotation.at(positions_of(real), model.config)
         _, context, _ = model.further[0](before, model.embed(tokens), rotation, cache.contexts(length)[0])
+        assert isinstance(context, LayerCache)
         return PromptCache.of(cache.written([context]), self.weights.dtype)
 
     def room(self, rows: int, slots: int) -> ResponseCache:
