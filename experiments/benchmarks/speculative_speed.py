@@ -1,0 +1,178 @@
+"""What speculative decoding brings: a small GLM that has learnt sums drafts with its own layer for further tokens.
+
+    python -m experiments.benchmarks.speculative_speed
+
+The model (six layers of width 192, 16 experts of which 2 are chosen, one further layer) is trained for a few minutes on
+lines such as "17+25=42", next token and the one after it, then goes on with such lines. Signs and sums can be foreseen,
+new summands cannot. Plain and speculative sampling take turns in one process; what is printed are medians of their
+rounds, by the clock and in processor seconds.
+
+MEASURED
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from jaxrl_llm.models.blueprint import num_parameters
+from jaxrl_llm.models.config import ExpertsConfig
+from jaxrl_llm.models.config import TransformerConfig
+from jaxrl_llm.models.tokenizers import ByteTokenizer
+from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.rollouts import SamplingSettings
+from jaxrl_llm.rollouts import make_generate
+from jaxrl_llm.rollouts.speculative import make_speculative_generate
+from jaxrl_llm.rollouts.speculative import measured_acceptance
+
+LENGTH, PROMPT = 64, 24
+FURTHER_WEIGHT = 0.3
+"""Of the loss of the token after the next one, as in GLM-4.5's pretraining."""
+
+
+def config_of() -> TransformerConfig:
+    """A small GLM."""
+    return TransformerConfig(
+        vocab_size=ByteTokenizer().vocab_size,
+        hidden_size=192,
+        num_layers=6,
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=32,
+        intermediate_size=480,
+        max_positions=512,
+        qkv_bias=True,
+        rotary_fraction=0.5,
+        experts=ExpertsConfig(count=16, chosen=2, width=96, shared=1, dense_layers=1),
+        mtp_layers=1,
+    )
+
+
+def texts(rng: np.random.Generator, rows: int, length: int) -> np.ndarray:
+    """Rows of tokens out of the middle of lines of sums."""
+    tokenizer, found = ByteTokenizer(), []
+    for _ in range(rows):
+        pairs = rng.integers(10, 100, (length // 7 + 2, 2))
+        line = "".join(f"{first}+{second}={first + second}\n" for first, second in pairs)
+        start = rng.integers(0, 9)
+        found.append(tokenizer.encode(line)[start : start + length])
+    return np.array(found, np.int32)
+
+
+def trained(steps: int, rows: int) -> Transformer:
+    """The model after so many steps of AdamW on the losses of the next token and of the one after it."""
+    graphdef, params, rest = nnx.split(Transformer(config_of(), rngs=nnx.Rngs(0)), nnx.Param, ...)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(optax.warmup_cosine_decay_schedule(0, 3e-3, 30, steps, 1e-4))
+    )
+
+    def nll(logits: jax.Array, targets: jax.Array) -> jax.Array:
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, targets))
+
+    @jax.jit
+    def step(params, state, tokens):
+        def loss(params):
+            model = nnx.merge(graphdef, params, rest)
+            hidden = model(tokens)
+            next_nll = nll(model.logits(hidden[:, :-1]), tokens[:, 1:])
+            further_nll = nll(model.logits(model.hidden_further(hidden, tokens)[:, :-1]), tokens[:, 2:])
+            return next_nll + FURTHER_WEIGHT * further_nll, (next_nll, further_nll)
+
+        gradient, losses = jax.grad(loss, has_aux=True)(params)
+        change, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, change), state, losses
+
+    state, rng = optimizer.init(params), np.random.default_rng(0)
+    for number in range(steps):
+        params, state, losses = step(params, state, texts(rng, rows, LENGTH))
+        if number % 50 == 0 or number == steps - 1:
+            print(
+                f"step {number}: {losses[0]:.3f} nats of the next token, {losses[1]:.3f} of the one after", flush=True
+            )
+    return nnx.merge(graphdef, params, rest)
+
+
+def turns(samplers: dict[str, Callable[[], object]], rounds: int) -> dict[str, tuple[float, float]]:
+    """Median seconds of each sampler, by the clock and of the processor; they take turns."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in samplers}
+    for _ in range(rounds):
+        for name, sample in samplers.items():
+            start, processor = time.perf_counter(), time.process_time()
+            jax.block_until_ready(sample())
+            times[name].append((time.perf_counter() - start, time.process_time() - processor))
+    return {
+        name: tuple(statistics.median(column) for column in zip(*found, strict=True)) for name, found in times.items()
+    }
+
+
+def compare(model: Transformer, temperature: float, batch: int, options: argparse.Namespace) -> list[dict]:
+    """Plain sampling and each number of drafts, at one temperature and one number of sequences."""
+    graphdef, state = nnx.split(model)
+    prompts = texts(np.random.default_rng(1), batch, PROMPT)
+    arguments = (state, prompts, np.ones(prompts.shape, bool), jax.random.key(0), 0, jnp.arange(batch))
+    fixed = {
+        "max_new_tokens": options.new_tokens,
+        "group_size": 1,
+        "sampling": SamplingSettings(temperature=temperature),
+        "eos_id": (),
+        "pad_id": 0,
+    }
+    samplers = {"plain": make_generate(graphdef, **fixed)}
+    for drafts in options.drafts:
+        samplers[f"{drafts} drafts"] = make_speculative_generate(graphdef, drafts=drafts, **fixed)
+    # The first call compiles; its rollout says what the drafts were worth.
+    rollouts = {name: sample(*arguments) for name, sample in samplers.items()}
+    times = turns({name: lambda sample=sample: sample(*arguments) for name, sample in samplers.items()}, options.rounds)
+    rows = []
+    for name, (clock, processor) in times.items():
+        row = {
+            "temperature": temperature,
+            "batch": batch,
+            "sampler": name,
+            "tokens_per_s": batch * options.new_tokens / clock,
+        }
+        row |= {"speed_up": times["plain"][0] / clock, "speed_up_processor": times["plain"][1] / processor}
+        if name != "plain":
+            measured = measured_acceptance(rollouts[name])
+            row |= {field: np.asarray(value).round(4).tolist() for field, value in measured._asdict().items()}
+            row["loop_passes"] = int(jnp.max(rollouts[name].steps))
+            if temperature == 0:
+                row["equal_to_plain"] = bool(jnp.all(rollouts[name].tokens == rollouts["plain"].tokens))
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    """Train, compare, print a line for each sampler."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--drafts", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
+    parser.add_argument("--new-tokens", type=int, default=96)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    options = parser.parse_args()
+    print(f"{num_parameters(config_of()):,} parameters", flush=True)
+    model = trained(options.steps, options.rows)
+    results = []
+    for temperature in options.temperatures:
+        for batch in options.batches:
+            for row in compare(model, temperature, batch, options):
+                print(json.dumps(row), flush=True)
+                results.append(row)
+    if options.out:
+        options.out.write_text(json.dumps({"jax": jax.__version__, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
