@@ -9,5 +9,6 @@ from jaxrl_llm.rollouts.speculative.drafts import ModelDraft as ModelDraft
 from jaxrl_llm.rollouts.speculative.generate import WithDraft as WithDraft
 from jaxrl_llm.rollouts.speculative.generate import make_speculative_generate as make_speculative_generate
 from jaxrl_llm.rollouts.speculative.rollout import Acceptance as Acceptance
+from jaxrl_llm.rollouts.speculative.rollout import SpeculativeGenerate as SpeculativeGenerate
 from jaxrl_llm.rollouts.speculative.rollout import SpeculativeRollout as SpeculativeRollout
 from jaxrl_llm.rollouts.speculative.rollout import measured_acceptance as measured_acceptance

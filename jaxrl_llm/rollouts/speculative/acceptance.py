@@ -62,7 +62,7 @@ def overlap(log_p: Float[Array, "V ..."], log_q: Float[Array, "V ..."]) -> Float
     return jnp.sum(jnp.exp(jnp.minimum(log_p, log_q)), axis=0)
 
 
-def tokens_per_step(rate: Float[Array, "*batch"], drafts: int) -> Float[Array, "*batch"]:
+def tokens_per_step(rate: Float[Array, "*batch"] | float, drafts: int) -> Float[Array, "*batch"]:
     """Tokens that a pass of the model brings, were drafts kept independently of each other [tokens per step]:
 
         1 + a + .. + a^k = (1 - a^(k + 1)) / (1 - a)

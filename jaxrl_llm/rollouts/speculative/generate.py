@@ -9,6 +9,7 @@ law. A round makes 1 to k + 1 tokens of a row, and rows go on at their own pace.
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,6 @@ from jaxrl_llm.rollouts.decode import DecodeWeights
 from jaxrl_llm.rollouts.decode import PromptCache
 from jaxrl_llm.rollouts.decode import ResponseCache
 from jaxrl_llm.rollouts.decode import decode_logits
-from jaxrl_llm.rollouts.generate import Generate
 from jaxrl_llm.rollouts.generate import Plan
 from jaxrl_llm.rollouts.generate import compiled_sampler
 from jaxrl_llm.rollouts.grouping import group_ids
@@ -37,6 +37,7 @@ from jaxrl_llm.rollouts.speculative.acceptance import overlap
 from jaxrl_llm.rollouts.speculative.drafts import Draft
 from jaxrl_llm.rollouts.speculative.drafts import FurtherDraft
 from jaxrl_llm.rollouts.speculative.drafts import ModelDraft
+from jaxrl_llm.rollouts.speculative.rollout import SpeculativeGenerate
 from jaxrl_llm.rollouts.speculative.rollout import SpeculativeRollout
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Bool
@@ -111,7 +112,7 @@ def make_speculative_generate(
     eos_id: int | Sequence[int],
     pad_id: int,
     decode_dtype: jnp.dtype | type | None = None,
-) -> Generate:
+) -> SpeculativeGenerate:
     """A compiled sampler with the law of `make_generate`'s, which asks the model less often.
 
     Responses have the plain sampler's distribution, and greedy ones are its own, token for token (up to the rounding of
@@ -128,7 +129,7 @@ def make_speculative_generate(
 
     Returns:
         A function like that of `make_generate`, which returns a `SpeculativeRollout`. The log-probs are those of the
-        model, which the tokens were drawn from in law, whatever the draft was. `noise_key` is not looked at.
+        model, which the tokens were drawn from in law, whatever the draft was.
 
     Raises:
         ValueError: as `make_generate`; for less than one draft; from the returned function, for a model without a layer
@@ -143,7 +144,7 @@ def make_speculative_generate(
         pad_id=pad_id,
         decode_dtype=decode_dtype,
     )
-    return compiled_sampler(graphdef, plan, functools.partial(_generate, drafts))
+    return cast(SpeculativeGenerate, compiled_sampler(graphdef, plan, functools.partial(_generate, drafts)))
 
 
 def _generate(

@@ -2,16 +2,21 @@
 
 from dataclasses import dataclass
 from typing import NamedTuple
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from jaxrl_llm.masked import safe_divide
+from jaxrl_llm.rollouts.generate import Generate
 from jaxrl_llm.rollouts.generate import Rollout
 from jaxrl_llm.rollouts.speculative.acceptance import tokens_per_step
 from jaxrl_llm.typing import Array
+from jaxrl_llm.typing import Bool
 from jaxrl_llm.typing import Float
 from jaxrl_llm.typing import Int
+from jaxrl_llm.typing import PRNGKey
 
 
 @jax.tree_util.register_dataclass
@@ -30,6 +35,24 @@ class SpeculativeRollout(Rollout):
     reached: Int[Array, "B k"]
     kept: Int[Array, "B k"]
     overlaps: Float[Array, "B k"]
+
+
+class SpeculativeGenerate(Generate, Protocol):
+    """What `make_speculative_generate` returns: a `Generate`."""
+
+    def __call__(
+        self,
+        state: nnx.State,
+        prompt_tokens: Int[Array, "N P"],
+        prompt_mask: Bool[Array, "N P"],
+        key: PRNGKey,
+        step: Int[Array, ""] | int,
+        prompt_index: Int[Array, " N"],
+        sample_index: Int[Array, " G"] | None = None,
+        noise_key: PRNGKey | None = None,
+    ) -> SpeculativeRollout:
+        """See `Generate`; there is no noise, so `noise_key` is not looked at."""
+        ...
 
 
 class Acceptance(NamedTuple):
