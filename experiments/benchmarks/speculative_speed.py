@@ -3,7 +3,7 @@
     python -m experiments.benchmarks.speculative_speed
 
 The model (five layers of width 160, 16 experts of which 2 are chosen, one further layer) is trained for a few minutes
-on lines such as "17+25=42", next token and the one after it, then goes on with such lines. Signs and sums can be
+on lines such as "7+5=12", next token and the one after it, then goes on with such lines. Signs and sums can be
 foreseen, new summands cannot. Plain and speculative sampling take turns in one process; what is printed are medians of
 their rounds, by the clock and in processor seconds.
 
@@ -61,9 +61,9 @@ def texts(rng: np.random.Generator, rows: int, length: int) -> np.ndarray:
     """Rows of tokens out of the middle of lines of sums."""
     tokenizer, found = ByteTokenizer(), []
     for _ in range(rows):
-        pairs = rng.integers(10, 100, (length // 7 + 2, 2))
+        pairs = rng.integers(0, 10, (length // 6 + 2, 2))
         line = "".join(f"{first}+{second}={first + second}\n" for first, second in pairs)
-        start = rng.integers(0, 9)
+        start = rng.integers(0, 6)
         found.append(tokenizer.encode(line)[start : start + length])
     return np.array(found, np.int32)
 

@@ -81,7 +81,7 @@ class Generate(Protocol):
         ...
 
 
-class Plan(NamedTuple):
+class DecodePlan(NamedTuple):
     """Everything that is fixed when the program is compiled; see `make_generate`."""
 
     max_new_tokens: int
@@ -89,7 +89,7 @@ class Plan(NamedTuple):
     sampling: SamplingSettings
     eos_ids: tuple[int, ...]
     pad_id: int
-    decode_dtype: jnp.dtype | None
+    decode_dtype: jnp.dtype | None = None
     perturb_logits: LogitPerturbation | None = None
     cache_rounding: Rounding | None = None
 
@@ -180,7 +180,7 @@ def make_generate(
             arguments that do not fit, prompts that are not left-padded or empty, and prompt tokens that are none of the
             vocabulary (these two are values: not seen inside another jit).
     """
-    plan = Plan.of(
+    plan = DecodePlan.of(
         max_new_tokens=max_new_tokens,
         group_size=group_size,
         sampling=sampling,
@@ -193,7 +193,7 @@ def make_generate(
     )
 
 
-def compiled_sampler(graphdef: nnx.GraphDef, plan: Plan, draw: Callable[..., Rollout]) -> Generate:
+def compiled_sampler(graphdef: nnx.GraphDef, plan: DecodePlan, draw: Callable[..., Rollout]) -> Generate:
     """The sampler that draws so, compiled; what it is given is looked at first.
 
     Args:
@@ -230,7 +230,9 @@ def compiled_sampler(graphdef: nnx.GraphDef, plan: Plan, draw: Callable[..., Rol
     return generate
 
 
-def _check(config: TransformerConfig, plan: Plan, prompt_tokens, prompt_mask, step, prompt_index, sample_index) -> None:
+def _check(
+    config: TransformerConfig, plan: DecodePlan, prompt_tokens, prompt_mask, step, prompt_index, sample_index
+) -> None:
     vocabulary = config.vocab_size
     for name, token in (("pad_id", plan.pad_id), *(("eos_id", token) for token in plan.eos_ids)):
         if not 0 <= token < vocabulary:
@@ -262,7 +264,7 @@ def _check(config: TransformerConfig, plan: Plan, prompt_tokens, prompt_mask, st
 
 def _generate(
     model: Transformer,
-    plan: Plan,
+    plan: DecodePlan,
     prompt_tokens: Int[Array, "N P"],
     prompt_mask: Bool[Array, "N P"],
     keys: Key[Array, " B"],
@@ -311,7 +313,7 @@ def _generate(
 
 
 def _prompt_keys(
-    plan: Plan, noise_key: PRNGKey | None, prompt_tokens: Int[Array, "N P"], prompt_mask: Bool[Array, "N P"]
+    plan: DecodePlan, noise_key: PRNGKey | None, prompt_tokens: Int[Array, "N P"], prompt_mask: Bool[Array, "N P"]
 ) -> Key[Array, " B"] | None:
     """The keys of the contexts that are the prompts, once per row."""
     if plan.perturb_logits is None:
@@ -322,7 +324,7 @@ def _prompt_keys(
     return jnp.repeat(keys[:, -1], plan.group_size)
 
 
-def _record(plan: Plan, keys: Key[Array, " B"], logits: Float[Array, "V B"], progress: _Progress) -> _Progress:
+def _record(plan: DecodePlan, keys: Key[Array, " B"], logits: Float[Array, "V B"], progress: _Progress) -> _Progress:
     """Draw token number `count` of every row that has not ended, and write it down."""
     count, ended, keys_now = progress.count, progress.ended, progress.context_keys
     if plan.perturb_logits is not None and keys_now is not None:

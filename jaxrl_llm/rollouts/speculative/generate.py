@@ -23,7 +23,7 @@ from jaxrl_llm.rollouts.decode import DecodeWeights
 from jaxrl_llm.rollouts.decode import PromptCache
 from jaxrl_llm.rollouts.decode import ResponseCache
 from jaxrl_llm.rollouts.decode import decode_logits
-from jaxrl_llm.rollouts.generate import Plan
+from jaxrl_llm.rollouts.generate import DecodePlan
 from jaxrl_llm.rollouts.generate import compiled_sampler
 from jaxrl_llm.rollouts.grouping import group_ids
 from jaxrl_llm.rollouts.grouping import repeat_prompts
@@ -93,7 +93,7 @@ class _Progress(NamedTuple):
 
 class _Judge(NamedTuple):
     # What stays the same in every round.
-    plan: Plan
+    plan: DecodePlan
     drafts: int
     weights: DecodeWeights
     prompt: PromptCache
@@ -136,7 +136,7 @@ def make_speculative_generate(
             for further tokens.
     """
     require_at_least("drafts", drafts, 1)
-    plan = Plan.of(
+    plan = DecodePlan.of(
         max_new_tokens=max_new_tokens,
         group_size=group_size,
         sampling=sampling,
@@ -150,7 +150,7 @@ def make_speculative_generate(
 def _generate(
     drafts: int,
     merged: Transformer | WithDraft,
-    plan: Plan,
+    plan: DecodePlan,
     prompt_tokens: Int[Array, "N P"],
     prompt_mask: Bool[Array, "N P"],
     keys: Key[Array, " B"],
@@ -192,7 +192,7 @@ def _generate(
     )
 
 
-def _active(plan: Plan, progress: _Progress) -> Bool[Array, " B"]:
+def _active(plan: DecodePlan, progress: _Progress) -> Bool[Array, " B"]:
     return ~progress.ended & (progress.done < plan.max_new_tokens)
 
 

@@ -20,7 +20,7 @@ from jaxrl_llm.typing import PRNGKey
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SpeculativeRollout(Rollout):
     """A `Rollout`, and what became of the drafts. Drafts behind the end of a response are not counted.
 
