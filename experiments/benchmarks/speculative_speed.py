@@ -39,8 +39,9 @@ FURTHER_WEIGHT = 0.3
 """Of the loss of the token after the next one, as in GLM-4.5's pretraining."""
 
 
-def config_of() -> TransformerConfig:
-    """A small GLM."""
+def config_of(*, dense: bool = False) -> TransformerConfig:
+    """A small GLM; or a dense model in which as many parameters are active for a token."""
+    experts = ExpertsConfig(count=16, chosen=2, width=80, shared=1, dense_layers=1)
     return TransformerConfig(
         vocab_size=ByteTokenizer().vocab_size,
         hidden_size=160,
@@ -48,11 +49,11 @@ def config_of() -> TransformerConfig:
         num_heads=5,
         num_kv_heads=1,
         head_dim=32,
-        intermediate_size=400,
+        intermediate_size=(experts.chosen + experts.shared) * experts.width,
         max_positions=512,
         qkv_bias=True,
         rotary_fraction=0.5,
-        experts=ExpertsConfig(count=16, chosen=2, width=80, shared=1, dense_layers=1),
+        experts=None if dense else experts,
         mtp_layers=1,
     )
 
@@ -68,9 +69,9 @@ def texts(rng: np.random.Generator, rows: int, length: int) -> np.ndarray:
     return np.array(found, np.int32)
 
 
-def trained(steps: int, rows: int) -> Transformer:
+def trained(config: TransformerConfig, steps: int, rows: int) -> Transformer:
     """The model after so many steps of AdamW on the losses of the next token and of the one after it."""
-    graphdef, params, rest = nnx.split(Transformer(config_of(), rngs=nnx.Rngs(0)), nnx.Param, ...)
+    graphdef, params, rest = nnx.split(Transformer(config, rngs=nnx.Rngs(0)), nnx.Param, ...)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(optax.warmup_cosine_decay_schedule(0, 3e-3, 30, steps, 1e-4))
     )
@@ -94,7 +95,7 @@ def trained(steps: int, rows: int) -> Transformer:
     state, rng = optimizer.init(params), np.random.default_rng(0)
     for number in range(steps):
         params, state, losses = step(params, state, texts(rng, rows, LENGTH))
-        if number % 20 == 0 or number == steps - 1:
+        if number % 50 == 0 or number == steps - 1:
             print(
                 f"step {number}: {losses[0]:.3f} nats of the next token, {losses[1]:.3f} of the one after", flush=True
             )
@@ -154,6 +155,7 @@ def compare(model: Transformer, temperature: float, batch: int, options: argpars
 def main() -> None:
     """Train, compare, print a line for each sampler."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dense", action="store_true", help="a dense model with as many active parameters")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--rows", type=int, default=24)
     parser.add_argument("--drafts", type=int, nargs="+", default=[1, 2, 3])
@@ -163,8 +165,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     options = parser.parse_args()
-    print(f"{num_parameters(config_of()):,} parameters", flush=True)
-    model = trained(options.steps, options.rows)
+    config = config_of(dense=options.dense)
+    print(f"{num_parameters(config):,} parameters", flush=True)
+    model = trained(config, options.steps, options.rows)
     results = []
     for temperature in options.temperatures:
         for batch in options.batches:

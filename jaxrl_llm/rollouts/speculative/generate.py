@@ -99,7 +99,7 @@ class _Judge(NamedTuple):
     prompt: PromptCache
     draft: Draft
     draft_prompt: PromptCache
-    keys: Key[Array, " B"]
+    uniforms: Float[Array, "B _ 5"]
 
 
 def make_speculative_generate(
@@ -170,9 +170,12 @@ def _generate(
         draft = FurtherDraft(weights)
     hidden, cache = model.prefill(read, prompt_mask)
     prompt = PromptCache.of(cache, weights.dtype)
-    judge = _Judge(plan, drafts, weights, prompt, draft, draft.begin(hidden, read, prompt_mask), keys)
+    uniforms = _uniforms(keys, plan.max_new_tokens + drafts)
+    judge = _Judge(plan, drafts, weights, prompt, draft, draft.begin(hidden, read, prompt_mask), uniforms)
     logits = jnp.repeat(model.logits(hidden[:, -1]).T, plan.group_size, axis=1)
-    progress = _first(judge, model.config, logits, jnp.repeat(hidden[:, -1], plan.group_size, axis=0), prompt_tokens)
+    drawn = sample_tokens(logits, token_uniforms(keys, 0), plan.sampling)
+    states = jnp.repeat(hidden[:, -1], plan.group_size, axis=0)
+    progress = _first(judge, model.config, drawn[0].astype(prompt_tokens.dtype), drawn[1], states)
 
     def unfinished(progress: _Progress) -> Bool[Array, ""]:
         return jnp.any(_active(plan, progress))
@@ -199,14 +202,12 @@ def _active(plan: DecodePlan, progress: _Progress) -> Bool[Array, " B"]:
 def _first(
     judge: _Judge,
     config: TransformerConfig,
-    logits: Float[Array, "V B"],
+    drawn: Int[Array, " B"],
+    log_probs: Float[Array, " B"],
     hidden: Float[Array, "B D"],
-    prompt_tokens: Int[Array, "N P"],
 ) -> _Progress:
-    """The first token of every row, which the prompt predicts."""
+    """The first token of every row, which the prompt predicts, and what predicted it."""
     plan, rows, slots, columns = judge.plan, hidden.shape[0], judge.plan.max_new_tokens, judge.drafts + 1
-    drawn, log_probs = sample_tokens(logits, token_uniforms(judge.keys, 0), plan.sampling)
-    drawn = drawn.astype(prompt_tokens.dtype)
     wide = jnp.promote_types(judge.weights.dtype, jnp.float32)
     states = jnp.zeros((rows, columns, hidden.shape[1]), wide).at[:, 0].set(hidden.astype(wide))
     none = jnp.zeros((rows, judge.drafts), jnp.int32)
@@ -219,22 +220,25 @@ def _first(
         draft_cache=judge.draft.room(rows, slots - 1),
         tokens=jnp.full((rows, slots), plan.pad_id, drawn.dtype).at[:, 0].set(drawn),
         mask=jnp.zeros((rows, slots), bool).at[:, 0].set(True),
-        log_probs=jnp.zeros((rows, slots), logits.dtype).at[:, 0].set(log_probs.astype(logits.dtype)),
+        log_probs=jnp.zeros((rows, slots), log_probs.dtype).at[:, 0].set(log_probs),
         steps=jnp.zeros(rows, jnp.int32),
         reached=none,
         kept=none,
-        overlaps=none.astype(logits.dtype),
+        overlaps=none.astype(log_probs.dtype),
     )
 
 
-def _uniforms(judge: _Judge, number: Int[Array, " B"]) -> Float[Array, "B 5"]:
-    """The random numbers of one token of each row: two of the draft, one of the judgement, two of the draw.
+def _uniforms(keys: Key[Array, " B"], count: int) -> Float[Array, "B R 5"]:
+    """The random numbers of each row's tokens 0 .. count - 1: two of the draft, one of the judgement, two of the draw.
 
     A token may be drafted in several rounds, with the same numbers: all rounds but the last were ended by a token
-    before it, so nothing that came of them is known to what follows.
+    before it, so nothing that came of them is known to what follows. Made at once, they cost nothing in the loop.
     """
-    fold = jax.vmap(jax.random.fold_in)
-    return jax.vmap(lambda key: jax.random.uniform(key, (5,), jnp.float32))(fold(judge.keys, number))
+
+    def of_token(key: PRNGKey, number: Int[Array, ""]) -> Float[Array, " 5"]:
+        return jax.random.uniform(jax.random.fold_in(key, number), (5,), jnp.float32)
+
+    return jax.vmap(jax.vmap(of_token, (None, 0)), (0, None))(keys, jnp.arange(count))
 
 
 def _propose(
@@ -260,7 +264,7 @@ def _round(judge: _Judge, progress: _Progress) -> _Progress:
     plan, columns = judge.plan, jnp.arange(judge.drafts + 1)
     active, rows = _active(plan, progress), progress.done.shape[0]
     numbers = progress.done[:, None] + columns  # of the tokens that may be made
-    uniforms = jax.vmap(functools.partial(_uniforms, judge), 1, 1)(numbers)
+    uniforms = jnp.take_along_axis(judge.uniforms, numbers[..., None], axis=1)
     drafted, log_q, draft_cache = _propose(judge, progress, active, uniforms)
     newest = jnp.take_along_axis(progress.certain.tokens, progress.certain.counts[:, None] - 1, axis=1)
     read = jnp.concatenate([newest, drafted], axis=1)
