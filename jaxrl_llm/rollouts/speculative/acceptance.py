@@ -52,8 +52,8 @@ def residual_log_probs(log_p: Float[Array, "V ..."], log_q: Float[Array, "V ..."
     Returns:
         logits of the draw.
     """
-    p, q = jnp.exp(log_p), jnp.exp(log_q)
-    more = p - jnp.where(jnp.isnan(q), 0, q)
+    more = jnp.exp(log_p) - jnp.exp(log_q)
+    # NaN is not above 0: of a draft that is no distribution nothing is taken away.
     return jnp.where(jnp.any(more > 0, axis=0), jnp.log(jnp.maximum(more, 0)), log_p)
 
 
