@@ -85,8 +85,8 @@ class RunSettings:
         lora_rank: rank of the adapters, for "lora".
         mismatch: what the sampler does differently: a name of jaxrl_llm.rollouts.perturb.PERTURBATIONS. With one of
             its weights, TRM's exact masks and the metrics shift/* and bounds/* compare with the policy that sampled.
-            With one of its cache or logits they cannot: exact masks are refused (recipes with a sampled mask are
-            not), shift/* compare with the policy before the update, without the perturbation, and there are no
+            With one of its cache, logits or routers they cannot: exact masks are refused (recipes with a sampled mask
+            are not), shift/* compare with the policy before the update, without the perturbation, and there are no
             bounds/*.
         mismatch_strength: scale of the noise, temperature, top_p or top_k; the usual one where None.
         dtype: in which the model computes; that of its file where None.

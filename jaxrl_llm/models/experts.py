@@ -1,5 +1,6 @@
 """A mixture of experts in place of a feed-forward: a router, the experts it chooses from, and a shared one."""
 
+from collections.abc import Callable
 from typing import Literal
 from typing import NamedTuple
 
@@ -95,6 +96,8 @@ class Router(nnx.Module):
         bias = RouterBias(jnp.zeros(settings.count, jnp.float32), logical_axes=("experts",)) if settings.bias else None
         self.bias = nnx.data(bias)
         self.settings = settings
+        # What an engine does to its products, simulated (`rollouts.perturb`); along the axis that is summed over.
+        self.rounding: Callable[[Array], Array] | None = None
 
     def stored(self) -> tuple[Stored, ...]:
         """Kernel and correction bias."""
@@ -106,8 +109,12 @@ class Router(nnx.Module):
     ) -> tuple[Routes, Float[Array, "*batch k"]]:
         """Choose experts, or take those that are given; and the weights of their outputs."""
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        kernel = self.kernel[...].astype(wide)
-        logits = jnp.matmul(x.astype(wide), kernel, precision=jax.lax.Precision.HIGHEST)
+        x, kernel = x.astype(wide), self.kernel[...].astype(wide)
+        if self.rounding is not None:
+            x, kernel = self.rounding(x), self.rounding(kernel.T).T
+        logits = jnp.matmul(x, kernel, precision=jax.lax.Precision.HIGHEST)
+        if self.rounding is not None:
+            logits = self.rounding(logits)
         scores = jax.nn.sigmoid(logits) if self.settings.scores == "sigmoid" else jax.nn.softmax(logits, axis=-1)
         if selection is None:
             selection = choose_experts(scores, None if self.bias is None else self.bias[...], self.settings)

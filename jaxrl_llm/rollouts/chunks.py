@@ -88,8 +88,32 @@ def read_chunk(
         The final hidden state of each row's last token, which predicts the next one (of a row that read none it means
         nothing), and the cache with the tokens in it.
     """
-    (rows, width), slots = tokens.shape, response.keys[0].shape[3]
-    model, columns = weights.model, jnp.arange(width)
+    model = weights.model
+    positions, contexts = chunk_contexts(tokens.shape[1], counts, starts, prompt, response)
+    passed = model.through(model.embed(tokens), positions, contexts)
+    return model.final_norm(last_column(passed.x, counts)), ResponseCache.of(passed.contexts)
+
+
+def read_columns(
+    weights: DecodeWeights,
+    tokens: Int[Array, "B W"],
+    counts: Int[Array, " B"],
+    starts: Int[Array, " B"],
+    prompt: PromptCache,
+    response: ResponseCache,
+) -> tuple[Float[Array, "B W D"], ResponseCache]:
+    """`read_chunk` with the final hidden states of all columns; they mean nothing behind a row's tokens."""
+    model = weights.model
+    positions, contexts = chunk_contexts(tokens.shape[1], counts, starts, prompt, response)
+    passed = model.through(model.embed(tokens), positions, contexts)
+    return model.final_norm(passed.x), ResponseCache.of(passed.contexts)
+
+
+def chunk_contexts(
+    width: int, counts: Int[Array, " B"], starts: Int[Array, " B"], prompt: PromptCache, response: ResponseCache
+) -> tuple[Int[Array, "B W"], list[ChunkContext]]:
+    """Positions of the columns of a chunk, and what they attend to in each layer; arguments as of `read_chunk`."""
+    rows, slots, columns = counts.shape[0], response.keys[0].shape[3], jnp.arange(width)
     places = starts[:, None] + columns
     length = jnp.repeat(jnp.sum(prompt.mask, axis=1, dtype=jnp.int32), rows // prompt.mask.shape[0])
     written = jnp.where(columns < counts[:, None], places, slots)
@@ -98,9 +122,12 @@ def read_chunk(
         ChunkContext((*shared, prompt.mask), *own, written, sees)
         for shared, own in zip(prompt.layers(), response.layers(), strict=True)
     ]
-    passed = model.through(model.embed(tokens), length[:, None] + places, contexts)
-    last = passed.x[jnp.arange(rows), jnp.maximum(counts - 1, 0)]
-    return model.final_norm(last), ResponseCache.of(passed.contexts)
+    return length[:, None] + places, contexts
+
+
+def last_column(x: Float[Array, "B W D"], counts: Int[Array, " B"]) -> Float[Array, "B D"]:
+    """What stands in the column of each row's last token; in the first one of a row of none."""
+    return x[jnp.arange(x.shape[0]), jnp.maximum(counts - 1, 0)]
 
 
 def _attend(

@@ -78,17 +78,23 @@ class DecodeWeights:
         return nnx.merge(self.graphdef, self.state)
 
     @classmethod
-    def of(cls, model: Transformer, dtype: jnp.dtype | type | None = None) -> Self:
-        """Merge and cast the weights of a model; `dtype` None keeps the model's compute dtype."""
+    def of(cls, model: Transformer, dtype: jnp.dtype | type | None = None, *, further: bool = False) -> Self:
+        """Merge and cast the weights of a model; `dtype` None keeps the model's compute dtype.
+
+        `further` says that layers for further tokens are used too, which then are cast with the others.
+        """
         dtype = jnp.dtype(model.numerics.compute_dtype if dtype is None else dtype)
         wide = jnp.promote_types(dtype, jnp.float32)
         routers = {path for path, module in nnx.iter_modules(model) if isinstance(module, Router)}
 
         def cast(path: tuple, variable: nnx.Variable) -> nnx.Variable:
             value = variable.get_value()
-            # The table is read row by row, a head is cast by itself, a layer for a further token is not used, and
-            # routers are float32 in every sampler.
-            if path[0] in ("embedding", "unembedding", "further") or path[:-1] in routers:
+            # The table is read row by row, a head is cast by itself, and routers are float32 in every sampler.
+            if (
+                path[0] in ("embedding", "unembedding")
+                or path[:-1] in routers
+                or (path[0] == "further" and not further)
+            ):
                 return variable
             return variable.replace(value.astype(wide if value.ndim < 2 else dtype))
 
@@ -126,13 +132,18 @@ class ResponseCache(NamedTuple):
     values: tuple[Float[Array, "B KV R hd"], ...]
 
     @classmethod
-    def empty(cls, config: TransformerConfig, rows: int, slots: int, dtype: jnp.dtype) -> "ResponseCache":
-        """No tokens yet, and room for `slots` tokens or a few more: rows of whole vector registers are read faster."""
-        heads, size, layers = config.num_kv_heads, config.head_dim, range(config.num_layers)
+    def empty(
+        cls, config: TransformerConfig, rows: int, slots: int, dtype: jnp.dtype, *, layers: int | None = None
+    ) -> "ResponseCache":
+        """No tokens yet, and room for `slots` tokens or a few more: rows of whole vector registers are read faster.
+
+        `layers` None is as many as the model has.
+        """
+        heads, size, count = config.num_kv_heads, config.head_dim, config.num_layers if layers is None else layers
         slots = max(slots + -slots % SLOT_MULTIPLE, SLOT_MULTIPLE)
         return cls(
-            keys=tuple(jnp.zeros((rows, heads, size, slots), dtype) for _ in layers),
-            values=tuple(jnp.zeros((rows, heads, slots, size), dtype) for _ in layers),
+            keys=tuple(jnp.zeros((rows, heads, size, slots), dtype) for _ in range(count)),
+            values=tuple(jnp.zeros((rows, heads, slots, size), dtype) for _ in range(count)),
         )
 
     @classmethod
