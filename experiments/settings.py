@@ -173,13 +173,12 @@ class RunSettings:
 
     def get_trainable(self) -> Trainable:
         """Which parameters learn: what `learns` says, and the layer for further tokens where its loss has a weight."""
+        further = self.train.update.mtp_weight > 0
         if self.learns == "full":
-            choice = choices.full()
-        elif self.learns == "lora":
-            choice = choices.lora(self.lora_rank, top=self.top_layers)
-        else:
-            choice = choices.top_layers(self.top_layers)
-        return dataclasses.replace(choice, further=self.train.update.mtp_weight > 0)
+            return choices.full(further=further)
+        if self.learns == "lora":
+            return choices.lora(self.lora_rank, top=self.top_layers, further=further)
+        return choices.top_layers(self.top_layers, further=further)
 
     def check_mesh(self) -> None:
         """Refuse a mesh that is none, or that this machine has not the devices for, before there is a model.

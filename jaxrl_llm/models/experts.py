@@ -82,8 +82,16 @@ def given_selections(
     if selections is None:
         return [None] * config.num_layers
     sparse = [layer for layer in range(config.num_layers) if config.is_sparse(layer)]
-    wide = selections.astype(jnp.int32)
-    return [wide[:, :, sparse.index(layer)] if layer in sparse else None for layer in range(config.num_layers)]
+
+    def of(layer: int) -> Int[Array, "B T k"]:
+        return selections[:, :, sparse.index(layer)].astype(jnp.int32)
+
+    return [of(layer) if layer in sparse else None for layer in range(config.num_layers)]
+
+
+def as_small(selections: Int[Array, "*batch k"], experts: int) -> Int[Array, "*batch k"]:
+    """Selections in as few bytes as hold the number of an expert."""
+    return selections.astype(jnp.uint8 if experts <= 2**8 else jnp.uint16)
 
 
 class Router(nnx.Module):

@@ -36,8 +36,8 @@ class Trainable:
     Attributes:
         top: how many layers; None means every layer, the embeddings and the final norm.
         adapters: they learn in the place of the layers' own parameters.
-        further: the layer that predicts the token after the next one learns too; it has a loss of its own
-            (`UpdateSettings.mtp_weight`).
+        further: the layer that predicts the token after the next one learns too, whole, whatever else does; it has a
+            loss of its own (`UpdateSettings.mtp_weight`).
     """
 
     top: int | None = None
@@ -83,10 +83,12 @@ class Trainable:
         """Split a state into (learned, frozen); no array is copied.
 
         Raises:
-            ValueError: when nothing would learn: the adapters were never added.
+            ValueError: the adapters were never added, or there is no layer for further tokens.
         """
         learned, frozen = nnx.split_state(state, self.filter(len(state["layers"])), ...)
-        if not learned:
+        if self.further and "further" not in learned:
+            raise ValueError("further is True, and the model has no layer for further tokens; its mtp_layers is 0.")
+        if not set(learned) - {"further"}:
             raise ValueError("the state has no low-rank adapters to train; make them with prepare(model, rngs=...)")
         return learned, frozen
 
@@ -96,16 +98,21 @@ def full(*, further: bool = False) -> Trainable:
     return Trainable(further=further)
 
 
-def top_layers(count: int) -> Trainable:
+def top_layers(count: int, *, further: bool = False) -> Trainable:
     """The last `count` layers and the final norm learn; the embeddings, and with them a tied head, stay."""
-    return Trainable(top=count)
+    return Trainable(top=count, further=further)
 
 
 def lora(
-    rank: int = 8, *, alpha: float = 16.0, projections: tuple[str, ...] = PROJECTIONS, top: int | None = None
+    rank: int = 8,
+    *,
+    alpha: float = 16.0,
+    projections: tuple[str, ...] = PROJECTIONS,
+    top: int | None = None,
+    further: bool = False,
 ) -> Trainable:
     """Low-rank adapters learn, on the named projections of the `top` layers (None: of all)."""
-    return Trainable(top=top, adapters=LoraSettings(rank=rank, alpha=alpha, projections=projections))
+    return Trainable(top, LoraSettings(rank=rank, alpha=alpha, projections=projections), further)
 
 
 def combine(learned: nnx.State, frozen: nnx.State) -> nnx.State:

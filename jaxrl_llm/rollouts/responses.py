@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxrl_llm.models.cache import KVCache
 from jaxrl_llm.models.config import TransformerConfig
 from jaxrl_llm.models.experts import Routes
+from jaxrl_llm.models.experts import as_small
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.rollouts.decode import DecodeWeights
 from jaxrl_llm.rollouts.decode import PromptCache
@@ -263,8 +264,7 @@ def _room_for_selections(
     # Of a token that no layer reads, the first experts: no expert twice.
     first = jnp.arange(chosen.shape[-1], dtype=chosen.dtype)
     empty = jnp.broadcast_to(first, (len(chosen), plan.max_new_tokens, *chosen.shape[2:]))
-    kept = jnp.concatenate([chosen, empty], axis=1)
-    return kept.astype(jnp.uint8 if config.experts.count <= 2**8 else jnp.uint16)
+    return as_small(jnp.concatenate([chosen, empty], axis=1), config.experts.count)
 
 
 def _prompt_keys(

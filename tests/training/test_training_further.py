@@ -14,19 +14,23 @@ from flax import nnx
 from jaxrl_llm.models import trainable
 from jaxrl_llm.models.config import ExpertsConfig
 from jaxrl_llm.objectives import LossTerms
+from jaxrl_llm.rollouts import SamplingSettings
 from jaxrl_llm.training import Trainer
 from jaxrl_llm.training.run.state import named_leaves
+from jaxrl_llm.training.text.further import predecessors
 from jaxrl_llm.training.text.layout import Packed
-from jaxrl_llm.training.text.layout import predecessors
+from jaxrl_llm.training.text.layout import arrange
 from jaxrl_llm.training.text.prepared import Prepared
 from jaxrl_llm.training.text.routers import router_biases
+from jaxrl_llm.trajectory import Actions
+from jaxrl_llm.trajectory import single_step
 from jaxrl_llm.typing import PyTree
 from tests.training.tiny_run import SETTINGS
 from tests.training.tiny_run import collected
 from tests.training.tiny_run import make_parts
 from tests.training.tiny_run import make_trainer
 
-WEIGHT = 0.25
+WEIGHT, TEMPERATURE = 0.25, 0.7
 EXPERTS = ExpertsConfig(count=4, chosen=2, width=16, shared=1, dense_layers=1)
 CHANGES: tuple[dict[str, Any], ...] = ({}, {"mtp_detached": False}, {"mtp_weight": 2 * WEIGHT, "micro_batch": 3})
 FORMS = ("shared prompts", "a text a row", "packed")
@@ -36,6 +40,7 @@ def trainer_of(form: str = "shared prompts", *, experts: ExpertsConfig | None = 
     fixed = {"minibatches": 1, "skip_equal_groups": False, "share_prompts": form == "shared prompts"}
     changed = dataclasses.replace(SETTINGS.update, **(fixed | {"mtp_weight": WEIGHT} | update))
     settings = dataclasses.replace(SETTINGS, response_length=5, prompts=4, group_size=4, update=changed)
+    settings = dataclasses.replace(settings, sampling=SamplingSettings(temperature=TEMPERATURE))
     choice = trainable.full(further=changed.mtp_weight > 0)
     layers = 1 if experts is None else 2
     trainer, _ = make_trainer(make_parts(layers=layers, experts=experts, choice=choice), settings)
@@ -63,7 +68,7 @@ def world_of(form: str) -> World:
     texts, model = experience.trajectories, trainer.policy.model(state.params, trainer.frozen)
     tokens, mask = jnp.asarray(texts.tokens), jnp.asarray(texts.token_mask)
     logits = model.logits(model.hidden_further(model(tokens, mask), tokens, mask))[:, :-1]
-    each = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 2:, None], axis=2)[..., 0]
+    each = jnp.take_along_axis(jax.nn.log_softmax(logits / TEMPERATURE), tokens[:, 2:, None], axis=2)[..., 0]
     counts = np.asarray(texts.action_mask)[:, 2:]
     return World(trainer, prepared, -float(jnp.sum(jnp.where(counts, each, 0))), int(counts.sum()))
 
@@ -144,3 +149,57 @@ def test_a_weight_without_a_layer_that_learns_is_refused(further: bool, weight: 
     settings = dataclasses.replace(SETTINGS, update=dataclasses.replace(SETTINGS.update, mtp_weight=weight))
     with pytest.raises(ValueError, match=sentence):
         make_trainer(make_parts(choice=trainable.full(further=further)), settings)
+
+
+def test_a_detached_loss_changes_nothing_of_the_policys_step() -> None:
+    """Not by the norm that clips it, and not by a gradient that is not finite."""
+    world = world_of("shared prompts")
+    changed = {}
+    for name, weight in {"without": 0.0, "with": 1e4, "broken": 1e38}.items():
+        trainer = trainer_of(mtp_weight=weight, micro_batch=3)
+        state, [metrics] = trainer.improve(trainer.initial_state(), world.prepared)
+        assert metrics["skipped"][0] == 0
+        changed[name] = named_leaves(state.params), metrics
+    plain = changed["without"][0]
+    for name in ("with", "broken"):
+        found, metrics = changed[name]
+        assert metrics["grad_norm"][0] == pytest.approx(changed["without"][1]["grad_norm"][0], rel=1e-4)
+        for path, leaf in plain.items():
+            np.testing.assert_allclose(found[path], leaf, atol=1e-6)
+    assert changed["with"][1]["mtp_grad_norm"][0] > 1e3
+    assert not np.isfinite(changed["broken"][1]["mtp_grad_norm"][0])
+
+
+def test_a_first_token_is_found_behind_many_answers_of_one_token() -> None:
+    """Two prompts of two tokens with four answers each, of one token but for the last one, which has three."""
+    lines = [[1, 2, 3], [1, 2, 4], [1, 2, 5], [1, 2, 6, 7, 8]] * 2
+    tokens, real = np.zeros((8, 5), np.int32), np.zeros((8, 5), bool)
+    for row, line in enumerate(lines):
+        tokens[row, : len(line)], real[row, : len(line)] = line, True
+    texts = single_step(
+        tokens,
+        real,
+        real & (np.arange(5) > 1),
+        group_ids=np.repeat([0, 1], 4),
+        outcomes=np.zeros(8),
+        ended=np.ones(8, bool),
+    )
+    actions = Actions.of(texts, width=3)
+    config = make_parts().model.config
+    rows = arrange(texts, actions, config, grid=None, first=np.ones(8, bool)).rows
+    assert int(rows.segments.max()) >= rows.layout.sequences
+    _, there = predecessors(rows)
+    # Each group: the second token of the prompt, and two that the longest answer reads.
+    assert int(there.sum()) == 6
+
+
+@pytest.mark.parametrize("choice", [trainable.full(further=True), trainable.lora(2, further=True)])
+def test_a_choice_that_the_model_cannot_meet_is_refused(choice: trainable.Trainable) -> None:
+    model = make_parts().model
+    sentence = "no layer for further tokens" if choice.adapters is None else "no layer for further tokens|no low-rank"
+    with pytest.raises(ValueError, match=sentence):
+        choice.partition(nnx.state(model))
+    [with_layer] = [make_parts(choice=trainable.full(further=True)).model]
+    if choice.adapters is not None:
+        with pytest.raises(ValueError, match="no low-rank adapters to train"):
+            choice.partition(nnx.state(with_layer))

@@ -10,14 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl_llm.models import trainable
+from jaxrl_llm.models.attention import Visibility
 from jaxrl_llm.models.config import ExpertsConfig
+from jaxrl_llm.models.experts import given_selections
+from jaxrl_llm.models.transformer import positions_of
 from jaxrl_llm.rollouts.perturb import perturbation
 from jaxrl_llm.training import Trainer
 from jaxrl_llm.training import TrainSettings
 from jaxrl_llm.training import make_collector
+from jaxrl_llm.training.text.layout import Packed
 from jaxrl_llm.training.text.measuring import step_metrics
 from jaxrl_llm.training.text.prepared import Prepared
 from jaxrl_llm.training.text.routers import flip_metrics
+from jaxrl_llm.trajectory import Actions
 from tests.training.tiny_run import SETTINGS
 from tests.training.tiny_run import collected
 from tests.training.tiny_run import make_parts
@@ -81,6 +87,34 @@ def test_tokens_go_where_they_are_told_and_weights_follow_live_scores() -> None:
         np.testing.assert_allclose(one, other, atol=1e-5)
     kernel = slopes["layers"][1]["mlp"]["router"]["kernel"].get_value()
     assert float(jnp.abs(kernel).max()) > 1e-4
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_recorded_selections_reach_their_tokens_in_rows_of_every_form(packed: bool) -> None:
+    """Drawn at random text by text, below a frozen layer: states equal those of texts that are read one by one."""
+    parts = make_parts(layers=3, experts=EXPERTS, choice=trainable.top_layers(1))
+    trainer, collector = make_trainer(parts, settings_of("on"))
+    state = trainer.initial_state()
+    experience = collected(trainer, collector, state)
+    texts = experience.trajectories
+    order = np.random.default_rng(1).random((*texts.tokens.shape, 2, EXPERTS.count))
+    told = np.argsort(order, axis=-1)[..., : EXPERTS.chosen].astype(np.uint8)
+    prompt = settings_of("on").prompt_length
+    told[:, :prompt] = np.repeat(told[::4, :prompt], 4, axis=0)  # answers share what their prompt was told
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jaxrl_llm.training.text.layout.WORTH_PACKING", 1e9 if packed else 0.0)
+        prepared = trainer.prepare(state, 0, dataclasses.replace(experience, selections=told))
+    assert isinstance(prepared.batch.rows.layout, Packed) == packed
+    model = trainer.policy.model(state.params, trainer.frozen)
+    tokens, mask = jnp.asarray(texts.tokens), jnp.asarray(texts.token_mask)
+    given = given_selections(model.config, jnp.asarray(told))
+    passed = model.rows(model.embed(tokens), positions_of(mask), Visibility(mask), selections=given)
+    logits = model.logits(model.final_norm(passed.x))[:, :-1]
+    each = np.asarray(jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=2)[..., 0])
+    chosen = Actions.of(texts, width=trainer.shape.actions)
+    expected = chosen.take(np.pad(each, ((0, 0), (1, 0))))
+    found = prepared.gather(prepared.batch.log_prob_old)
+    np.testing.assert_allclose(found[chosen.mask], expected[chosen.mask], atol=2e-5)
 
 
 def test_flips_are_other_sets_not_other_orders() -> None:

@@ -100,7 +100,7 @@ class Experience:
         texts: what was chosen in each row, decoded; empty where nobody decoded it.
         cursor: where the collector stands after this batch, in JSON.
         selections: the k experts to which each of L layers sent each token when it was sampled, where that was
-            recorded (`Rollout.selections`).
+            recorded (`Rollout.selections`): by the built-in sampler of a task's answers. Stores do not keep it.
     """
 
     trajectories: Trajectories

@@ -58,8 +58,10 @@ def residual_log_probs(log_p: Float[Array, "V ..."], log_q: Float[Array, "V ..."
 
 
 def overlap(log_p: Float[Array, "V ..."], log_q: Float[Array, "V ..."]) -> Float[Array, "..."]:
-    """sum_v min(p_v, q_v) = 1 - TV(p, q) [prob]: how often a token of q is kept (ibid., corollary 3.6)."""
-    return jnp.sum(jnp.exp(jnp.minimum(log_p, log_q)), axis=0)
+    """sum_v min(p_v, q_v) = 1 - TV(p, q) [prob]: how often a token of q is kept (ibid., corollary 3.6); 0 where q is no
+    distribution, whose tokens never are.
+    """
+    return jnp.nan_to_num(jnp.sum(jnp.exp(jnp.minimum(log_p, log_q)), axis=0))
 
 
 def tokens_per_step(rate: Float[Array, "*batch"] | float, drafts: int) -> Float[Array, "*batch"]:
@@ -103,7 +105,9 @@ def judged(
     """
     at = drafted[None]
     p_drafted, q_drafted = (jnp.take_along_axis(law, at, axis=0)[0] for law in (log_p[..., :-1], log_q))
-    kept = uniforms[:, :-1, 0] < acceptance(p_drafted, q_drafted)
+    judge, likely = uniforms[:, :-1, 0], acceptance(p_drafted, q_drafted)
+    # Numbers come in steps of 2^-23: without the second condition the step at 0 would keep whatever can be kept.
+    kept = (judge < likely) & ((judge > 0) | (likely > 2.0**-23))
     count = jnp.sum(jnp.cumprod(kept.astype(jnp.int32), axis=1), axis=1)
     # After k kept drafts nothing was proposed: all of p is left.
     left = jnp.concatenate([residual_log_probs(log_p[..., :-1], log_q), log_p[..., -1:]], axis=2)

@@ -51,7 +51,7 @@ class WithDraft(nnx.Module):
     """A model and a smaller one that drafts for it; split as one, it is what `make_speculative_generate` takes.
 
     Raises:
-        ValueError: for vocabularies of two sizes.
+        ValueError: for vocabularies of two sizes, or a draft of fewer positions than the model.
     """
 
     def __init__(self, model: Transformer, draft: Transformer):
@@ -59,6 +59,11 @@ class WithDraft(nnx.Module):
             raise ValueError(
                 f"draft has a vocabulary of {draft.config.vocab_size} tokens; it must be that of the model, "
                 f"{model.config.vocab_size}"
+            )
+        if draft.config.max_positions < model.config.max_positions:
+            raise ValueError(
+                f"draft reads {draft.config.max_positions} positions; it must read those of the model, "
+                f"{model.config.max_positions}"
             )
         self.model, self.draft = model, draft
 

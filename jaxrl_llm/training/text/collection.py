@@ -94,7 +94,7 @@ def make_collector(parts: Parts, settings: TrainSettings, folder: Path) -> Colle
     if settings.ahead:
         collector = ahead = AheadCollector(collector, ahead=settings.ahead, last_step=settings.steps - 1)
         law = NOBODYS_LAW
-    if settings.update.router_replay != "off" and not isinstance(collector, TaskCollector):
+    if settings.update.router_replay != "off" and (sampler is None or parts.sampler is not None or settings.ahead):
         raise ValueError(
             f'update.router_replay is "{settings.update.router_replay}", which needs what the built-in sampler records '
             'of a task\'s answers; leave out ahead, engines and collectors of your own, or set it to "off".'

@@ -8,8 +8,9 @@ Two forms, chosen by one cost function (`arrange`):
 In both, answers of a group share their prompt: a token attends to what came before it in its own segment and in the
 segment that its own continues, the prompt. The last token of a text predicts nothing and is left out.
 
-Nothing outside this module knows the form of a row: the states that predict the chosen tokens come out of
-`chosen_states` as `[n, K, D]`, their statistics go through `by_sequence` and are `[n, S, R]`.
+Nothing outside this module and `further`, which asks for the token before each one, knows the form of a row: the states
+that predict the chosen tokens come out of `chosen_states` as `[n, K, D]`, their statistics go through `by_sequence` and
+are `[n, S, R]`.
 """
 
 import dataclasses
@@ -347,29 +348,6 @@ def through_layers(
     """Apply layers start .. stop to rows; `remat` recomputes each layer in the backward pass."""
     selections = given_selections(model.config, rows.selections)[start:stop]
     return model.rows(x, rows.positions, visibility(rows), start=start, stop=stop, remat=remat, selections=selections)
-
-
-def predecessors(rows: Rows) -> tuple[Int[Array, "n W"], Bool[Array, "n W"]]:
-    """The column of the token before each token in its own text, and whether there is one: a text's first has none."""
-    layout, (count, width) = rows.layout, rows.tokens.shape
-    columns = jnp.broadcast_to(jnp.arange(width), (count, width))
-    if rows.segments is None:
-        assert isinstance(layout, Grid)
-        places = np.arange(width) - layout.prompt_length
-        first = (places >= 0) & (places % max(layout.response_length - 1, 1) == 0)
-        before = jnp.where(jnp.asarray(first), layout.prompt_length - 1, columns - 1)
-    else:
-        assert rows.prefixes is not None
-        # Segments lie in one piece: the last column of each, and padding in a place of its own.
-        ends = jnp.full((count, width + 1), -1).at[jnp.arange(count)[:, None], rows.segments].max(columns)
-        begins = rows.segments != jnp.roll(rows.segments, 1, axis=1)
-        begins = begins.at[:, 0].set(True)
-        continued = jnp.where(
-            rows.prefixes == rows.segments, -1, jnp.take_along_axis(ends, jnp.maximum(rows.prefixes, 0), axis=1)
-        )
-        before = jnp.where(begins, continued, columns - 1)
-    there = jnp.take_along_axis(rows.token_mask, jnp.maximum(before, 0), axis=1) & (before >= 0)
-    return jnp.maximum(before, 0), there & rows.token_mask
 
 
 def chosen_states(x: Float[Array, "n W D"], rows: Rows) -> Float[Array, "n K D"]:

@@ -116,8 +116,9 @@ def router_flips(
     """`flip_metrics` of a batch; nothing where the trainer's choices are not known."""
     if own is None:
         return {}
-    real = np.asarray(experience.trajectories.token_mask)
-    # Nobody reads the last token of a text.
-    read = real & np.pad(real[:, 1:], ((0, 0), (0, 1)))
+    texts = experience.trajectories
+    real, chosen = np.asarray(texts.token_mask), np.asarray(texts.action_mask)
+    # Of tokens that were sampled, as all that compares with the sampler; nobody reads the last one of a text.
+    read = chosen & np.pad(real[:, 1:], ((0, 0), (0, 1)))
     there = arrangement.of_tokens(read) & (arrangement.origins >= 0)
     return flip_metrics(arrangement.of_tokens(recorded_selections(experience)), np.asarray(own), there)

@@ -20,8 +20,10 @@ from jaxrl_llm.models.config import TransformerConfig
 from jaxrl_llm.models.experts import Experts
 from jaxrl_llm.models.experts import RouterBias
 from jaxrl_llm.models.experts import Routes
+from jaxrl_llm.models.experts import as_small
 from jaxrl_llm.models.experts import choose_experts
 from jaxrl_llm.objectives import balance
+from jaxrl_llm.rollouts.perturb.routers import route_flips
 from jaxrl_llm.training.run.parameters import is_variable
 from jaxrl_llm.training.run.state import named_leaves
 from jaxrl_llm.training.text.minibatches import UpdateSettings
@@ -119,7 +121,7 @@ def own_choices(blocks: Sequence[Block], routes: Sequence[Routes | None]) -> Int
         if sent is not None:
             router = cast(Experts, block.mlp).router
             bias = None if router.bias is None else router.bias[...]
-            chosen.append(choose_experts(sent.scores, bias, router.settings))
+            chosen.append(as_small(choose_experts(sent.scores, bias, router.settings), router.settings.count))
     return jnp.stack(chosen, axis=2) if chosen else None
 
 
@@ -133,12 +135,9 @@ def flip_metrics(
         own: the trainer's, of the last K layers.
         read: tokens that both have read.
     """
-    pair = np.sort(recorded[:, :, -own.shape[2] :].astype(np.int32)), np.sort(own)
-    flips = (pair[0] != pair[1]).any(axis=-1)[read]
-    return {
-        "rollout_corr/router_flips": float(flips.mean()),
-        "rollout_corr/router_flipped_tokens": float(flips.any(1).mean()),
-    }
+    flips = route_flips(*map(jnp.asarray, (recorded[:, :, -own.shape[2] :], own, read)))
+    found = {"rollout_corr/router_flips": flips.routers, "rollout_corr/router_flipped_tokens": flips.tokens}
+    return {name: float(safe_divide(*pair)) for name, pair in found.items()}
 
 
 def require_replay(settings: UpdateSettings, config: TransformerConfig) -> None:

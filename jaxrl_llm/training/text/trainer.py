@@ -29,6 +29,7 @@ from jaxrl_llm.training.text.finite import finite_states
 from jaxrl_llm.training.text.finite import without_broken_rows
 from jaxrl_llm.training.text.fitting import stale_sentence
 from jaxrl_llm.training.text.further import require_further
+from jaxrl_llm.training.text.further import with_further_apart
 from jaxrl_llm.training.text.layout import Arrangement
 from jaxrl_llm.training.text.layout import Grid
 from jaxrl_llm.training.text.layout import arrange
@@ -112,6 +113,9 @@ class Trainer:
         require_routers(update, initial)
         require_further(update, initial)
         self.optimizer = make_optimizer(settings.optimizer, settings.optimizer_steps)
+        if update.mtp_weight and update.mtp_detached:
+            own = make_optimizer(settings.optimizer, settings.optimizer_steps)
+            self.optimizer = with_further_apart(self.optimizer, own)
         if router_biases(initial):
             self.optimizer = with_router_bias(self.optimizer, rate=update.router_bias_rate)
         self._rate = learning_rate_schedule(settings.optimizer, settings.optimizer_steps)

@@ -22,6 +22,9 @@ from jaxrl_llm.testing import Batch
 from jaxrl_llm.training.run.state import TrainState
 from jaxrl_llm.training.text.critic import Critic
 from jaxrl_llm.training.text.further import further_loss
+from jaxrl_llm.training.text.further import further_norm
+from jaxrl_llm.training.text.further import policy_part
+from jaxrl_llm.training.text.further import without_broken_further
 from jaxrl_llm.training.text.layout import Rows
 from jaxrl_llm.training.text.layout import by_sequence
 from jaxrl_llm.training.text.minibatches import UpdateSettings
@@ -87,9 +90,7 @@ class UpdateBatch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Heads:
-    """Heads of the old and of the reference policy; None where the head is frozen and the model's own is the same, or
-    where nobody reads it. And of the policy that sampled, where it has states of its own.
-    """
+    """Heads of the old, the reference and the sampling policy; None where the model's own will do or nobody asks."""
 
     old: Float[Array, "_ _"] | None = None
     ref: Float[Array, "_ _"] | None = None
@@ -332,14 +333,17 @@ class Update:
 
         def loss_sum(trained: tuple[PyTree, PyTree], some: UpdateBatch) -> tuple[Array, Sums]:
             terms, hidden, named, losses = pieces(trained, some)
-            added = named + sum(factor * losses[name][0] for name, factor in scale.items())
-            terms = LossTerms((terms.loss[0] + added, terms.loss[1]), terms.metrics | losses)
+            added = {name: factor * losses[name][0] for name, factor in scale.items()}
+            # What moves its own layer alone is no part of the loss that is reported and looked at.
+            alone = added.pop("mtp_loss", 0.0) if self._settings.mtp_detached else 0.0
+            total = terms.loss[0] + named + sum(added.values())
+            terms = LossTerms((total, terms.loss[1]), terms.metrics | losses)
             if self._critic is None or not jax.tree.leaves(trained[1]):
-                return terms.loss[0], Sums(terms, None)
+                return total + alone, Sums(terms, None)
             # The critic's gradient ends at the states, so one backward pass serves both.
             value, explained = self._critic.loss(trained[1], jax.lax.stop_gradient(hidden), some)
             terms = terms._replace(metrics=terms.metrics | explained)
-            return terms.loss[0] + value[0], Sums(terms, value)
+            return total + alone + value[0], Sums(terms, value)
 
         gradient = jax.grad(loss_sum, has_aux=True)
         total, sums = over_micro_batches(lambda some: gradient(trained, some))
@@ -352,7 +356,11 @@ class Update:
         self.traces += 1
         trained = (state.params, state.critic)
         gradients, sums = self._gradients(trained, frozen, batch, heads, rows, micro_batches)
-        norm = gradient_norm(gradients[0])
+        apart = self._settings.mtp_detached and "mtp_loss" in self._weights
+        own = further_norm(gradients[0]) if apart else None
+        if own is not None:
+            gradients = (without_broken_further(gradients[0], own), gradients[1])
+        norm = gradient_norm(policy_part(gradients[0]) if apart else gradients[0])
         finite = jnp.isfinite(sums.terms.loss[0]) & jnp.isfinite(norm)
         if sums.value is not None:
             finite = finite & jnp.isfinite(sums.value[0]) & jnp.isfinite(optax.tree.norm(gradients[1]))
@@ -386,5 +394,6 @@ class Update:
         metrics = {"loss": sums.terms.loss, **sums.terms.metrics, **load_metrics(gradients[0])}
         metrics |= {} if sums.value is None else {"value_loss": sums.value}
         metrics = jax.tree.map(lambda leaf: jnp.where(finite, leaf, 0), metrics)
+        metrics |= {} if own is None else {"mtp_grad_norm": (own, one)}
         metrics |= {"grad_norm": (norm, one), "skipped": (skipped.astype(jnp.float32), one)}
         return new_state, metrics
