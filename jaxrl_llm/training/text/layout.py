@@ -24,7 +24,7 @@ from jax.typing import ArrayLike
 from jaxrl_llm.models.attention import Visibility
 from jaxrl_llm.models.config import TransformerConfig
 from jaxrl_llm.models.experts import given_selections
-from jaxrl_llm.models.transformer import Passed
+from jaxrl_llm.models.scanned import Passed
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.training.text.packing import Plan
 from jaxrl_llm.training.text.packing import Text
@@ -343,10 +343,12 @@ def through_layers(
     start: int,
     stop: int | None = None,
     remat: bool = False,
+    scan: bool = False,
 ) -> Passed:
-    """Apply layers start .. stop to rows; `remat` recomputes each layer in the backward pass."""
+    """Apply layers start .. stop to rows; `remat` and `scan` as in `Transformer.rows`."""
+    options = {"start": start, "stop": stop, "remat": remat, "scan": scan}
     selections = given_selections(model.config, rows.selections)[start:stop]
-    return model.rows(x, rows.positions, visibility(rows), start=start, stop=stop, remat=remat, selections=selections)
+    return model.rows(x, rows.positions, visibility(rows), selections=selections, **options)
 
 
 def predecessors(rows: Rows) -> tuple[Int[Array, "n W"], Bool[Array, "n W"]]:

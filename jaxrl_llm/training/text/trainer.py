@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxrl_llm.models.sharding import batch_devices
 from jaxrl_llm.models.sharding import shard
 from jaxrl_llm.models.trainable import combine
 from jaxrl_llm.objectives.ratios import LOG_RATIO_LIMIT
@@ -271,8 +272,7 @@ class Trainer:
         config, update = self.parts.model.config, self.settings.update
         rewards = np.asarray(trajectories.returns).reshape(self.shape.groups, -1)
         signal = (rewards.max(axis=1) > rewards.min(axis=1)) | (not self._skips)
-        mesh = self.parts.mesh
-        devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+        devices = 1 if self.parts.mesh is None else batch_devices(self.parts.mesh)
         return arrange(
             trajectories,
             actions,
