@@ -11,6 +11,8 @@ from jax.sharding import PartitionSpec
 
 from jaxrl_llm.models.sharding import batch_axes
 from jaxrl_llm.models.sharding import batch_devices
+from jaxrl_llm.models.sharding import gathered
+from jaxrl_llm.models.sharding import mesh_axes
 from jaxrl_llm.models.sharding import partition_specs
 from jaxrl_llm.models.sharding import require_even_experts
 from jaxrl_llm.typing import Array
@@ -61,10 +63,10 @@ def mix_over_devices(
     experts, devices = parts[0].kernel.shape[0], mesh.shape[AXIS]
     require_even_experts(devices, experts)
     here = experts // devices
-    split_inside = any(TENSOR in _names(entry) for spec in specs for entry in spec)
+    split_inside = any(TENSOR in mesh_axes(entry) for spec in specs for entry in spec)
 
     def local(leaves: list[Array], rows: Array, chosen: Array, weights: Array) -> Array:
-        whole = [_gathered(leaf, spec) for leaf, spec in zip(leaves, specs, strict=True)]
+        whole = [gathered(leaf, spec, but=(AXIS, TENSOR)) for leaf, spec in zip(leaves, specs, strict=True)]
         rows, chosen, weights = (jax.lax.all_gather(x, AXIS, tiled=True) for x in (rows, chosen, weights))
         own = chosen - here * jax.lax.axis_index(AXIS).astype(chosen.dtype)
         own = jnp.where((own >= 0) & (own < here), own, here)
@@ -78,15 +80,3 @@ def mix_over_devices(
     filled = jnp.pad(rows, fill), jnp.pad(chosen, fill, constant_values=experts), jnp.pad(weights, fill)
     spread = jax.shard_map(local, in_specs=(specs, *(by_row,) * 3), out_specs=by_row)
     return spread(leaves, *filled)[:count]
-
-
-def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return (entry,) if isinstance(entry, str) else tuple(entry or ())
-
-
-def _gathered(leaf: Array, spec: PartitionSpec) -> Array:
-    """The leaf whole along what neither experts nor inner widths are split over."""
-    for axis, entry in enumerate(spec):
-        names = tuple(name for name in _names(entry) if name not in (AXIS, TENSOR))
-        leaf = jax.lax.all_gather(leaf, names, axis=axis, tiled=True) if names else leaf
-    return leaf

@@ -140,7 +140,9 @@ def require_even_experts(devices: int, experts: int) -> None:
         raise ValueError(f"expert is {devices}; it must divide experts.count, which is {experts} in this model.")
 
 
-def _spec(axes: tuple[str, ...], shape: tuple[int, ...], mesh_shape: Mapping[str, int], rules: Rules) -> PartitionSpec:
+def axes_spec(
+    axes: tuple[str, ...], shape: tuple[int, ...], mesh_shape: Mapping[str, int], rules: Rules
+) -> PartitionSpec:
     """Rules applied to one array; an axis that the mesh does not divide evenly stays whole. A mesh axis splits one axis
     of an array, the first that asks for it.
     """
@@ -155,6 +157,21 @@ def _spec(axes: tuple[str, ...], shape: tuple[int, ...], mesh_shape: Mapping[str
         entries.append(names if split else None)
         free.difference_update(names if split else ())
     return PartitionSpec(*entries)
+
+
+def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Names in an entry of a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+def gathered(part: Array, spec: PartitionSpec, *, but: tuple[str, ...]) -> Array:
+    """In a shard_map: what the spec splits, put together again along all mesh axes `but` these. The gradient goes back
+    as a reduce-scatter.
+    """
+    for axis, entry in enumerate(spec):
+        names = tuple(name for name in mesh_axes(entry) if name not in but)
+        part = jax.lax.all_gather(part, names, axis=axis, tiled=True) if names else part
+    return part
 
 
 def partition_specs(state: Tree, mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> Tree:
@@ -174,7 +191,7 @@ def partition_specs(state: Tree, mesh: Mesh | AbstractMesh, rules: Rules = RULES
         axes = leaf.get_metadata().get("logical_axes", (None,) * value.ndim)
         if all(axis is None for axis in axes):
             return leaf.replace(PartitionSpec())
-        return leaf.replace(_spec(axes, value.shape, mesh.shape, rules))
+        return leaf.replace(axes_spec(axes, value.shape, mesh.shape, rules))
 
     return jax.tree.map(variable_specs, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
@@ -201,7 +218,7 @@ def constrain(array: Array, axes: tuple[str, ...], rules: Rules = RULES) -> Arra
     }
     if not automatic:
         return array
-    return jax.lax.with_sharding_constraint(array, _spec(axes, array.shape, automatic, rules))
+    return jax.lax.with_sharding_constraint(array, axes_spec(axes, array.shape, automatic, rules))
 
 
 def keep_layout(tree: Tree) -> Tree:

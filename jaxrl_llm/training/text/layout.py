@@ -324,9 +324,9 @@ def _write(columns, mask, row, start, ids, position, segment, prefix, origin) ->
 
 def visibility(rows: Rows) -> Visibility:
     """A token sees what is before it in its own segment and in the one that it continues, its prompt."""
-    if rows.segments is not None:
-        return Visibility(rows.token_mask, rows.segments, rows.prefixes)
     layout = rows.layout
+    if rows.segments is not None or layout.sequences == 1:
+        return Visibility(rows.token_mask, rows.segments, rows.prefixes)
     assert isinstance(layout, Grid)
     # The prompt is segment 0, answers are 1, 2, .. and continue it.
     places = np.arange(layout.width) - layout.prompt_length
@@ -346,9 +346,9 @@ def through_layers(
     scan: bool = False,
 ) -> Passed:
     """Apply layers start .. stop to rows; `remat` and `scan` as in `Transformer.rows`."""
-    options = {"start": start, "stop": stop, "remat": remat, "scan": scan}
-    selections = given_selections(model.config, rows.selections)[start:stop]
-    return model.rows(x, rows.positions, visibility(rows), selections=selections, **options)
+    given = given_selections(model.config, rows.selections)[start:stop]
+    options = {"start": start, "stop": stop, "remat": remat, "scan": scan, "selections": given}
+    return model.rows(x, rows.positions, visibility(rows), **options)
 
 
 def predecessors(rows: Rows) -> tuple[Int[Array, "n W"], Bool[Array, "n W"]]:

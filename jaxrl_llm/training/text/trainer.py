@@ -112,7 +112,7 @@ class Trainer:
         update, temperature = settings.update, settings.sampling.temperature
         require_routers(update, initial)
         require_further(update, initial)
-        self.optimizer = make_optimizer(settings.optimizer, settings.optimizer_steps)
+        self.optimizer = make_optimizer(settings.optimizer, settings.optimizer_steps, scan=update.scan_layers)
         if router_biases(initial):
             self.optimizer = with_router_bias(self.optimizer, rate=update.router_bias_rate)
         self._rate = learning_rate_schedule(settings.optimizer, settings.optimizer_steps)
