@@ -31,6 +31,7 @@ from jaxrl_llm.models import Transformer
 from jaxrl_llm.models import trainable as choices
 from jaxrl_llm.models.dtypes import cast_model
 from jaxrl_llm.models.dtypes import parse_dtype
+from jaxrl_llm.models.sharding import MESH_AXES
 from jaxrl_llm.models.sharding import parse_mesh
 from jaxrl_llm.models.trainable import Trainable
 from jaxrl_llm.objectives import Recipe
@@ -63,7 +64,8 @@ def _recipe_settings() -> type:
 RecipeSettings: Any = _recipe_settings()
 """What a recipe may be changed in, each None for the recipe's own; made of the fields of `Recipe`."""
 
-MESH = re.compile(r"(data|fsdp|tensor)=([1-9]\d{0,5})(,(data|fsdp|tensor)=([1-9]\d{0,5})){0,2}")
+AXIS = rf"({'|'.join(MESH_AXES)})=([1-9]\d{{0,5}})"
+MESH = re.compile(f"{AXIS}(,{AXIS}){{0,3}}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """A mixture of experts in place of a feed-forward: a router, the experts it chooses from, and a shared one."""
 
+import math
 from collections.abc import Callable
 from typing import Literal
 from typing import NamedTuple
@@ -14,9 +15,11 @@ from jaxrl_kernels import group_rows
 from jaxrl_kernels import grouped_matmul
 from jaxrl_llm.models.config import ExpertsConfig
 from jaxrl_llm.models.config import TransformerConfig
+from jaxrl_llm.models.expert_parallel import mix_over_devices
 from jaxrl_llm.models.layers import LowRank
 from jaxrl_llm.models.layers import SwiGLU
 from jaxrl_llm.models.numerics import Numerics
+from jaxrl_llm.models.sharding import automatic_mesh
 from jaxrl_llm.models.stored_parts import Stored
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Float
@@ -172,6 +175,27 @@ class ExpertsLinear(nnx.Module):
         return y.astype(self.numerics.stream)
 
 
+def mix(
+    parts: tuple[ExpertsLinear, ExpertsLinear, ExpertsLinear],
+    rows: Float[Array, "N D"],
+    chosen: Int[Array, "N k"],
+    weights: Float[Array, "N k"],
+) -> Float[Array, "N D"]:
+    """sum_j w_j down_j(silu(gate_j(x)) * up_j(x)) over the chosen experts, of those that are there; 0 of the others.
+
+    Args:
+        parts: gate, up and down.
+        rows: one for each token.
+        chosen: experts of each token; an id behind the last expert is nobody's.
+        weights: of their outputs.
+    """
+    gate, up, down = parts
+    groups = group_rows(chosen, gate.kernel.shape[0])
+    sent, sizes = gather_rows(rows, groups), groups.group_sizes
+    out = down(jax.nn.silu(gate(sent, sizes)) * up(sent, sizes), sizes)
+    return combine_rows(out, groups, weights)
+
+
 class Experts(nnx.Module):
     """sum_j w_j Expert_j(x) over the chosen experts, + Shared(x); every expert is a SwiGLU. No token is dropped."""
 
@@ -195,9 +219,11 @@ class Experts(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Routes]:
         """Apply the layer; `selection` names the experts of each token where another router has chosen them."""
         routes, weights = self.router(x, selection)
-        chosen, rows = routes.selection, x.reshape(-1, x.shape[-1])
-        groups = group_rows(chosen.reshape(rows.shape[0], -1), self.router.settings.count)
-        sent, sizes = gather_rows(rows, groups), groups.group_sizes
-        out = self.down(jax.nn.silu(self.gate(sent, sizes)) * self.up(sent, sizes), sizes)
-        mixed = combine_rows(out, groups, weights.reshape(groups.places.shape)).reshape(x.shape)
+        rows, pairs = x.reshape(-1, x.shape[-1]), (math.prod(x.shape[:-1]), self.router.settings.chosen)
+        arrays = rows, routes.selection.reshape(pairs), weights.reshape(pairs)
+        parts, mesh = (self.gate, self.up, self.down), automatic_mesh()
+        if mesh is not None and mesh.shape.get("expert", 1) > 1:
+            mixed = mix_over_devices(mesh, mix, parts, *arrays).reshape(x.shape)
+        else:
+            mixed = mix(parts, *arrays).reshape(x.shape)
         return mixed if self.shared is None else mixed + self.shared(x), routes

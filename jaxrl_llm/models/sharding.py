@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import jax
 from flax import nnx
+from jax.sharding import AbstractMesh
 from jax.sharding import AxisType
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
@@ -19,40 +20,61 @@ Rules = Mapping[str, str | tuple[str, ...] | None]
 
 Tree = TypeVar("Tree")
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
+
+ACTIVATION_AXES = ("batch", "sequence", "activation")
+
+BATCH_AXES = ("data", "fsdp", "expert")
+"""Over what sequences are spread."""
 
 RULES: Rules = {
-    # Parameters: the width is split over `fsdp` (gathered when used), the wide side of each product over `tensor`.
+    # Parameters: the width is split over `fsdp`, and over `expert` where experts are not (gathered when used); the wide
+    # side of each product over `tensor`.
     "vocabulary": "tensor",
-    "hidden": "fsdp",
+    "hidden": ("fsdp", "expert"),
     "heads": "tensor",
     "kv_heads": "tensor",
     "intermediate": "tensor",
     "norm": None,
     "rank": None,
-    "experts": None,
+    "experts": "expert",
     "joined": "tensor",
-    # Activations: sequences over both data axes; the width stays whole, or every norm would have to communicate.
-    "batch": ("data", "fsdp"),
+    # Activations: sequences over all of these axes; the width stays whole, or every norm would have to communicate.
+    "batch": BATCH_AXES,
     "sequence": None,
     "activation": None,
 }
-"""Data parallelism over `data`, sharded parameters over `fsdp`, tensor parallelism over `tensor`."""
+"""Data parallelism over `data`, parameters over `fsdp`, experts over `expert`, tensor parallelism over `tensor`."""
 
 
-def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh of data * fsdp * tensor devices with automatic layouts (jax.make_mesh alone would make them explicit).
+def make_mesh(*, data: int = 1, fsdp: int = 1, expert: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh of data * fsdp * expert * tensor devices with automatic layouts (jax.make_mesh would make them explicit).
 
     Raises:
         ValueError: when there are too few devices.
     """
-    needed = data * fsdp * tensor
-    devices = jax.devices()
+    sizes = (data, fsdp, expert, tensor)
+    needed, devices = math.prod(sizes), jax.devices()
     if needed > len(devices):
-        raise ValueError(
-            f"a mesh of data={data} x fsdp={fsdp} x tensor={tensor} needs {needed} devices, there are {len(devices)}"
-        )
-    return jax.make_mesh((data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:needed])
+        named = " x ".join(f"{name}={size}" for name, size in zip(MESH_AXES, sizes, strict=True))
+        raise ValueError(f"a mesh of {named} needs {needed} devices, there are {len(devices)}")
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes), devices=devices[:needed])
+
+
+def batch_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """Those of `BATCH_AXES` that this mesh has."""
+    return tuple(name for name in BATCH_AXES if name in mesh.shape)
+
+
+def batch_devices(mesh: Mesh | AbstractMesh) -> int:
+    """Over how many devices sequences are spread."""
+    return math.prod(mesh.shape[name] for name in batch_axes(mesh))
+
+
+def automatic_mesh() -> AbstractMesh | None:
+    """The mesh that is set (`with jax.set_mesh(mesh)`), where its layouts are the compiler's: not in a shard_map."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or set(mesh.axis_types) != {AxisType.Auto} else mesh
 
 
 def parse_mesh(text: str, config: TransformerConfig | None = None) -> Mesh:
@@ -61,12 +83,14 @@ def parse_mesh(text: str, config: TransformerConfig | None = None) -> Mesh:
     Args:
         text: sizes of the axes of `MESH_AXES`, in any order. Their product must be the number of devices or divide it;
             then the first of them are used.
-        config: of the model that will live there; if given, `tensor` must divide what it splits. (`partition_specs`
-            leaves an axis whole that a mesh does not divide, and every device would then compute all of it.)
+        config: of the model that will live there; if given, `tensor` and `expert` must divide what they split.
+            (`partition_specs` leaves an axis whole that a mesh does not divide, and every device would then compute all
+            of it.)
 
     Raises:
         ValueError: in a sentence, for another axis, one named twice, a size that is no positive integer, a product that
-            does not divide the number of devices, or heads or an inner width that `tensor` does not divide.
+            does not divide the number of devices, heads or an inner width that `tensor` does not divide, or experts
+            that `expert` does not divide.
     """
     sizes: dict[str, int] = {}
     for part in text.split(","):
@@ -88,6 +112,8 @@ def parse_mesh(text: str, config: TransformerConfig | None = None) -> Mesh:
         )
     if config is not None:
         _check_tensor(sizes.get("tensor", 1), config)
+        if config.experts is not None:
+            require_even_experts(sizes.get("expert", 1), config.experts.count)
     return make_mesh(**sizes)
 
 
@@ -104,23 +130,51 @@ def _check_tensor(tensor: int, config: TransformerConfig) -> None:
             raise ValueError(f"tensor is {tensor}; it must divide {name}, which is {size} in this model.")
 
 
-def _spec(axes: tuple[str, ...], shape: tuple[int, ...], mesh_shape: Mapping[str, int], rules: Rules) -> PartitionSpec:
-    """Rules applied to one array; an axis that the mesh does not divide evenly stays whole."""
-    entries = []
+def require_even_experts(devices: int, experts: int) -> None:
+    """Every device of the axis `expert` holds as many experts.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if experts % devices:
+        raise ValueError(f"expert is {devices}; it must divide experts.count, which is {experts} in this model.")
+
+
+def axes_spec(
+    axes: tuple[str, ...], shape: tuple[int, ...], mesh_shape: Mapping[str, int], rules: Rules
+) -> PartitionSpec:
+    """Rules applied to one array; an axis that the mesh does not divide evenly stays whole. A mesh axis splits one axis
+    of an array, the first that asks for it.
+    """
+    entries, free = [], {name for name, size in mesh_shape.items() if size > 1}
     for axis, size in zip(axes, shape, strict=True):
         if axis not in rules:
             raise ValueError(f"logical axis {axis!r} has no sharding rule; the rules name {', '.join(sorted(rules))}")
         rule = rules[axis]
         names = (rule,) if isinstance(rule, str) else tuple(rule or ())
-        names = tuple(name for name in names if name in mesh_shape)
-        parts = 1
-        for name in names:
-            parts *= mesh_shape[name]
-        entries.append(names if parts > 1 and size % parts == 0 else None)
+        names = tuple(name for name in names if name in free)
+        split = bool(names) and size % math.prod(mesh_shape[name] for name in names) == 0
+        entries.append(names if split else None)
+        free.difference_update(names if split else ())
     return PartitionSpec(*entries)
 
 
-def partition_specs(state: Tree, mesh: Mesh, rules: Rules = RULES) -> Tree:
+def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Names in an entry of a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+def gathered(part: Array, spec: PartitionSpec, *, but: tuple[str, ...]) -> Array:
+    """In a shard_map: what the spec splits, put together again along all mesh axes `but` these. The gradient goes back
+    as a reduce-scatter.
+    """
+    for axis, entry in enumerate(spec):
+        names = tuple(name for name in mesh_axes(entry) if name not in but)
+        part = jax.lax.all_gather(part, names, axis=axis, tiled=True) if names else part
+    return part
+
+
+def partition_specs(state: Tree, mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> Tree:
     """The same tree with a PartitionSpec for each array.
 
     Args:
@@ -137,7 +191,7 @@ def partition_specs(state: Tree, mesh: Mesh, rules: Rules = RULES) -> Tree:
         axes = leaf.get_metadata().get("logical_axes", (None,) * value.ndim)
         if all(axis is None for axis in axes):
             return leaf.replace(PartitionSpec())
-        return leaf.replace(_spec(axes, value.shape, mesh.shape, rules))
+        return leaf.replace(axes_spec(axes, value.shape, mesh.shape, rules))
 
     return jax.tree.map(variable_specs, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
@@ -164,4 +218,12 @@ def constrain(array: Array, axes: tuple[str, ...], rules: Rules = RULES) -> Arra
     }
     if not automatic:
         return array
-    return jax.lax.with_sharding_constraint(array, _spec(axes, array.shape, automatic, rules))
+    return jax.lax.with_sharding_constraint(array, axes_spec(axes, array.shape, automatic, rules))
+
+
+def keep_layout(tree: Tree) -> Tree:
+    """Lay parameters out by the sharding rules, if a mesh is set: each step must return what the next one takes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, partition_specs(tree, mesh))

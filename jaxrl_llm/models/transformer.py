@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Literal
-from typing import NamedTuple
 from typing import Self
 from typing import overload
 
@@ -24,32 +23,19 @@ from jaxrl_llm.models.further_token import FurtherToken
 from jaxrl_llm.models.layers import RMSNorm
 from jaxrl_llm.models.layers import Rotation
 from jaxrl_llm.models.numerics import Numerics
+from jaxrl_llm.models.scanned import Passed
+from jaxrl_llm.models.scanned import scan_layers
+from jaxrl_llm.models.sharding import ACTIVATION_AXES
 from jaxrl_llm.models.sharding import constrain
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Bool
 from jaxrl_llm.typing import Float
 from jaxrl_llm.typing import Int
 
-ACTIVATION_AXES = ("batch", "sequence", "activation")
-
 
 def positions_of(token_mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
     """Position of each token in its own text: the number of real tokens before it; 0 on left padding."""
     return jnp.maximum(jnp.cumsum(token_mask, axis=1, dtype=jnp.int32) - 1, 0)
-
-
-class Passed(NamedTuple):
-    """What layers pass on.
-
-    Attributes:
-        x: to the next layer.
-        contexts: of each layer, with the tokens in them.
-        routes: of each layer's router; None of a dense one.
-    """
-
-    x: Float[Array, "B T D"]
-    contexts: tuple[Context, ...]
-    routes: tuple[Routes | None, ...]
 
 
 class Transformer(nnx.Module):
@@ -206,11 +192,17 @@ class Transformer(nnx.Module):
         start: int = 0,
         stop: int | None = None,
         remat: bool = False,
+        scan: bool = False,
         selections: Sequence[Int[Array, "B T k"] | None] | None = None,
     ) -> Passed:
-        """`through` layers start .. stop for rows of training tokens: with where the routers sent them."""
-        count = (len(self.layers) if stop is None else stop) - start
-        contexts = [RowContext(self._sight(visibility))] * count
+        """`through` layers start .. stop for rows of training tokens: with where the routers sent them. With `scan` as
+        `models.scanned.scan_layers` does it.
+        """
+        layers, context = list(self.layers)[start:stop], RowContext(self._sight(visibility))
+        if scan:
+            given = [None] * len(layers) if selections is None else selections
+            return scan_layers(layers, x, Rotation.at(positions, self.config), context, given, remat=remat)
+        contexts = [context] * len(layers)
         return self.through(x, positions, contexts, start=start, remat=remat, selections=selections)
 
     def _sight(self, visibility: Visibility) -> Visibility | Bool[Array, "B T T"]:

@@ -5,6 +5,7 @@ states that predict them, `align` puts their numbers back; nothing else counts c
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TypeVar
 
 import jax
@@ -14,7 +15,10 @@ import numpy as np
 from jaxrl_kernels import Reference
 from jaxrl_kernels import TokenStatistics
 from jaxrl_kernels import token_statistics
+from jaxrl_llm.models.sharding import automatic_mesh
+from jaxrl_llm.models.sharding import batch_devices
 from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.rollouts.scoring_over_devices import statistics_over_devices
 from jaxrl_llm.rollouts.texts import check_texts
 from jaxrl_llm.rollouts.texts import require_arrays
 from jaxrl_llm.rollouts.texts import require_ids
@@ -148,15 +152,17 @@ def score_hidden(
         raise ValueError(f"targets has shape {targets.shape}; it must be {shape}, one for each of the hidden states.")
     if reference is not None:
         reference = Reference(reference.hidden.reshape(-1, reference.hidden.shape[-1]), reference.head)
-    flat = token_statistics(
-        hidden.reshape(-1, hidden.shape[-1]),
-        head,
-        targets.reshape(-1),
+    found = partial(
+        token_statistics,
         vocabulary_axis=vocabulary_axis,
-        reference=reference,
         temperature=temperature,
         log_min_p=log_min_p,
         statistics=statistics,
         implementation=implementation,
     )
+    arrays, mesh = (hidden.reshape(-1, hidden.shape[-1]), head, targets.reshape(-1)), automatic_mesh()
+    if mesh is None or mesh.size == 1 or targets.size % batch_devices(mesh):
+        flat = found(*arrays, reference=reference)
+    else:
+        flat = statistics_over_devices(mesh, found, *arrays, vocabulary_axis=vocabulary_axis, reference=reference)
     return TokenStatistics(*(None if value is None else value.reshape(shape) for value in flat))

@@ -181,7 +181,9 @@ def test_activations_are_constrained_only_where_a_mesh_is_set():
 
 
 def test_impossible_layouts_are_refused(model):
-    with pytest.raises(ValueError, match="a mesh of data=4 x fsdp=4 x tensor=1 needs 16 devices, there are 8"):
+    with pytest.raises(
+        ValueError, match="a mesh of data=4 x fsdp=4 x expert=1 x tensor=1 needs 16 devices, there are 8"
+    ):
         make_mesh(data=4, fsdp=4)
     rules = {name: rule for name, rule in RULES.items() if name != "heads"}
     with pytest.raises(ValueError, match="logical axis 'heads' has no sharding rule; the rules name activation, batch"):
@@ -191,9 +193,9 @@ def test_impossible_layouts_are_refused(model):
 @pytest.mark.parametrize(
     ("text", "sizes"),
     [
-        ("data=2,fsdp=4,tensor=1", {"data": 2, "fsdp": 4, "tensor": 1}),
-        ("tensor=2, data=2", {"data": 2, "fsdp": 1, "tensor": 2}),
-        ("fsdp=8", {"data": 1, "fsdp": 8, "tensor": 1}),
+        ("data=2,fsdp=4,tensor=1", {"data": 2, "fsdp": 4, "expert": 1, "tensor": 1}),
+        ("tensor=2, data=2", {"data": 2, "fsdp": 1, "expert": 1, "tensor": 2}),
+        ("fsdp=8", {"data": 1, "fsdp": 8, "expert": 1, "tensor": 1}),
     ],
 )
 def test_a_mesh_by_name(text, sizes):
@@ -205,7 +207,7 @@ def test_a_mesh_by_name(text, sizes):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("rows=2", "the part 'rows=2'; a part must be one of data, fsdp, tensor with its size"),
+        ("rows=2", "the part 'rows=2'; a part must be one of data, fsdp, expert, tensor with its size"),
         ("data", "the part 'data'; a part must be"),
         ("", "the part ''; a part must be"),
         ("data=2,", "the part ''; a part must be"),

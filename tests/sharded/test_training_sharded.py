@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +25,7 @@ from jaxrl_llm.training import state_hash
 from jaxrl_llm.training import train
 from jaxrl_llm.training.text.routers import router_biases
 
+EXPERTS = ExpertsConfig(count=4, chosen=2, width=16, shared=1)
 MESHES = {"data": {"data": 8}, "fsdp": {"fsdp": 8}, "both": {"data": 2, "fsdp": 4}}
 
 
@@ -93,11 +95,16 @@ def test_loss_gradient_and_updated_parameters_equal_those_of_one_device(tiny_run
         assert kernel.addressable_shards[0].data.size * 8 == kernel.size
 
 
-def test_experts_on_a_mesh_have_the_gradient_and_the_loads_of_one_device(tiny_run):
-    experts = ExpertsConfig(count=4, chosen=2, width=16, shared=1)
-    experience, gradient, loss, *_ = one_batch(tiny_run, None, experts=experts)
-    mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    _, got_gradient, got_loss, state, *_ = one_batch(tiny_run, mesh, experience, experts)
+@pytest.fixture(scope="module")
+def experts_on_one_device(tiny_run):
+    return one_batch(tiny_run, None, experts=EXPERTS)
+
+
+@pytest.mark.parametrize("shape", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "expert": 4}], ids="x".join)
+def test_experts_on_a_mesh_have_the_gradient_and_the_loads_of_one_device(tiny_run, experts_on_one_device, shape):
+    experience, gradient, loss, *_ = experts_on_one_device
+    mesh = make_mesh(**shape)
+    _, got_gradient, got_loss, state, *_ = one_batch(tiny_run, mesh, experience, EXPERTS)
     np.testing.assert_array_equal(got_loss[1], loss[1])
     [loads], [got] = router_biases(gradient), router_biases(got_gradient)
     np.testing.assert_allclose(got, loads, rtol=1e-6)
@@ -105,7 +112,8 @@ def test_experts_on_a_mesh_have_the_gradient_and_the_loads_of_one_device(tiny_ru
         one, other = np.asarray(one), np.asarray(other)
         np.testing.assert_allclose(one, other, rtol=0, atol=2e-5 * np.abs(other).max() + 1e-9)
     kernel = state.params["layers"][0]["mlp"]["gate"]["kernel"][...]
-    assert kernel.addressable_shards[0].data.size * 4 == kernel.size, "width over fsdp, inner width over tensor"
+    # The width over fsdp, and the inner width over tensor or the experts over theirs.
+    assert kernel.addressable_shards[0].data.size * math.prod(shape.values()) == kernel.size * shape.get("data", 1)
 
 
 def test_a_run_on_a_mesh_is_interrupted_and_resumed_bit_for_bit(tiny_run, tmp_path):

@@ -40,6 +40,7 @@ STEPS = 4
 # Name -> shape and axes, of kinds that the tiny model has not.
 ARRAYS = {
     "query": ((24, 60), ("hidden", "heads")),
+    "key": ((24, 60), ("hidden", "heads")),
     "output": ((60, 24), ("heads", "hidden")),
     "square": ((32, 32), ("hidden", "hidden")),
     "experts": ((3, 24, 40), ("experts", "hidden", "intermediate")),
@@ -51,7 +52,7 @@ ARRAYS = {
     "adapter": ((24, 4), ("hidden", "rank")),
     "norm": ((24,), ("norm",)),
 }
-MATRICES = ("query", "output", "square", "experts", "router")
+MATRICES = ("query", "key", "output", "square", "experts", "router")
 VECTORS = ("norm", "correction", "expert_bias")
 """What is not decayed."""
 
@@ -102,8 +103,8 @@ def by_hand(params, gradients):
 class Compiled:
     """An optimiser whose start and whose step, with the parameters after it, are one program each."""
 
-    def __init__(self, settings: OptimizerSettings) -> None:
-        self.plain = make_optimizer(settings, STEPS)
+    def __init__(self, settings: OptimizerSettings, *, scan: bool = False) -> None:
+        self.plain = make_optimizer(settings, STEPS, scan=scan)
         self.init = jax.jit(self.plain.init)
         self.step = jax.jit(self._step)
 
@@ -117,7 +118,9 @@ def optimizer():
     return Compiled(SETTINGS)
 
 
-def test_two_steps_equal_the_iteration_written_out(optimizer):
+@pytest.mark.parametrize("scan", [False, True])
+def test_two_steps_equal_the_iteration_written_out(optimizer, scan):
+    optimizer = Compiled(SETTINGS, scan=True) if scan else optimizer
     params, gradients = arrays(0), [arrays(1), arrays(2)]
     state = optimizer.init(params)
     for gradient in gradients:

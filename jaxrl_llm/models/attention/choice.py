@@ -10,6 +10,7 @@ from jaxrl_llm.models.attention.fused import CUDNN_DTYPES
 from jaxrl_llm.models.attention.fused import CUDNN_WIDTH
 from jaxrl_llm.models.attention.fused import cudnn_attention
 from jaxrl_llm.models.attention.fused import splash_attention
+from jaxrl_llm.models.attention.over_devices import on_each_device
 from jaxrl_llm.models.attention.visibility import Visibility
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Float
@@ -33,8 +34,8 @@ def choose(
     - "reference" where the scores of a layer, 4 B H T^2 bytes, are at most 64 MiB: 64 rows of 9 heads up to T = 170,
       one row of 32 heads up to T = 724. What is small stays as it always was, to the bit; on two CPU cores "xla" is the
       faster one from about there on.
-    - "splash" above that on a TPU in bfloat16, outside a mesh: its kernel is not split over devices, and does not
-      multiply float32 in full precision.
+    - "splash" above that on a TPU in bfloat16, outside a mesh, where it must be named; its kernel does not multiply
+      float32 in full precision.
     - "cudnn" above that on an NVIDIA GPU in bfloat16 or float16, where heads are at most 128 wide, in multiples of 8.
     - "xla" otherwise: on CPUs, in float32, on other accelerators.
 
@@ -81,7 +82,8 @@ def attend(
     - "xla": one pair of blocks, 4 B H b^2 bytes a few times over with b of 64 to 512 tokens (`blocked.block_size`), and
       O(T) arrays.
     - "cudnn": the mask as a bias, 2 B T^2 bytes; bfloat16 and float16 on an NVIDIA GPU.
-    - "splash": O(T) on one TPU; `precision` has no say in its kernel.
+    - "splash": O(T) on a TPU; `precision` has no say in its kernel. Under a mesh each device runs it on its rows and
+      heads.
 
     What comes out of a padding query means nothing, but it is finite. "cudnn" and "splash" make it zero, and so does
     "xla" where the query sees nothing; a gradient at such an output reaches no real token. "reference" gives the mean
@@ -112,5 +114,5 @@ def attend(
     if name == "cudnn":
         return cudnn_attention(query, keys, values, visibility)
     if name == "splash":
-        return splash_attention(query, keys, values, visibility)
+        return on_each_device(splash_attention, query, keys, values, visibility)
     raise ValueError(f"implementation is {name!r}; it must be one of {', '.join(IMPLEMENTATIONS)}, or None.")

@@ -16,6 +16,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
 from jaxrl_llm.models.lora import merge_lora
+from jaxrl_llm.models.sharding import batch_axes
+from jaxrl_llm.models.sharding import batch_devices
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.rollouts.collect.protocol import PolicySnapshot
 from jaxrl_llm.rollouts.engines import Engine
@@ -212,6 +214,5 @@ def spread(array: Array, mesh: Mesh | None) -> Array:
     """The rows of an array over the devices; rows that do not divide evenly stay whole."""
     if mesh is None:
         return array
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    axes = (("data", "fsdp"),) if array.shape[0] % parts == 0 else ()
+    axes = (batch_axes(mesh),) if array.shape[0] % batch_devices(mesh) == 0 else ()
     return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*axes)))

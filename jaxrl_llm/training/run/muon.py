@@ -4,10 +4,12 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
 from optax.contrib import scale_by_muon
 
+from jaxrl_llm.models.sharding import constrain
 from jaxrl_llm.training.run.parameters import axes_of
 from jaxrl_llm.training.run.parameters import is_variable
 from jaxrl_llm.typing import PyTree
@@ -57,12 +59,50 @@ def _exact(inner: optax.GradientTransformation) -> optax.GradientTransformation:
     return optax.GradientTransformation(inner.init, update)
 
 
+def _one_after_the_other(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same, with variables of equal shape and axes in one loop: one program serves all of them. It stacks gradients
+    and means, which are held twice meanwhile.
+    """
+
+    step: Any = inner.update
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        del params
+        variables, structure = jax.tree.flatten(updates, is_leaf=is_variable)
+        means = jax.tree.leaves(state.mu, is_leaf=is_variable)
+        alike: dict[Any, list[int]] = {}
+        for index, variable in enumerate(variables):
+            axes = variable.get_metadata()["logical_axes"]
+            alike.setdefault((axes, variable.shape, variable.dtype), []).append(index)
+        for (axes, *_), indices in alike.items():
+
+            def one(pair: tuple[Any, Any], axes: Any = axes) -> tuple[Any, Any]:
+                gradient, mean = (constrain(x, axes) for x in pair)
+                [change], after = step([gradient], state._replace(mu=[mean]))
+                return constrain(change, axes), constrain(after.mu[0], axes)
+
+            stacks = tuple(jnp.stack([tree[index].get_value() for index in indices]) for tree in (variables, means))
+            changes, moved = jax.lax.map(one, stacks)
+            for place, index in enumerate(indices):
+                variables[index] = variables[index].replace(changes[place])
+                means[index] = means[index].replace(moved[place])
+        _, after = step([], state._replace(mu=[]))
+        return structure.unflatten(variables), after._replace(mu=structure.unflatten(means))
+
+    return optax.GradientTransformation(inner.init, update)
+
+
 def _scaled(update: Any, _: Any) -> Any:
     return UPDATE_RMS * math.sqrt(max(update.shape[-2:])) * update
 
 
 def muon_and(
-    rest: optax.GradientTransformation, rate: optax.Schedule, *, momentum: float, weight_decay: float
+    rest: optax.GradientTransformation,
+    rate: optax.Schedule,
+    *,
+    momentum: float,
+    weight_decay: float,
+    scan: bool = False,
 ) -> optax.GradientTransformation:
     """Muon for matrices, `rest` for all else.
 
@@ -84,6 +124,7 @@ def muon_and(
         rate: of Muon.
         momentum: m.
         weight_decay: decay.
+        scan: matrices of equal size one after the other in a loop, so that a program does not grow with their number.
 
     Departures from the reports: m M and (1 - m) G are corrected for the start of M at 0 as optax does, each by its own
     factor. GLM-4.5 does not say which optimiser the rest has, nor where the output head belongs.
@@ -94,7 +135,7 @@ def muon_and(
         weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: MuonDimensionNumbers(-2, -1), tree),
     )
     matrices = optax.chain(
-        _exact(inner),
+        _exact(_one_after_the_other(inner) if scan else inner),
         optax.stateless_with_tree_map(_scaled),
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(rate),

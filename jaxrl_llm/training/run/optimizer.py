@@ -111,12 +111,15 @@ def learning_rate_schedule(settings: OptimizerSettings, total_steps: int) -> opt
     return optax.join_schedules([warmup, after], [settings.warmup_steps])
 
 
-def make_optimizer(settings: OptimizerSettings, total_steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    settings: OptimizerSettings, total_steps: int, *, scan: bool = False
+) -> optax.GradientTransformation:
     """AdamW, or Muon with AdamW for what is no matrix, behind clipping by the global norm.
 
     Args:
         settings: the numbers.
         total_steps: optimiser steps in the whole run. [steps]
+        scan: of `muon_and`.
     """
     rate = learning_rate_schedule(settings, total_steps)
     adamw = optax.adamw(
@@ -129,7 +132,7 @@ def make_optimizer(settings: OptimizerSettings, total_steps: int) -> optax.Gradi
     )
     made: optax.GradientTransformation = adamw
     if settings.optimizer == "muon":
-        made = muon_and(adamw, rate, momentum=settings.momentum, weight_decay=settings.weight_decay)
+        made = muon_and(adamw, rate, momentum=settings.momentum, weight_decay=settings.weight_decay, scan=scan)
     if settings.max_grad_norm:
         made = optax.chain(optax.clip_by_global_norm(settings.max_grad_norm), made)
     # AdamW keeps its means in the dtype of the parameters: checkpoints of runs in bfloat16 hold them so.

@@ -25,7 +25,7 @@ from jax.typing import ArrayLike
 from jaxrl_llm.models.attention import Visibility
 from jaxrl_llm.models.config import TransformerConfig
 from jaxrl_llm.models.experts import given_selections
-from jaxrl_llm.models.transformer import Passed
+from jaxrl_llm.models.scanned import Passed
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.training.text.packing import Plan
 from jaxrl_llm.training.text.packing import Text
@@ -325,9 +325,9 @@ def _write(columns, mask, row, start, ids, position, segment, prefix, origin) ->
 
 def visibility(rows: Rows) -> Visibility:
     """A token sees what is before it in its own segment and in the one that it continues, its prompt."""
-    if rows.segments is not None:
-        return Visibility(rows.token_mask, rows.segments, rows.prefixes)
     layout = rows.layout
+    if rows.segments is not None or layout.sequences == 1:
+        return Visibility(rows.token_mask, rows.segments, rows.prefixes)
     assert isinstance(layout, Grid)
     # The prompt is segment 0, answers are 1, 2, .. and continue it.
     places = np.arange(layout.width) - layout.prompt_length
@@ -344,10 +344,12 @@ def through_layers(
     start: int,
     stop: int | None = None,
     remat: bool = False,
+    scan: bool = False,
 ) -> Passed:
-    """Apply layers start .. stop to rows; `remat` recomputes each layer in the backward pass."""
-    selections = given_selections(model.config, rows.selections)[start:stop]
-    return model.rows(x, rows.positions, visibility(rows), start=start, stop=stop, remat=remat, selections=selections)
+    """Apply layers start .. stop to rows; `remat` and `scan` as in `Transformer.rows`."""
+    given = given_selections(model.config, rows.selections)[start:stop]
+    options = {"start": start, "stop": stop, "remat": remat, "scan": scan, "selections": given}
+    return model.rows(x, rows.positions, visibility(rows), **options)
 
 
 def chosen_states(x: Float[Array, "n W D"], rows: Rows) -> Float[Array, "n K D"]:

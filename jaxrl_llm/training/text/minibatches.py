@@ -40,6 +40,8 @@ class UpdateSettings:
             the rest of the model too, as in pre-training.
         router_replay: "on" sends each token in training to the experts to which the sampler sent it, with the weights
             of the live scores; "measure" lets routers choose anew and measures how often they choose otherwise.
+        scan_layers: make one program of layers of equal structure (and of Muon on matrices of equal size), run for each
+            of them: the time to compile no longer grows with depth, and what learns is held twice meanwhile.
     """
 
     minibatches: int = 4
@@ -56,6 +58,7 @@ class UpdateSettings:
     mtp_weight: float = dataclasses.field(default=0.0, metadata=LATER)
     mtp_detached: bool = dataclasses.field(default=True, metadata=LATER)
     router_replay: Literal["off", "measure", "on"] = dataclasses.field(default="off", metadata=LATER)
+    scan_layers: bool = dataclasses.field(default=False, metadata=LATER)
 
     def __post_init__(self) -> None:
         """Refuse impossible numbers."""

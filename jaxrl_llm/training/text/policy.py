@@ -10,11 +10,11 @@ from flax import nnx
 
 from jaxrl_llm.models.block import Block
 from jaxrl_llm.models.experts import Routes
+from jaxrl_llm.models.sharding import ACTIVATION_AXES
 from jaxrl_llm.models.sharding import constrain
 from jaxrl_llm.models.tokenizers import Tokenizer
 from jaxrl_llm.models.trainable import Trainable
 from jaxrl_llm.models.trainable import first_trained_layer
-from jaxrl_llm.models.transformer import ACTIVATION_AXES
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.training.run.checkpoints import flatten_settings
 from jaxrl_llm.training.text.layout import Rows
@@ -73,11 +73,17 @@ class Policy:
         return list(model.layers)[self.first_layer :]
 
     def forward(
-        self, model: Transformer, rows: Rows, trunk: Float[Array, "n W D"] | None, *, remat: bool = False
+        self,
+        model: Transformer,
+        rows: Rows,
+        trunk: Float[Array, "n W D"] | None,
+        *,
+        remat: bool = False,
+        scan: bool = False,
     ) -> Forward:
-        """Through the layers that are trained."""
+        """Through the layers that are trained; `remat` and `scan` as in `Transformer.rows`."""
         x = model.embed(rows.tokens) if trunk is None else constrain(trunk, ACTIVATION_AXES)
-        passed = through_layers(model, x, rows, start=self.first_layer, remat=remat)
+        passed = through_layers(model, x, rows, start=self.first_layer, remat=remat, scan=scan)
         # The norm acts on each state alone: it is applied to those that predict something only.
         return Forward(model.final_norm(chosen_states(passed.x, rows)), passed.x, passed.routes)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxrl_llm.models.sharding import batch_devices
 from jaxrl_llm.models.sharding import shard
 from jaxrl_llm.models.trainable import combine
 from jaxrl_llm.objectives.ratios import LOG_RATIO_LIMIT
@@ -112,10 +113,9 @@ class Trainer:
         update, temperature = settings.update, settings.sampling.temperature
         require_routers(update, initial)
         require_further(update, initial)
-        self.optimizer = make_optimizer(settings.optimizer, settings.optimizer_steps)
-        if update.mtp_weight and update.mtp_detached:
-            own = make_optimizer(settings.optimizer, settings.optimizer_steps)
-            self.optimizer = with_further_apart(self.optimizer, own)
+        made = [make_optimizer(settings.optimizer, settings.optimizer_steps, scan=update.scan_layers) for _ in range(2)]
+        apart = update.mtp_weight and update.mtp_detached
+        self.optimizer = with_further_apart(*made) if apart else made[0]
         if router_biases(initial):
             self.optimizer = with_router_bias(self.optimizer, rate=update.router_bias_rate)
         self._rate = learning_rate_schedule(settings.optimizer, settings.optimizer_steps)
@@ -275,8 +275,7 @@ class Trainer:
         config, update = self.parts.model.config, self.settings.update
         rewards = np.asarray(trajectories.returns).reshape(self.shape.groups, -1)
         signal = (rewards.max(axis=1) > rewards.min(axis=1)) | (not self._skips)
-        mesh = self.parts.mesh
-        devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+        devices = 1 if self.parts.mesh is None else batch_devices(self.parts.mesh)
         return arrange(
             trajectories,
             actions,

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 from typing import NamedTuple
-from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from jaxrl_kernels import Reference
 from jaxrl_kernels import TokenStatistics
 from jaxrl_llm.masked import safe_divide
 from jaxrl_llm.models.sharding import constrain
-from jaxrl_llm.models.sharding import partition_specs
+from jaxrl_llm.models.sharding import keep_layout
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.objectives import LossTerms
 from jaxrl_llm.rollouts import score_hidden
@@ -150,10 +149,11 @@ def micro_batch_loss(
     *,
     temperature: float,
     remat: bool,
+    scan: bool,
     fraction: Any,
 ) -> tuple[LossTerms, Forward]:
     """The objective's loss on some rows, as (sum, count), with its metrics; and the forward pass."""
-    forward = policy.forward(model, batch.rows, batch.trunk, remat=remat)
+    forward = policy.forward(model, batch.rows, batch.trunk, remat=remat, scan=scan)
 
     def compare(other: Array | None, head: Array | None, *names: str) -> TokenStatistics:
         return statistics(
@@ -220,16 +220,10 @@ def take_rows(batch: UpdateBatch, rows: Int[Array, " m"]) -> UpdateBatch:
     )
 
 
-def keep_layout(tree: PyTree) -> PyTree:
-    """Lay parameters out by the sharding rules, if a mesh is set: each step must return what the next one takes."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return tree
-    return jax.lax.with_sharding_constraint(tree, partition_specs(tree, cast(Any, mesh)))
-
-
 class Update:
     """The jitted optimiser step. `traces` counts how often it was compiled: once per shape of its arguments.
+
+    `jitted` is the function itself, which can be compiled for devices that are not here.
 
     Calling it with (state, frozen, batch, heads, rows, micro_batches) gives (state, metrics). The given state is
     donated: its buffers are reused and it must not be touched afterwards. `rows` [micro-batches, rows] index the rows
@@ -258,7 +252,7 @@ class Update:
         self._weights = {name: weight for name, weight in weights.items() if weight}
         self._policy, self._objective, self._optimizer, self._critic = policy, objective, optimizer, critic
         self._static: Any = {"temperature": temperature, "remat": settings.remat}
-        self._jitted = jax.jit(self._step, donate_argnums=0)
+        self.jitted = jax.jit(self._step, donate_argnums=0)
 
     def __call__(
         self,
@@ -270,7 +264,7 @@ class Update:
         micro_batches: int,
     ) -> tuple[TrainState, dict[str, SumCount]]:
         """Take one optimiser step."""
-        return self._jitted(state, frozen, batch, heads, rows, jnp.asarray(micro_batches, jnp.int32))
+        return self.jitted(state, frozen, batch, heads, rows, jnp.asarray(micro_batches, jnp.int32))
 
     def gradient(
         self,
@@ -291,9 +285,8 @@ class Update:
         # Gradients of the policy's loss and of the critic's, each divided by its own count.
         def pieces(trained: tuple[PyTree, PyTree], some: UpdateBatch) -> Any:
             model = self._policy.model(trained[0], frozen)
-            terms, forward = micro_batch_loss(
-                self._policy, self._objective, model, some, heads, fraction=1.0 / count, **self._static
-            )
+            options = {"scan": self._settings.scan_layers, "fraction": 1.0 / count, **self._static}
+            terms, forward = micro_batch_loss(self._policy, self._objective, model, some, heads, **options)
             layers = zip(self._policy.blocks(model), forward.routes, strict=True)
             losses, sent = {}, [(*layer, some.rows.token_mask) for layer in layers]
             if "mtp_loss" in self._weights:
