@@ -40,15 +40,11 @@ class Prices:
 
     name, tasks, turns = "prices", 6000, TURNS
 
-    def __init__(self, *, mark: str = "") -> None:
-        """`mark` stands behind the question."""
-        self.mark = mark
-
     def reset(self, seed: int) -> "PricesEpisode":
         """See `TextWorld.reset`."""
         if not 0 <= seed < self.tasks:
             raise ValueError(f"seed is {seed}; {self.name} has the tasks 0 to {self.tasks - 1}.")
-        return PricesEpisode(seed, self.mark)
+        return PricesEpisode(seed)
 
 
 class PricesEpisode:
@@ -56,7 +52,7 @@ class PricesEpisode:
 
     admissible: tuple[str, ...] = ()
 
-    def __init__(self, seed: int, mark: str = "") -> None:
+    def __init__(self, seed: int) -> None:
         rng = random.Random(stable_key("prices", seed))
         self.table = {item: rng.randrange(11, 100) for item in ITEMS}
         item, one, other = rng.choice(ITEMS), rng.randrange(11, 100), rng.randrange(11, 100)
@@ -65,7 +61,7 @@ class PricesEpisode:
         self.question = (f"{one}*{other}", item, f"{item}*{other}")[kind]
         self.plan = [ToolCall("get", {"of": item})] * (kind > 0) + [ToolCall("calc", {"x": product})] * (kind != 1)
         self.answer = self.result(self.plan[-1])
-        self.prompt, self.turn, self.over = self.question + mark, 0, False
+        self.prompt, self.turn, self.over = self.question, 0, False
 
     def result(self, call: ToolCall) -> str:
         """What a tool answers."""

@@ -62,7 +62,6 @@ class Wording:
             strip=chat_format.strip,
         )
 
-
     @classmethod
     def of_glm(cls, *, thinking: bool = True) -> Self:
         """A world that answers calls of tools, as `glm_chat.GLM4_5` writes it: the task is the user's, what is seen next

@@ -85,4 +85,3 @@ def _widened(rows: Trajectories, width: int) -> Trajectories:
             sides = ((0, 0), (0, more), *((0, 0),) * (np.ndim(column) - 2))
             changed[field.name] = np.pad(column, sides, constant_values=FILLS.get(field.name, 0))
     return dataclasses.replace(rows, **changed)
-

@@ -33,6 +33,8 @@ class UpdateSettings:
         router_bias_rate: how far each optimiser step moves the correction bias of a router's expert, up where its load
             was below the mean and down where it was above; 0 leaves it. GLM-4.5: 0.001 in pre-training, 0 afterwards.
         router_balance: weight of the loss for even loads within each row. GLM-4.5: 0.0001.
+        pack: put texts side by side where that is cheaper. False gives each text a row of its own where answers do not
+            share a prompt of fixed width: more padding, and one program for all batches, where compiling is dearer.
     """
 
     minibatches: int = 4
@@ -46,6 +48,7 @@ class UpdateSettings:
     score_rows: int = 0
     router_bias_rate: float = dataclasses.field(default=0.0, metadata=LATER)
     router_balance: float = dataclasses.field(default=0.0, metadata=LATER)
+    pack: bool = dataclasses.field(default=True, metadata=LATER)
 
     def __post_init__(self) -> None:
         """Refuse impossible numbers."""

@@ -107,6 +107,11 @@ class Trainer:
         self._grid = self._fixed_grid()
         update, temperature = settings.update, settings.sampling.temperature
         require_routers(update, initial)
+        if self.objective.compares_rows and not update.pack:
+            raise ValueError(
+                f"update.pack is False, and {self.objective.name!r} compares the answers of a group, which must stand in "
+                "one row; it must be True."
+            )
         self.optimizer = make_optimizer(settings.optimizer, settings.optimizer_steps)
         if router_biases(initial):
             self.optimizer = with_router_bias(self.optimizer, rate=update.router_bias_rate)
@@ -276,6 +281,7 @@ class Trainer:
             # So that every optimiser step has rows of its own, and as many on every device.
             least_rows=update.minibatches,
             multiple=update.minibatches * devices,
+            pack=update.pack,
         )
 
     @property

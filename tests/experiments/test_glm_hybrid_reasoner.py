@@ -1,0 +1,142 @@
+"""The chain of GLM-4.5: its tasks by hand, what is claimed of made-up numbers, and the tiny run whole."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from experiments import glm_hybrid_reasoner
+from experiments.reasoner.bench import leaks
+from experiments.reasoner.chains import Chain
+from experiments.reasoner.chains import ChainTask
+from experiments.reasoner.numbers import summarise
+from experiments.reasoner.page import reasoner_page
+from experiments.reasoner.prices import Prices
+from experiments.reasoner.prices import PricesEpisode
+from experiments.reasoner.prices import conversation
+from experiments.reasoner.stages import STAGES
+from experiments.reasoner.texts import cold_start
+from jaxrl_llm.environments import check_task
+from jaxrl_llm.environments.worlds import check_text_world
+
+CHAIN = Chain(7, (("+", 5), ("*", 3), ("-", 8)))
+
+
+def test_a_chain_by_hand() -> None:
+    assert CHAIN.question == "7a+5b*3c-8"
+    assert CHAIN.worked() == ("a+52b*36c-88", "8")
+
+
+def test_chains_are_a_task_in_both_modes() -> None:
+    task = ChainTask(3, modes=(True, False), held_out_count=12)
+    check_task(task)
+    thought, direct = (task.problem(CHAIN, thinking=mode) for mode in (True, False))
+    assert thought.prompt == "[gMASK]<sop><|user|>\n7a+5b*3c-8<|assistant|>"
+    assert direct.prompt.endswith("/nothink<|assistant|>\n<think></think>")
+    # A right digit in the form that was not asked for earns nothing.
+    assert task.score(direct, thought.answer).reward == 0
+    assert task.score(direct, thought.answer).lenient
+    assert task.score(thought, direct.answer).reward == 0
+    assert task.score(thought, "\n<think>a+52b*36c-88\n8").reward == 0
+    assert task.score(thought, "\n<think>a+52</think>\n7").reward == 0
+    assert {len(problem.metadata["question"]) for problem in task.held_out()} == {4, 7, 10}
+
+
+def test_tools_are_a_world_whose_malformed_calls_end_it() -> None:
+    check_text_world(Prices(), seeds=range(3))
+    kinds = {len(PricesEpisode(seed).plan) for seed in range(20)}
+    assert kinds == {1, 2}
+    seed = next(seed for seed in range(20) if len(PricesEpisode(seed).plan) == 2)
+    episode = PricesEpisode(seed)
+    first = episode.step(episode.said(0))
+    assert (first.reward, first.done) == (0.0, False)
+    assert int(first.text) * int(episode.question.split("*")[1]) == int(episode.answer)
+    episode.step(episode.said(1))
+    assert episode.step(f"\n{episode.answer}").reward == 1
+    for broken in ("<tool_call>get\n<arg_key>of</arg_key>", "<tool_call>set\n</tool_call>"):
+        reply = PricesEpisode(seed).step(broken)
+        assert (reply.reward, reply.done) == (0.0, True)
+    unknown = PricesEpisode(seed).step(episode.said(0).replace(episode.plan[0].arguments["of"], "cow"))
+    assert (unknown.text, unknown.done) == ("?", False)
+    assert [message["role"] for message in conversation(seed)] == ["user", *["assistant", "tool"] * 2, "assistant"]
+
+
+def test_leaks_are_found_in_answers_and_not_in_calls() -> None:
+    assert leaks("\na+52b*36\n8")
+    assert leaks("\n<think>8")
+    assert not leaks("\n8")
+    assert not leaks("<arg_value>fig*34</arg_value>", tools=True)
+    assert leaks("</think>", tools=True)
+
+
+def test_no_question_of_the_cold_start_is_in_both_modes() -> None:
+    lines = cold_start(dataclasses.replace(glm_hybrid_reasoner.TINY, conversations=200), 0, 1, range(50))
+    asked = {kind: {line["identity"] for line in lines if line["kind"] == kind} for kind in ("thinking", "direct")}
+    assert asked["thinking"]
+    assert asked["direct"]
+    assert not asked["thinking"] & asked["direct"]
+
+
+SUCCESS = {  # thinking, direct, tools
+    "pretrain": (0.0, 0.0, 0.0),
+    "thinking": (0.5, 0.1, 0.5),
+    "hybrid": (0.5, 0.2, 0.5),
+    "reasoner": (0.9, 0.1, 0.5),
+    "tooler": (0.5, 0.2, 0.9),
+    "unified": (0.8, 0.3, 0.8),
+    "general": (0.9, 0.3, 0.9),
+}
+
+
+def made_up(last=SUCCESS["general"], leak: float = 0.0) -> dict:
+    """Results of one seed with these rates of success; questions differ a little, so that there are errors."""
+    ripple = 0.05 * np.where(np.arange(40) % 2, 1.0, -1.0)[:, None] * np.ones((1, 2))
+    results = {}
+    for number, (stage, rates) in enumerate((SUCCESS | {"general": last}).items()):
+        part = {"operations": np.arange(40) % 5 + 1}
+        for mode, rate, tokens in zip(("thinking", "direct", "tools"), rates, (20.0, 3.0, 40.0), strict=True):
+            part |= {f"{mode}_reward": np.clip(rate + ripple * (1 + 0.1 * number), 0, 1)}
+            part |= {f"{mode}_tokens": tokens + ripple, f"{mode}_leak": np.full((40, 2), leak)}
+            part |= {f"{mode}_example": np.array("<|user|>\n<think>")}
+        curves = ("reward", "loss", "violation", "router_entropy", "dead", "entropy", "tokens")
+        results[f"{stage}_0"] = part | {f"curve_{name}": np.linspace(0, 1, 20) for name in curves}
+    return results
+
+
+@pytest.mark.parametrize(
+    ("last", "leak", "met", "missed"),
+    [
+        (SUCCESS["general"], 0.0, 7, None),
+        ((0.8, 0.3, 0.9), 0.0, 6, "one_model_minus_reasoner"),
+        ((0.9, 0.3, 0.8), 0.0, 6, "one_model_minus_tooler"),
+        (SUCCESS["general"], 0.02, 6, "leaked_thinking"),
+    ],
+)
+def test_what_is_claimed_of_made_up_numbers(last, leak, met, missed) -> None:
+    settings = glm_hybrid_reasoner.SETTINGS
+    summary = summarise(settings, made_up(last, leak))
+    assert summary["claims_met"] == met
+    assert [name for name in summary if name.endswith("_holds") and not summary[name]] == (
+        [f"{missed}_holds"] if missed else []
+    )
+    assert summary["thinking_minus_direct"] == pytest.approx(last[0] - last[1], abs=1e-6)
+
+
+def test_the_page_of_made_up_numbers() -> None:
+    settings, results = glm_hybrid_reasoner.SETTINGS, made_up()
+    page = reasoner_page(settings, results, summarise(settings, results))
+    assert page.value == "7 of 7"
+    assert sum(len(section.pictures) for section in page.sections) == 5
+    assert page.sections[0].table is not None
+    assert len(page.sections[0].table.rows) == 7
+
+
+def test_settings_that_cannot_be_are_named() -> None:
+    for change, sentence in ({"width": 96}, "multiple of 64"), ({"chosen": 40}, "32 experts to choose from"):
+        with pytest.raises(ValueError, match=sentence):
+            glm_hybrid_reasoner.parts(dataclasses.replace(glm_hybrid_reasoner.SETTINGS, **change))
+
+
+def test_every_stage_begins_where_it_should() -> None:
+    parts = glm_hybrid_reasoner.parts(dataclasses.replace(glm_hybrid_reasoner.TINY, seeds=2))
+    assert list(parts) == [f"{stage}_{seed}" for seed in (0, 1) for stage in STAGES]
