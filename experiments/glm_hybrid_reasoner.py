@@ -77,8 +77,8 @@ TINY = dataclasses.replace(
 EXPERIMENT = Study(
     name="glm_hybrid_reasoner",
     claim=(
-        "One small GLM goes through the whole post-training of GLM-4.5 and ends within two standard errors of each of its "
-        "two experts, leaks no thinking, and thinks where it helps."
+        "One small GLM goes through the whole post-training of GLM-4.5 and ends within two standard errors of each of "
+        "its two experts, leaks no thinking, and thinks where it helps."
     ),
     cost="@COST@",
     settings=SETTINGS,

@@ -1,4 +1,4 @@
-"""What every stage of `glm_hybrid_reasoner` uses: the model's structure, its tokenizer, and who asks and measures it."""
+"""What every stage of `glm_hybrid_reasoner` uses: the model's structure, its tokenizer, who asks and who measures."""
 
 import functools
 import re

@@ -43,7 +43,7 @@ CLAIMS = {
         "Reinforcement makes the reasoning expert better: success minus that of the cold start",
         "> 0",
     ),
-    "tooler_minus_cold_start": ("The same of the expert that calls tools", "> 0"),
+    "tooler_minus_cold_start": ("The tool expert minus the cold start, questions with tools", "> 0"),
     "one_model_minus_reasoner": (
         "The one model minus the reasoning expert, chains with thinking",
         "≥ -2 standard errors",
@@ -76,9 +76,9 @@ def _stages(settings: ReasonerSettings, results: Results) -> Picture:
     axes.set_ylim(0, 1.02)
     legend(axes, 3)
     caption = (
-        "Share of sampled answers that are right, at temperature 1, on the same held-out questions for every stage, with "
-        "95 % intervals. Both experts begin from the second phase of the cold start; so does the distilled model, which "
-        "learns from their answers."
+        "Share of sampled answers that are right, at temperature 1, on the same held-out questions at every stage, "
+        "with 95 % intervals. Both experts begin from the second phase of the cold start; so does the distilled model, "
+        "which learns from their answers."
     )
     return Picture("stages", "The chain, stage by stage", caption, figure)
 
@@ -141,7 +141,8 @@ def _balance(settings: ReasonerSettings, results: Results) -> Picture:
         curve = results[part_name(stage, settings.seed)]["curve_violation"]
         colour = (style.INK, style.MUTED)[number % 2]
         axes.plot(start + np.arange(len(curve)), curve, color=colour, linewidth=1.1)
-        axes.annotate(STAGE_LABELS[stage], (start, 1), xycoords=("data", "axes fraction"), fontsize=7, rotation=25)
+        place = {"xycoords": ("data", "axes fraction"), "fontsize": 7, "rotation": 25}
+        axes.annotate(STAGE_LABELS[stage], (start, 1), **place)
         start += len(curve)
     axes.set_ylim(bottom=0)
     caption = (
@@ -199,8 +200,10 @@ def reasoner_page(settings: ReasonerSettings, results: Results, summary: Mapping
             ),
             Section(
                 "Thinking on and off",
-                ["Conversations of the one model with held-out questions, token for token:"]
-                + _conversations(settings, results),
+                [
+                    "Conversations of the one model with held-out questions, token for token:",
+                    *_conversations(settings, results),
+                ],
                 [_steps(settings, results), _tokens(settings, results)],
             ),
             Section("Experts of the mixture", [], [_balance(settings, results)]),

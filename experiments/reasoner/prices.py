@@ -5,7 +5,8 @@
     fig*34    what do so many cost?         the table, then the calculator
 
 Prices differ from task to task. A call that cannot be read, or of a tool that is not there, ends the episode with the
-reward 0; one whose argument means nothing is answered with a question mark.
+reward 0 (GLM-4.5, arXiv 2508.06471, section 3); one whose argument means nothing is answered with a question mark.
+Whatever has no call in it is an answer to the question, so there is nothing that this world refuses before its end.
 """
 
 import random
@@ -21,6 +22,7 @@ from jaxrl_llm.models.glm_answers import parse_answer
 ITEMS = ("egg", "fig", "ham", "ice", "nut", "oat", "pea", "rye", "tea", "yam")
 EXPRESSION = re.compile(r"(\d{1,4})\*(\d{1,4})")
 UNKNOWN = "?"
+OVER = "over"
 TURNS = 3
 
 
@@ -73,13 +75,13 @@ class PricesEpisode:
     def step(self, action: str) -> Reply:
         """See `TextEpisode.step`; calls are answered, anything else is the answer to the question."""
         if self.over:
-            return Reply("", 0.0, True, False)
+            return Reply(OVER, 0.0, True, False)
         said = parse_answer(action, TOOLS)
         right = float(said.content == self.answer and not said.faults and not said.thinking)
         trace = halting_reward(right, [said.malformed])
         self.over = said.malformed or not said.tool_calls or self.turn + 1 == TURNS
         if self.over:
-            return Reply("", 0.0 if said.tool_calls else trace.reward, True, True)
+            return Reply(OVER, 0.0 if said.tool_calls else trace.reward, True, True)
         self.turn += 1
         return Reply("\n".join(self.result(call) for call in said.tool_calls), 0.0, False, True)
 

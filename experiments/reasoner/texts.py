@@ -1,4 +1,4 @@
-"""What the model learns from before it answers itself: text of the tasks, and the conversations of a teacher who errs."""
+"""What the model learns from before it answers itself: text of the tasks, and conversations of a teacher who errs."""
 
 import dataclasses
 import json

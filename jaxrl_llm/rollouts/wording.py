@@ -64,8 +64,8 @@ class Wording:
 
     @classmethod
     def of_glm(cls, *, thinking: bool = True) -> Self:
-        """A world that answers calls of tools, as `glm_chat.GLM4_5` writes it: the task is the user's, what is seen next
-        are results of tools, and an action ends with <|observation|> or, the last one, with <|user|>.
+        """A world that answers calls of tools, as `glm_chat.GLM4_5` writes it: the task is the user's, what is seen
+        next are results of tools, and an action ends with <|observation|> or, the last one, with <|user|>.
 
         Args:
             thinking: False asks for actions without thinking, and closes it before each.

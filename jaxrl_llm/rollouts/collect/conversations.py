@@ -152,8 +152,8 @@ class ConversationCollector:
             texts = written_pieces(record["messages"], self._chat, tokenizer=self._tokenizer, **options)
             if len(texts) > 1:
                 raise ValueError(
-                    f"the chat takes back earlier turns, so that its answers stand in {len(texts)} texts; give one line "
-                    "for each, with first_written."
+                    f"the chat takes back earlier turns, so that its answers stand in {len(texts)} texts; give one "
+                    "line for each, with first_written."
                 )
             return encode_pieces(texts[0], self._tokenizer, starts=self._starts)
         except ValueError as error:

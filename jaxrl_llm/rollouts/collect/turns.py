@@ -44,7 +44,9 @@ class TurnsCollector:
             raise ValueError("collectors is empty; there must be one to take a turn.")
         sizes = [(one.shape.rows, one.shape.group_size, brought_by(one)) for one in self._collectors]
         if len(set(sizes)) > 1:
-            said = ", ".join(f"{name}: {size[0]} rows in groups of {size[1]}" for name, size in zip(self._names, sizes))
+            said = ", ".join(
+                f"{name}: {size[0]} rows in groups of {size[1]}" for name, size in zip(self._names, sizes, strict=True)
+            )
             raise ValueError(f"collectors that take turns must have batches of one size and kind; they have {said}.")
         shapes = [one.shape for one in self._collectors]
         widest, actions = (max(getattr(shape, name) for shape in shapes) for name in ("width", "actions"))

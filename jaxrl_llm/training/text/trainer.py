@@ -109,8 +109,8 @@ class Trainer:
         require_routers(update, initial)
         if self.objective.compares_rows and not update.pack:
             raise ValueError(
-                f"update.pack is False, and {self.objective.name!r} compares the answers of a group, which must stand in "
-                "one row; it must be True."
+                f"update.pack is False, and {self.objective.name!r} compares the answers of a group, which must stand "
+                "in one row; it must be True."
             )
         self.optimizer = make_optimizer(settings.optimizer, settings.optimizer_steps)
         if router_biases(initial):

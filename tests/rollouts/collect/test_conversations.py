@@ -1,4 +1,4 @@
-"""Conversations with thinking and tools as rows: what the chat writes, with the model's answers and their ends chosen."""
+"""Conversations with thinking and tools as rows: what the chat writes; answers and their ends are chosen."""
 
 import json
 
