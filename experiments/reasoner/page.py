@@ -146,7 +146,7 @@ def _balance(settings: ReasonerSettings, results: Results) -> Picture:
         start += len(curve)
     axes.set_ylim(bottom=0)
     caption = (
-        "Largest violation of even loads, mean over layers, first seed. The correction biases of the routers move while "
+        "Largest violation of even loads, mean over layers, first seed. The correction biases of routers move while "
         "the model reads text, and are frozen from then on, as in the report."
     )
     return Picture("balance", "Load of the experts", caption, figure)
