@@ -11,7 +11,7 @@ The chain of GLM-4.5 (arXiv 2508.06471, section 3) in seven stages, each a run o
     pretrain   text of the tasks, Muon, the correction biases of the routers learn
     thinking   cold start, first phase: conversations of a teacher who errs, all chains thought through
     hybrid     second phase: half of the chains without thinking, no question in both modes
-    reasoner   reinforcement (GRPO without KL) on chains modulo 10 that need the scratchpad
+    reasoner   reinforcement (GRPO without KL) on chains modulo 5 that need the scratchpad
     tooler     reinforcement on a table and a calculator; a malformed call ends the trace with the reward 0
     unified    the cold start again, by filtered answers of both experts, with thinking and without
     general    reinforcement on everything in turn

@@ -1,10 +1,10 @@
-"""Chains of sums, differences and products modulo 10: easy with a scratchpad, hard without.
+"""Chains of sums, differences and products modulo 5: easy with a scratchpad, hard without.
 
-    7a+5b*3c-8        from 7: step a adds 5, step b multiplies by 3, step c takes 8 away, always modulo 10
-    a+52b*36c-88      the scratchpad: each step once more, with the digit that it leads to
-    8                 the answer
+    3a+4b*3c-2        from 3: step a adds 4, step b multiplies by 3, step c takes 2 away, always modulo 5
+    a+42b*31c-24      the scratchpad: each step once more, with the digit that it leads to
+    4                 the answer
 
-Products are by 3, 7 and 9, which lose no information, so that every answer is as likely as any other, whatever the last
+Nothing is multiplied by 0, so no step loses information, and every answer is as likely as any other whatever the last
 steps are. Letters name the steps, so that the next one is found by what it is called.
 """
 
@@ -20,13 +20,13 @@ from jaxrl_llm.models.glm_answers import parse_answer
 from jaxrl_llm.models.glm_chat import GLM4_5
 
 LETTERS = "abcdefghij"
-FACTORS = (3, 7, 9)
+MODULUS = 5
 
 
 def applied(value: int, operation: str, digit: int) -> int:
-    """What a step leads to, modulo 10."""
+    """What a step leads to."""
     result = {"+": value + digit, "-": value - digit, "*": value * digit}[operation]
-    return result % 10
+    return result % MODULUS
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class Chain:
 
         def step() -> tuple[str, int]:
             operation = rng.choice("+-*")
-            return operation, rng.choice(FACTORS) if operation == "*" else rng.randrange(10)
+            return operation, rng.randrange(1 if operation == "*" else 0, MODULUS)
 
-        return cls(rng.randrange(10), tuple(step() for _ in range(operations)))
+        return cls(rng.randrange(MODULUS), tuple(step() for _ in range(operations)))
 
     @property
     def question(self) -> str:
@@ -67,7 +67,7 @@ class Chain:
         for name, (operation, digit) in zip(LETTERS, self.steps, strict=False):
             value = applied(value, operation, digit)
             if rng is not None and rng.random() < slips:
-                value = (value + rng.randrange(1, 10)) % 10
+                value = (value + rng.randrange(1, MODULUS)) % MODULUS
             pad += f"{name}{operation}{digit}{value}"
         return pad, str(value)
 

@@ -9,6 +9,7 @@ from experiments import style
 from experiments.figures import legend
 from experiments.reasoner.bench import MODES
 from experiments.reasoner.bench import bench_of
+from experiments.reasoner.chains import MODULUS
 from experiments.reasoner.numbers import LONG
 from experiments.reasoner.numbers import by_steps
 from experiments.reasoner.numbers import claims
@@ -94,7 +95,7 @@ def _steps(settings: ReasonerSettings, results: Results) -> Picture:
             half = [one.half for one in found]
             mean = [one.mean for one in found]
             axes.errorbar(steps, mean, yerr=half, color=COLOURS[mode], linestyle=dashes, capsize=2, label=label)
-    axes.axhline(0.1, color=style.MUTED, linewidth=0.8)
+    axes.axhline(1 / MODULUS, color=style.MUTED, linewidth=0.8)
     axes.set_xticks(steps)
     axes.set_ylim(0, 1.02)
     legend(axes, 2)
@@ -147,7 +148,7 @@ def _balance(settings: ReasonerSettings, results: Results) -> Picture:
     axes.set_ylim(bottom=0)
     caption = (
         "Largest violation of even loads, mean over layers, first seed. The correction biases of routers move while "
-        "the model reads text, and are frozen from then on, as in the report."
+        "the model imitates, and are frozen in reinforcement."
     )
     return Picture("balance", "Load of the experts", caption, figure)
 
@@ -188,9 +189,9 @@ def reasoner_page(settings: ReasonerSettings, results: Results, summary: Mapping
                 "The chain",
                 [
                     "Text of the tasks; a cold start in two phases from a teacher who errs; reinforcement of an expert "
-                    "that works out chains of sums modulo 10 on a scratchpad, and of one that calls a table and a "
-                    "calculator; both distilled into one model by their filtered answers, no question with and without "
-                    "thinking; reinforcement on everything at the end.",
+                    "that works out chains of sums and products modulo 5 on a scratchpad, and of one that calls a "
+                    "table and a calculator; both distilled into one model by their filtered answers, no question with "
+                    "and without thinking; reinforcement on everything at the end.",
                     f"After the cold start {first['thinking']:.2f} of the chains are solved with thinking, "
                     f"{first['direct']:.2f} without, and {first['tools']:.2f} of the questions with tools; at the end "
                     f"{last['thinking']:.2f}, {last['direct']:.2f} and {last['tools']:.2f}.",

@@ -13,8 +13,6 @@ from experiments.reasoner.chains import LETTERS
 from jaxrl_llm.models.config import ExpertsConfig
 from jaxrl_llm.models.config import TransformerConfig
 
-PRETRAIN_WIDTH = 64
-"""Tokens of a row of text."""
 PROMPT_OVERHEAD = 10
 """Tokens of a question without thinking beside the question itself."""
 TOOL_WIDTH, ACTION_TOKENS = 104, 24
@@ -51,7 +49,7 @@ class ReasonerSettings:
         rl_rate: rate of AdamW in reinforcement.
         distil_batches: batches of answers that each expert gives to be distilled.
         measured_batches: batches of held-out questions that each stage is measured on, in each mode.
-        bias_rate: how far a step of pretraining moves the correction biases of the routers.
+        bias_rate: how far a step of imitation moves the correction biases of the routers.
     """
 
     seeds: int = 1
@@ -63,8 +61,8 @@ class ReasonerSettings:
     expert_width: int = 128
     operations: int = 5
     slips: float = 0.05
-    pretrain_steps: int = 300
-    pretrain_rows: int = 32
+    pretrain_steps: int = 250
+    pretrain_rows: int = 48
     pretrain_rate: float = 4e-3
     sft_steps: int = 100
     distil_steps: int = 80
@@ -80,6 +78,11 @@ class ReasonerSettings:
     distil_batches: int = 20
     measured_batches: int = 8
     bias_rate: float = 1e-3
+
+    @property
+    def text_width(self) -> int:
+        """Most tokens of a line of text."""
+        return max(7 * self.operations + 7, 32)
 
     @property
     def prompt_length(self) -> int:

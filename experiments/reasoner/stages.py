@@ -16,7 +16,6 @@ from experiments.kept_arrays import read_arrays
 from experiments.reasoner.bench import WEIGHTS
 from experiments.reasoner.bench import Bench
 from experiments.reasoner.bench import bench_of
-from experiments.reasoner.settings import PRETRAIN_WIDTH
 from experiments.reasoner.settings import TOOL_WIDTH
 from experiments.reasoner.settings import ReasonerSettings
 from experiments.reasoner.texts import ABOUT
@@ -215,13 +214,12 @@ def _curves(path: Path) -> Arrays:
 def _pretrain(stage: _Stage, before: nnx.State) -> Arrays:
     """Text of the tasks, with the routers' biases learning."""
     settings, tasks = stage.settings, stage.bench.panel.seeds.tolist()
-    path = stage.lines(lambda: text_lines(settings, stage.seed, tasks, PRETRAIN_WIDTH))
+    path = stage.lines(lambda: text_lines(settings, stage.seed, tasks))
     collector = DemonstrationCollector(
         path,
         stage.bench.tokenizer,
         rows=settings.pretrain_rows,
-        width=PRETRAIN_WIDTH,
-        too_long="cut",
+        width=settings.text_width,
         seed=stage.seed,
     )
     return stage.imitate(before, collector, settings.pretrain_steps, settings.pretrain_rate, settings.bias_rate)
@@ -232,7 +230,7 @@ def _cold_start(stage: _Stage, before: nnx.State) -> Arrays:
     settings, tasks = stage.settings, stage.bench.panel.seeds.tolist()
     phase = int(stage.name == "hybrid")
     path = stage.lines(lambda: cold_start(settings, stage.seed, phase, tasks))
-    return stage.imitate(before, stage.conversations(path), settings.sft_steps, settings.sft_rate, 0.0)
+    return stage.imitate(before, stage.conversations(path), settings.sft_steps, settings.sft_rate, settings.bias_rate)
 
 
 def _reasoner(stage: _Stage, before: nnx.State) -> Arrays:
@@ -250,7 +248,9 @@ def _unified(stage: _Stage, before: nnx.State) -> Arrays:
     """One model from the answers of both experts."""
     settings = stage.settings
     path = stage.lines(lambda: _distilled(stage))
-    found = stage.imitate(before, stage.conversations(path), settings.distil_steps, settings.sft_rate, 0.0)
+    found = stage.imitate(
+        before, stage.conversations(path), settings.distil_steps, settings.sft_rate, settings.bias_rate
+    )
     kinds = [json.loads(line)["kind"] for line in path.read_text(encoding="utf-8").splitlines()]
     return found | {f"lines_{kind}": np.array(kinds.count(kind)) for kind in sorted(set(kinds))}
 

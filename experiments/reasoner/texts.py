@@ -26,6 +26,9 @@ from jaxrl_llm.rollouts.select import sift
 from jaxrl_llm.rollouts.select import unpaired
 
 Line = dict[str, Any]
+START = "[gMASK]<sop>"
+LEDGER = 0.25
+"""Share of the text that is about prices."""
 ABOUT = ("kind", "identity")
 """Keys of a line beside those of a conversation."""
 
@@ -36,29 +39,25 @@ def write_lines(path: Path, lines: Iterable[Line]) -> None:
         file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
-def text_lines(settings: ReasonerSettings, seed: int, panel: Sequence[int], letters: int) -> list[Line]:
-    """Rows of text, as many letters each: chains worked out, and what tools are asked and answer."""
+def text_lines(settings: ReasonerSettings, seed: int, panel: Sequence[int]) -> list[Line]:
+    """Lines of text: chains worked out, and what tools are asked and answer; what follows the colon is learned.
+
+    One line is one row, since in a text with several chains a letter would name several steps.
+    """
     rng, count = random.Random(stable_key("text", seed)), settings.pretrain_rows * settings.pretrain_steps
-    # A few epochs of many rows: every fact of arithmetic is met in many chains.
-    pool = chains(settings.operations, 4096, "text", seed, held_out=False)
-    lines = []
-    for _ in range(min(count, 8192)):
-        text = ""
-        while len(text) < letters:
-            text += _ledger(int(rng.choice(panel))) if rng.random() < 0.2 else _worked(rng.choice(pool))
-        lines.append({"prompt": "[gMASK]<sop>", "response": text[:letters]})
-    return lines
+    pool = chains(settings.operations, min(count, 8192), "text", seed, held_out=False)
+    return [_ledger(int(rng.choice(panel))) if rng.random() < LEDGER else _worked(chain) for chain in pool]
 
 
-def _worked(chain: Chain) -> str:
+def _worked(chain: Chain) -> Line:
     pad, answer = chain.worked()
-    return f"{chain.question}:{pad}={answer}\n"
+    return {"prompt": f"{START}{chain.question}:", "response": f"{pad}={answer}"}
 
 
-def _ledger(task: int) -> str:
+def _ledger(task: int) -> Line:
     episode = PricesEpisode(task)
-    calls = "".join(f"{next(iter(call.arguments.values()))}>{episode.result(call)} " for call in episode.plan)
-    return f"{episode.question}:{calls}={episode.answer}\n"
+    calls = "".join(f"{next(iter(call.arguments.values()))}>{episode.result(call)};" for call in episode.plan)
+    return {"prompt": f"{START}{episode.question}:", "response": f"{calls}={episode.answer}"}
 
 
 def thinking_line(chain: Chain, thinking: str, answer: str) -> Line:

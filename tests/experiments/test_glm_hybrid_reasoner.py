@@ -18,26 +18,26 @@ from experiments.reasoner.stages import STAGES
 from experiments.reasoner.texts import cold_start
 from jaxrl_llm.environments import check_task
 
-CHAIN = Chain(7, (("+", 5), ("*", 3), ("-", 8)))
+CHAIN = Chain(3, (("+", 4), ("*", 3), ("-", 2)))
 
 
 def test_a_chain_by_hand() -> None:
-    assert CHAIN.question == "7a+5b*3c-8"
-    assert CHAIN.worked() == ("a+52b*36c-88", "8")
+    assert CHAIN.question == "3a+4b*3c-2"
+    assert CHAIN.worked() == ("a+42b*31c-24", "4")
 
 
 def test_chains_are_a_task_in_both_modes() -> None:
     task = ChainTask(3, modes=(True, False), held_out_count=12)
     check_task(task)
     thought, direct = (task.problem(CHAIN, thinking=mode) for mode in (True, False))
-    assert thought.prompt == "[gMASK]<sop><|user|>\n7a+5b*3c-8<|assistant|>"
+    assert thought.prompt == "[gMASK]<sop><|user|>\n3a+4b*3c-2<|assistant|>"
     assert direct.prompt.endswith("/nothink<|assistant|>\n<think></think>")
     # A right digit in the form that was not asked for earns nothing.
     assert task.score(direct, thought.answer).reward == 0
     assert task.score(direct, thought.answer).lenient
     assert task.score(thought, direct.answer).reward == 0
-    assert task.score(thought, "\n<think>a+52b*36c-88\n8").reward == 0
-    assert task.score(thought, "\n<think>a+52</think>\n7").reward == 0
+    assert task.score(thought, "\n<think>a+42b*31c-24\n4").reward == 0
+    assert task.score(thought, "\n<think>a+42</think>\n3").reward == 0
     assert {len(problem.metadata["question"]) for problem in task.held_out()} == {4, 7, 10}
 
 
