@@ -24,7 +24,6 @@ from jaxrl_llm.environments.worlds import split_panels
 from jaxrl_llm.models.glm_tokenizer import glm_bytes
 from jaxrl_llm.models.tokenizers import Tokenizer
 from jaxrl_llm.models.transformer import Transformer
-from jaxrl_llm.rollouts.collect import Collector
 from jaxrl_llm.rollouts.collect import Experience
 from jaxrl_llm.rollouts.collect import PolicySampler
 from jaxrl_llm.rollouts.collect import PolicySnapshot
@@ -57,8 +56,10 @@ class Bench:
         settings: sizes.
         tokenizer: a byte per token, and the tokens of GLM-4.5.
         graphdef: structure of the model.
-        collectors: of answers to train on, by kind: "thinking", "tools", "both" for chains in both modes in turn, and
-            "general" for all of them.
+        structure: of its weights as a tree.
+        chains: answers to chains with thinking, to train on.
+        tools: episodes with tools, to train on.
+        general: chains in both modes, and tools, in turn.
         measuring: collectors of answers to held-out questions, by mode.
         panel: tasks with tools to train on.
     """
@@ -67,7 +68,9 @@ class Bench:
     tokenizer: Tokenizer
     graphdef: nnx.GraphDef[Transformer]
     structure: Any
-    collectors: Mapping[str, Collector]
+    chains: TaskCollector
+    tools: TextAgentCollector
+    general: TurnsCollector
     measuring: Mapping[str, TaskCollector | TextAgentCollector]
     panel: Panel
 
@@ -101,7 +104,7 @@ class Bench:
             ]
             found |= {f"{mode}_{name}": np.concatenate(rows) for name, rows in _measured(batches, mode).items()}
             found[f"{mode}_example"] = np.array(self._example(batches[-1]))
-        task = self._task((True,), Measured)
+        task = chain_task(self.settings, (True,), Measured)
         count = self.settings.measured_batches * self.settings.prompts
         found["operations"] = np.array([problem.metadata["operations"] for problem in task.held_out()[:count]])
         return found
@@ -111,9 +114,6 @@ class Bench:
         rows, first = batch.trajectories, len(batch.texts) - self.settings.group_size
         tokens = np.asarray(rows.tokens[first])[np.asarray(rows.token_mask[first])]
         return self.tokenizer.decode(tokens, skip_special_tokens=False)
-
-    def _task(self, modes: Sequence[bool], kind: type[ChainTask] = ChainTask) -> ChainTask:
-        return _task(self.settings, modes, kind)
 
 
 def leaks(text: str, *, tools: bool = False) -> bool:
@@ -138,7 +138,8 @@ def _measured(batches: Sequence[Experience], mode: str) -> dict[str, list[np.nda
     return found
 
 
-def _task(settings: ReasonerSettings, modes: Sequence[bool], kind: type[ChainTask]) -> ChainTask:
+def chain_task(settings: ReasonerSettings, modes: Sequence[bool], kind: type[ChainTask] = ChainTask) -> ChainTask:
+    """Chains in these modes; as many are held out as are measured on."""
     count = settings.measured_batches * settings.prompts
     return kind(settings.operations, modes=modes, held_out_count=count)
 
@@ -166,7 +167,7 @@ def bench_of(settings: ReasonerSettings, seed: int) -> Bench:
 
     def asks(modes: Sequence[bool], kind: type[ChainTask] = ChainTask) -> TaskCollector:
         return TaskCollector(
-            _task(settings, modes, kind),
+            chain_task(settings, modes, kind),
             tokenizer,
             sampler,
             seed=seed,
@@ -197,17 +198,14 @@ def bench_of(settings: ReasonerSettings, seed: int) -> Bench:
         )
 
     tools = plays(learn)
-    both = asks((True, False))
     return Bench(
         settings=settings,
         tokenizer=tokenizer,
         graphdef=graphdef,
         structure=jax.tree.structure(state),
-        collectors={
-            "thinking": asks((True,)),
-            "tools": tools,
-            "general": TurnsCollector({"chains": both, "tools": tools}),
-        },
+        chains=asks((True,)),
+        tools=tools,
+        general=TurnsCollector({"chains": asks((True, False)), "tools": tools}),
         measuring={
             "thinking": asks((True,), Measured),
             "direct": asks((False,), Measured),

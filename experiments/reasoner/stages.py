@@ -16,6 +16,7 @@ from experiments.kept_arrays import read_arrays
 from experiments.reasoner.bench import WEIGHTS
 from experiments.reasoner.bench import Bench
 from experiments.reasoner.bench import bench_of
+from experiments.reasoner.bench import chain_task
 from experiments.reasoner.settings import TOOL_WIDTH
 from experiments.reasoner.settings import ReasonerSettings
 from experiments.reasoner.texts import ABOUT
@@ -235,13 +236,13 @@ def _cold_start(stage: _Stage, before: nnx.State) -> Arrays:
 
 def _reasoner(stage: _Stage, before: nnx.State) -> Arrays:
     """The expert that reasons."""
-    return stage.reinforce(before, stage.bench.collectors["thinking"], stage.settings.reason_steps, GRPO)
+    return stage.reinforce(before, stage.bench.chains, stage.settings.reason_steps, GRPO)
 
 
 def _tooler(stage: _Stage, before: nnx.State) -> Arrays:
     """The expert that calls tools."""
     recipe = get_recipe("group_reinforce")
-    return stage.reinforce(before, stage.bench.collectors["tools"], stage.settings.tool_steps, recipe)
+    return stage.reinforce(before, stage.bench.tools, stage.settings.tool_steps, recipe)
 
 
 def _unified(stage: _Stage, before: nnx.State) -> Arrays:
@@ -257,7 +258,7 @@ def _unified(stage: _Stage, before: nnx.State) -> Arrays:
 
 def _general(stage: _Stage, before: nnx.State) -> Arrays:
     """All kinds of questions in turn."""
-    return stage.reinforce(before, stage.bench.collectors["general"], stage.settings.general_steps, GRPO)
+    return stage.reinforce(before, stage.bench.general, stage.settings.general_steps, GRPO)
 
 
 _STAGES: dict[str, Callable[[_Stage, nnx.State], Arrays]] = {
@@ -278,15 +279,14 @@ def _distilled(stage: _Stage) -> list[Line]:
     steps = range(10**6, 10**6 + count)
     stage.say("asking the reasoner")
     reasoner = bench.snapshot(bench.state(_arrays(stage.folder.parent, "reasoner", stage.seed)))
-    asked, answers = bench.collectors["thinking"], []
+    task, answers = chain_task(stage.settings, (True,)), []
     for step in steps:
-        batch = asked.collect(reasoner, key, step, {})
-        task = asked.curriculum.levels[0]
-        answers += answers_of(batch, task.train(bench.settings.seed, step, asked.shape.groups))
+        batch = bench.chains.collect(reasoner, key, step, {})
+        answers += answers_of(batch, task.train(stage.seed, step, bench.chains.shape.groups))
     lines, _ = chain_lines(answers, task, stage.seed)
     stage.say("asking the tool expert")
     tooler = bench.snapshot(bench.state(_arrays(stage.folder.parent, "tooler", stage.seed)))
-    plays = bench.collectors["tools"]
+    plays = bench.tools
     for step in steps:
         lines += _played(plays, plays.collect(tooler, key, step, {}), step, bench)
     # Of a kind that no expert answered rightly the teacher's stand in; so it is in a tiny run.
@@ -296,7 +296,7 @@ def _distilled(stage: _Stage) -> list[Line]:
 
 
 def _played(collector: TextAgentCollector, batch: Any, step: int, bench: Bench) -> list[Line]:
-    """The first episode of each task that was solved."""
+    """Two episodes of each task, among those that were solved."""
     rows, lines = batch.trajectories, []
     tasks, size = collector.tasks(step), collector.shape.group_size
     for group, task in enumerate(tasks):

@@ -24,5 +24,5 @@ def glm_bytes() -> Tokenizer:
     """
     backend = ByteTokenizer(MARKERS).backend
     backend.add_tokens([tokenizers.AddedToken(tag, special=False, normalized=False) for tag in TAGS])
-    ends = [backend.token_to_id(name) for name in GLM4_5.stop_tokens]
+    ends = [int(backend.encode(name).ids[0]) for name in GLM4_5.stop_tokens]
     return Tokenizer(backend, eos_id=ends[0], eos_ids=ends, pad_id=ends[-1])

@@ -89,7 +89,7 @@ class ConversationCollector:
         self._tokenizer, self._chat, self._starts = tokenizer, chat, starts
         self._too_long: TooLong = too_long
         self._seed, self._samples, self._ignored = seed, samples, frozenset(ignored)
-        self._records = open_records(path, self._encoded)
+        self._records = open_records(path, self._check)
 
     @property
     def shape(self) -> BatchShape:
@@ -139,6 +139,9 @@ class ConversationCollector:
     def _row(self, index: int) -> Row | None:
         row = self._encoded(self._records[index], self._records.place(index))
         return fitted(row, self._shape.width, self._shape.actions, self._too_long)
+
+    def _check(self, record: Record, place: str) -> None:
+        self._encoded(record, place)
 
     def _encoded(self, record: Record, place: str) -> Row:
         """The row of a line.
