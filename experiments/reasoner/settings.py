@@ -60,29 +60,29 @@ class ReasonerSettings:
     chosen: int = 2
     expert_width: int = 128
     operations: int = 5
-    slips: float = 0.05
+    slips: float = 0.04
     pretrain_steps: int = 250
-    pretrain_rows: int = 48
+    pretrain_rows: int = 40
     pretrain_rate: float = 4e-3
-    sft_steps: int = 100
-    distil_steps: int = 80
-    sft_rows: int = 32
+    sft_steps: int = 70
+    distil_steps: int = 60
+    sft_rows: int = 24
     sft_rate: float = 2e-3
     conversations: int = 1024
-    reason_steps: int = 40
-    tool_steps: int = 30
-    general_steps: int = 24
-    prompts: int = 8
-    group_size: int = 12
+    reason_steps: int = 30
+    tool_steps: int = 24
+    general_steps: int = 20
+    prompts: int = 12
+    group_size: int = 8
     rl_rate: float = 5e-4
-    distil_batches: int = 20
-    measured_batches: int = 8
+    distil_batches: int = 16
+    measured_batches: int = 6
     bias_rate: float = 1e-3
 
     @property
     def text_width(self) -> int:
         """Most tokens of a line of text."""
-        return max(7 * self.operations + 7, 32)
+        return max(7 * self.operations + 10, 48)
 
     @property
     def prompt_length(self) -> int:

@@ -27,8 +27,8 @@ from jaxrl_llm.rollouts.select import unpaired
 
 Line = dict[str, Any]
 START = "[gMASK]<sop>"
-LEDGER = 0.25
-"""Share of the text that is about prices."""
+CALLED = 0.25
+"""Share of the text that calls tools."""
 ABOUT = ("kind", "identity")
 """Keys of a line beside those of a conversation."""
 
@@ -40,24 +40,26 @@ def write_lines(path: Path, lines: Iterable[Line]) -> None:
 
 
 def text_lines(settings: ReasonerSettings, seed: int, panel: Sequence[int]) -> list[Line]:
-    """Lines of text: chains worked out, and what tools are asked and answer; what follows the colon is learned.
+    """Lines of text: chains worked out without errors, and single calls of tools; what follows the question is learned.
 
+    They have the tags of thinking and of tools, and nobody speaks in them: roles and modes come with the cold start.
     One line is one row, since in a text with several chains a letter would name several steps.
     """
     rng, count = random.Random(stable_key("text", seed)), settings.pretrain_rows * settings.pretrain_steps
     pool = chains(settings.operations, min(count, 8192), "text", seed, held_out=False)
-    return [_ledger(int(rng.choice(panel))) if rng.random() < LEDGER else _worked(chain) for chain in pool]
+    short = [task for task in panel if len(PricesEpisode(task).plan) == 1]
+    return [_called(rng.choice(short)) if rng.random() < CALLED else _worked(chain) for chain in pool]
 
 
 def _worked(chain: Chain) -> Line:
     pad, answer = chain.worked()
-    return {"prompt": f"{START}{chain.question}:", "response": f"{pad}={answer}"}
+    return {"prompt": f"{START}{chain.question}\n", "response": f"<think>{pad}</think>\n{answer}"}
 
 
-def _ledger(task: int) -> Line:
+def _called(task: int) -> Line:
     episode = PricesEpisode(task)
-    calls = "".join(f"{next(iter(call.arguments.values()))}>{episode.result(call)};" for call in episode.plan)
-    return {"prompt": f"{START}{episode.question}:", "response": f"{calls}={episode.answer}"}
+    result = f"<tool_response>\n{episode.answer}\n</tool_response>"
+    return {"prompt": f"{START}{episode.question}\n", "response": f"{episode.said(0)}\n{result}\n{episode.answer}"}
 
 
 def thinking_line(chain: Chain, thinking: str, answer: str) -> Line:
