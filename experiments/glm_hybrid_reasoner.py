@@ -2,7 +2,7 @@
 
 Claim      One small GLM goes through the whole post-training of GLM-4.5 and ends within two standard errors of each of
            its two experts, leaks no thinking, and thinks where it helps.
-Command    python -m experiments run glm_hybrid_reasoner          (three models: --seeds 3)
+Command    python -m experiments run glm_hybrid_reasoner          (three models: --full)
 Cost       @COST@
 Expected   claims_met >= 7 in summary.json: each of the seven claims of its report
 
@@ -42,6 +42,7 @@ def parts(settings: ReasonerSettings) -> Parts:
         ValueError: a setting that cannot be.
     """
     check_ranges(settings, RANGES)
+    settings = settings.whole
     if settings.width % 64:
         raise ValueError(f"Field --width is {settings.width}; it must be a multiple of 64.")
     if settings.chosen > settings.experts:

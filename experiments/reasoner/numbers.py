@@ -100,6 +100,7 @@ def _names() -> list[str]:
 
 def summarise(settings: ReasonerSettings, results: Results) -> dict[str, Any]:
     """Every stage in numbers, and what is claimed of them."""
+    settings = settings.whole
     summary: dict[str, Any] = {"stages": {}, "seeds": settings.seeds}
     for stage in STAGES:
         numbers: dict[str, float] = {}

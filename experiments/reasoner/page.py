@@ -168,6 +168,7 @@ def _conversations(settings: ReasonerSettings, results: Results) -> list[str]:
 
 def reasoner_page(settings: ReasonerSettings, results: Results, summary: Mapping[str, Any]) -> Page:
     """The whole report."""
+    settings = settings.whole
     config = settings.config(bench_of(settings, settings.seed).tokenizer.vocab_size)
     first, last = summary["stages"]["hybrid"], summary["stages"]["general"]
     experts = config.experts

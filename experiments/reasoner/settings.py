@@ -18,6 +18,8 @@ PROMPT_OVERHEAD = 10
 TOOL_WIDTH, ACTION_TOKENS = 104, 24
 """Most tokens of an episode with tools, and of an action in it."""
 
+FULL_SEEDS = 3
+
 
 @dataclasses.dataclass(frozen=True)
 class ReasonerSettings:
@@ -26,6 +28,7 @@ class ReasonerSettings:
     Attributes:
         seeds: models that go through the whole chain, one after the other.
         seed: of the first one; the next one has the next seed.
+        full: at least three models.
         width: of the model, a multiple of 64.
         layers: of the model; the first has no experts.
         experts: of each other layer.
@@ -54,6 +57,7 @@ class ReasonerSettings:
 
     seeds: int = 1
     seed: int = 0
+    full: bool = False
     width: int = 128
     layers: int = 3
     experts: int = 32
@@ -78,6 +82,11 @@ class ReasonerSettings:
     distil_batches: int = 16
     measured_batches: int = 6
     bias_rate: float = 1e-3
+
+    @property
+    def whole(self) -> "ReasonerSettings":
+        """With what `full` asks for."""
+        return dataclasses.replace(self, full=False, seeds=max(self.seeds, FULL_SEEDS)) if self.full else self
 
     @property
     def text_width(self) -> int:

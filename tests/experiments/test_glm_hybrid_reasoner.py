@@ -141,4 +141,5 @@ def test_settings_that_cannot_be_are_named() -> None:
 
 def test_every_stage_begins_where_it_should() -> None:
     parts = glm_hybrid_reasoner.parts(dataclasses.replace(glm_hybrid_reasoner.TINY, seeds=2))
+    assert len(glm_hybrid_reasoner.parts(dataclasses.replace(glm_hybrid_reasoner.TINY, full=True))) == 3 * len(STAGES)
     assert list(parts) == [f"{stage}_{seed}" for seed in (0, 1) for stage in STAGES]
