@@ -1,11 +1,14 @@
 """The chain of GLM-4.5: its tasks by hand, what is claimed of made-up numbers, and the tiny run whole."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 
 from experiments import glm_hybrid_reasoner
+from experiments.cli import main
+from experiments.kept_arrays import read_arrays
 from experiments.reasoner.bench import leaks
 from experiments.reasoner.chains import Chain
 from experiments.reasoner.chains import ChainTask
@@ -14,6 +17,7 @@ from experiments.reasoner.page import reasoner_page
 from experiments.reasoner.prices import Prices
 from experiments.reasoner.prices import PricesEpisode
 from experiments.reasoner.prices import conversation
+from experiments.reasoner.stages import BEFORE
 from experiments.reasoner.stages import STAGES
 from experiments.reasoner.texts import cold_start
 from jaxrl_llm.environments import check_task
@@ -143,3 +147,20 @@ def test_every_stage_begins_where_it_should() -> None:
     parts = glm_hybrid_reasoner.parts(dataclasses.replace(glm_hybrid_reasoner.TINY, seeds=2))
     assert len(glm_hybrid_reasoner.parts(dataclasses.replace(glm_hybrid_reasoner.TINY, full=True))) == 3 * len(STAGES)
     assert list(parts) == [f"{stage}_{seed}" for seed in (0, 1) for stage in STAGES]
+
+
+def test_the_tiny_chain_whole(tmp_path) -> None:
+    assert main(["run", "glm_hybrid_reasoner", "--tiny", "--id", "one", "--runs-folder", str(tmp_path)]) == 0
+    run = tmp_path / "glm_hybrid_reasoner" / "one"
+    summary = json.loads((run / "summary.json").read_text())
+    assert list(summary["stages"]) == list(STAGES)
+    assert summary["claim_met"] is None
+    assert 0 <= summary["claims_met"] <= summary["claims"] == 7
+    assert {path.name for path in (run / "parts").iterdir()} == {f"{stage}_0.npz" for stage in STAGES}
+    text = (run / "report.html").read_text()
+    for said in ("Thinking on and off", "&lt;|user|&gt;", "Load of the experts"):
+        assert said in text
+    # Every stage moved the weights that it began with, and the last one began with those of the distilled model.
+    weights = {stage: read_arrays(run / "parts" / f"{stage}_0.npz")["weights_000"] for stage in STAGES}
+    for stage, before in BEFORE.items():
+        assert (weights[stage] != weights[before]).any(), stage

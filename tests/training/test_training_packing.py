@@ -406,3 +406,12 @@ def test_a_training_step_is_the_same_in_both_forms(tiny_run, monkeypatch):
     assert set(values) == set(others)
     for name, (total, count) in values.items():
         np.testing.assert_allclose(total / count, others[name][0] / others[name][1], rtol=2e-4, atol=2e-5, err_msg=name)
+
+
+def test_what_compares_answers_is_packed(tiny_run):
+    parts = dataclasses.replace(tiny_run.make_parts("grpo", layers=2), objective="dpo")
+    settings = dataclasses.replace(
+        tiny_run.SETTINGS, update=dataclasses.replace(tiny_run.SETTINGS.update, minibatches=1, pack=False)
+    )
+    with pytest.raises(ValueError, match=r"update\.pack is False, and 'dpo' compares the answers of a group"):
+        Trainer(parts, settings, BatchShape(8, 2, 20, 16))
