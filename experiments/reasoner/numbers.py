@@ -1,6 +1,7 @@
 """From what was measured of each stage to what is claimed: means, and differences with their standard errors."""
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
 
@@ -103,14 +104,14 @@ def summarise(settings: ReasonerSettings, results: Results) -> dict[str, Any]:
     settings = settings.whole
     summary: dict[str, Any] = {"stages": {}, "seeds": settings.seeds}
     for stage in STAGES:
-        numbers: dict[str, float] = {}
+        numbers: dict[str, float | None] = {}
         for mode in MODES:
             solved = mean_of(of_stage(settings, results, stage, f"{mode}_reward"))
             numbers |= {mode: solved.mean, f"{mode}_half_interval": solved.half}
             for what in ("tokens", "leak"):
                 numbers[f"{mode}_{what}"] = float(of_stage(settings, results, stage, f"{mode}_{what}").mean())
         for name in ("violation", "router_entropy", "dead"):
-            numbers[name] = float(np.mean([at_the_end(part, name) for part in _parts(settings, results, stage)]))
+            numbers[name] = at_the_end(_parts(settings, results, stage), name)
         summary["stages"][stage] = numbers
     found = claims(settings, results)
     for name, (number, holds) in found.items():
@@ -118,10 +119,11 @@ def summarise(settings: ReasonerSettings, results: Results) -> dict[str, Any]:
     return summary | {"claims_met": sum(holds for _, holds in found.values()), "claims": len(found)}
 
 
-def at_the_end(part: Mapping[str, np.ndarray], name: str) -> float:
-    """Mean over the last tenth of a stage."""
-    curve = part[f"curve_{name}"]
-    return float(curve[-max(1, len(curve) // 10) :].mean())
+def at_the_end(parts: Sequence[Mapping[str, np.ndarray]], name: str) -> float | None:
+    """Mean over the last tenth of a stage, over its steps that had it; None where none had, as nothing was learned."""
+    curves = np.stack([part[f"curve_{name}"] for part in parts])
+    last = curves[:, -max(1, curves.shape[1] // 10) :]
+    return float(last[np.isfinite(last)].mean()) if np.isfinite(last).any() else None
 
 
 def _parts(settings: ReasonerSettings, results: Results, stage: str) -> list[Mapping[str, np.ndarray]]:

@@ -142,7 +142,7 @@ def _balance(settings: ReasonerSettings, results: Results) -> Picture:
         curve = results[part_name(stage, settings.seed)]["curve_violation"]
         colour = (style.INK, style.MUTED)[number % 2]
         axes.plot(start + np.arange(len(curve)), curve, color=colour, linewidth=1.1)
-        place = {"xycoords": ("data", "axes fraction"), "fontsize": 7, "rotation": 25}
+        place = {"xycoords": ("data", "axes fraction"), "fontsize": 7, "rotation": 25, "color": style.MUTED}
         axes.annotate(STAGE_LABELS[stage], (start, 1), **place)
         start += len(curve)
     axes.set_ylim(bottom=0)

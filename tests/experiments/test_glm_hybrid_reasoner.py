@@ -9,6 +9,8 @@ import pytest
 from experiments import glm_hybrid_reasoner
 from experiments.cli import main
 from experiments.kept_arrays import read_arrays
+from experiments.reasoner import stages
+from experiments.reasoner.bench import bench_of
 from experiments.reasoner.bench import leaks
 from experiments.reasoner.chains import Chain
 from experiments.reasoner.chains import ChainTask
@@ -20,6 +22,7 @@ from experiments.reasoner.prices import conversation
 from experiments.reasoner.stages import BEFORE
 from experiments.reasoner.stages import STAGES
 from experiments.reasoner.texts import cold_start
+from jaxrl_llm.environments import Score
 from jaxrl_llm.environments import check_task
 
 CHAIN = Chain(3, (("+", 4), ("*", 3), ("-", 2)))
@@ -160,7 +163,27 @@ def test_the_tiny_chain_whole(tmp_path) -> None:
     text = (run / "report.html").read_text()
     for said in ("Thinking on and off", "&lt;|user|&gt;", "Load of the experts"):
         assert said in text
-    # Every stage moved the weights that it began with, and the last one began with those of the distilled model.
+    # Imitation moves the weights that a stage begins with; where nothing is solved reinforcement leaves them.
     weights = {stage: read_arrays(run / "parts" / f"{stage}_0.npz")["weights_000"] for stage in STAGES}
-    for stage, before in BEFORE.items():
-        assert (weights[stage] != weights[before]).any(), stage
+    for stage in ("thinking", "hybrid", "unified"):
+        assert (weights[stage] != weights[BEFORE[stage]]).any(), stage
+    assert (weights["reasoner"] == weights["tooler"]).all()
+
+
+def test_reinforcement_learns_from_chains_and_from_tools(tmp_path, monkeypatch) -> None:
+    """With a reward that random weights earn now and then: by the number of letters of what was said."""
+    step = PricesEpisode.step
+    monkeypatch.setattr(ChainTask, "score", lambda _, problem, text: Score(float(len(text) % 2), True, True))
+    monkeypatch.setattr(PricesEpisode, "step", lambda *said: step(*said)._replace(reward=float(len(said[1]) % 2)))
+    bench = bench_of(glm_hybrid_reasoner.TINY, 0)
+    stage = stages._Stage(bench, "general", 0, tmp_path, lambda said: None)
+    before = bench.initial(0)
+    weights = bench.kept(before)
+    after = stage.reinforce(before, bench.general, 2, stages.GRPO)
+    assert (after["curve_reward"] > 0).all()
+    # Groups whose answers earned differently were learned from, in both steps.
+    assert np.isfinite(after["curve_violation"]).all()
+    assert (after["weights_000"] != weights["weights_000"]).any()
+    biases = [name for name, array in weights.items() if array.shape == (glm_hybrid_reasoner.TINY.experts,)]
+    assert len(biases) == 1
+    np.testing.assert_array_equal(after[biases[0]], weights[biases[0]])
