@@ -15,9 +15,9 @@ The chain of GLM-4.5 (arXiv 2508.06471, section 3) in seven stages, each a run o
     unified    the cold start again, by filtered answers of both experts, with thinking and without
     general    reinforcement on everything in turn
 
-No whole run of these settings is kept yet. In the one that was begun, chains were not learned in the first three stages:
-each step is copied rightly and led to a wrong digit, 0.245 solved with thinking (a guess is 0.2) and 0.229 without;
-questions with tools 0.648, words of thinking in 0.7 % of the direct answers.
+No whole run of these settings is kept yet. In the one that was begun, chains were not learned in the first three
+stages: each step is copied rightly and leads to a wrong digit, so 0.245 are solved with thinking and 0.229 without,
+where a guess is 0.2; questions with tools 0.648, words of thinking in 0.7 % of the direct answers.
 
 What is left out of the report: other domains, reward models, tools listed in the prompt (their listing alone is longer
 than all else), thinking between calls of tools, a layer for further tokens.
