@@ -1,6 +1,6 @@
 """An episode of a text world as one text: how tasks, actions and what the world says are written as tokens.
 
-    opening | the task and what is seen at first | asks | action end | shows | what is seen next | asks | action end ..
+    opening | the task and what is seen at first | asks | action end | shows | what is seen next | again | action end ..
 
 What the policy chooses are its actions, each with the token that ends it. Every piece is encoded by itself, so what
 was read once is never encoded otherwise later; in what a world says, the names of control tokens are plain letters.
@@ -16,6 +16,8 @@ import tokenizers
 from jaxrl_llm.models.chat import ChatFormat
 from jaxrl_llm.models.chat import Message
 from jaxrl_llm.models.chat import format_chat
+from jaxrl_llm.models.glm_chat import NO_THINKING
+from jaxrl_llm.models.glm_chat import THINK
 from jaxrl_llm.models.tokenizers import Tokenizer
 
 
@@ -29,6 +31,7 @@ class Wording:
         end: ends an action; exactly one token.
         shows: between the end of an action and what the world says of it.
         strip: whether white space around what the world says and around actions is removed.
+        again: as `asks`, after what was seen next; `asks` itself where None.
     """
 
     opening: str = ""
@@ -36,6 +39,7 @@ class Wording:
     end: str = "\n"
     shows: str = ""
     strip: bool = False
+    again: str | None = None
 
     @classmethod
     def of_chat(cls, chat_format: ChatFormat, *, system: str | None = None) -> Self:
@@ -56,6 +60,23 @@ class Wording:
             end=chat_format.stop_token,
             shows=after.removeprefix(chat_format.stop_token) + before.replace("{role}", "user"),
             strip=chat_format.strip,
+        )
+
+    @classmethod
+    def of_glm(cls, *, thinking: bool = True) -> Self:
+        """A world that answers calls of tools, as `glm_chat.GLM4_5` writes it: the task is the user's, what is seen
+        next are results of tools, and an action ends with <|observation|> or, the last one, with <|user|>.
+
+        Args:
+            thinking: False asks for actions without thinking, and closes it before each.
+        """
+        speaks = "<|assistant|>" + ("" if thinking else "\n" + "".join(THINK))
+        return cls(
+            opening="[gMASK]<sop><|user|>\n",
+            asks=("" if thinking else NO_THINKING) + speaks,
+            end="<|observation|>",
+            shows="\n<tool_response>\n",
+            again="\n</tool_response>" + speaks,
         )
 
 
@@ -86,8 +107,12 @@ class Script:
         self.opening = tokenizer.encode(wording.opening)
         self._asks = tokenizer.encode(wording.asks, add_special_tokens=False)
         self._shows = tokenizer.encode(wording.shows, add_special_tokens=False)
-        if not self._asks:
-            raise ValueError(f"asks is {wording.asks!r}; it must have a token, as something must precede an action.")
+        self._again = self._asks
+        if wording.again is not None:
+            self._again = tokenizer.encode(wording.again, add_special_tokens=False)
+        for name, ids, text in (("asks", self._asks, wording.asks), ("again", self._again, wording.again)):
+            if not ids:
+                raise ValueError(f"{name} is {text!r}; it must have a token, as something must precede an action.")
         self._end = end[0]
         self.end_ids = tuple(dict.fromkeys((self._end, *tokenizer.eos_ids)))
 
@@ -98,7 +123,7 @@ class Script:
     def answer(self, action: Sequence[int], text: str) -> list[int]:
         """The tokens between an action and the next one; one that was cut before its end is given it."""
         end = [] if action[-1] in self.end_ids else [self._end]
-        return [*end, *self._shows, *self._content(text), *self._asks]
+        return [*end, *self._shows, *self._content(text), *self._again]
 
     def action(self, text: str) -> list[int]:
         """The tokens of an action, its end among them.

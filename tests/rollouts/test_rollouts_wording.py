@@ -8,6 +8,8 @@ from jaxrl_llm.models.chat import SMOLLM2
 from jaxrl_llm.models.chat import ChatFormat
 from jaxrl_llm.models.chat import Message
 from jaxrl_llm.models.chat import format_chat
+from jaxrl_llm.models.glm_chat import GLM4_5
+from jaxrl_llm.models.glm_tokenizer import glm_bytes
 from jaxrl_llm.models.tokenizers import ByteTokenizer
 from jaxrl_llm.rollouts.wording import Script
 from jaxrl_llm.rollouts.wording import Wording
@@ -28,6 +30,28 @@ def test_an_episode_in_a_chat_format_is_that_chat(chat_format: ChatFormat, syste
     chat = format_chat([Message(role=role, content=text) for role, text in turns], chat_format=chat_format)
     assert tokens == LETTERS.encode(chat)
     assert script.said(action) == "go north"
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_an_episode_with_tools_is_a_conversation_of_glm(thinking: bool) -> None:
+    letters = glm_bytes()
+    script = Script(Wording.of_glm(thinking=thinking), letters)
+    call = [{"function": {"name": "get", "arguments": {"of": "fig"}}}]
+    messages = [
+        {"role": "user", "content": "fig?"},
+        {"role": "assistant", "content": "", "reasoning_content": "hm" if thinking else "", "tool_calls": call},
+        {"role": "tool", "content": "27"},
+    ]
+    asked = GLM4_5.render(messages[:1], thinking=thinking)
+    whole = GLM4_5.render(messages, thinking=thinking)
+    assert whole.startswith(asked)
+    said, marker, _ = whole.removeprefix(asked).partition("<|observation|>")
+    action = letters.encode(said + marker)
+    tokens = [*script.opening, *script.prompt("fig?"), *action, *script.answer(action, "27")]
+    assert letters.decode(tokens, skip_special_tokens=False) == whole
+    # The world hears the tags of a call, and an answer may end with either marker.
+    assert script.said(action) == said.strip()
+    assert {letters.backend.token_to_id(name) for name in ("<|user|>", "<|observation|>")} <= set(script.end_ids)
 
 
 @pytest.mark.parametrize(("chat_format", "blank"), [(LLAMA3, ""), (CHATML, "\n ")])

@@ -343,6 +343,30 @@ def test_rows_that_are_no_grid_are_packed_whoever_promised_one():
     assert form_of(pairs) is Packed
 
 
+def test_without_packing_every_batch_has_rows_of_one_shape():
+    layouts = set()
+    for seed in range(3):
+        batch = conversations(seed)
+        found, actions = arranged(batch, pack=False, multiple=8)
+        layouts.add((found.rows.layout, found.rows.tokens.shape))
+        # Each text once, in a row of its own; every chosen token and the state before it are where it says.
+        np.testing.assert_array_equal(found.sequences[:, 0], [*range(ROWS), *[-1] * 4])
+        rows, columns = np.nonzero(actions.mask)
+        places = actions.columns[rows, columns]
+        np.testing.assert_array_equal(
+            np.where(actions.mask, found.gather(by_sequence(found.rows.targets, found.rows)), 0)[rows, columns],
+            batch.tokens[rows, places],
+        )
+        np.testing.assert_array_equal(
+            np.take_along_axis(np.asarray(found.rows.tokens), np.asarray(found.rows.sources), 1)[rows, columns],
+            batch.tokens[rows, places - 1],
+        )
+    assert layouts == {(Packed(WIDTH, 1, WIDTH, WIDTH), (16, WIDTH))}
+    short = answers(np.full(32, 3))
+    actions = Actions.of(short, width=16)
+    assert arrange(short, actions, MODEL, grid=GRID, first=np.ones(32, bool), pack=False).rows.layout == GRID
+
+
 def test_the_head_of_a_large_vocabulary_is_part_of_the_cost():
     """Half of the tokens that are chosen: little of the layers' cost, much of the head's."""
     small, large = (dataclasses.replace(MODEL, vocab_size=size) for size in (64, 49_152))
@@ -382,3 +406,12 @@ def test_a_training_step_is_the_same_in_both_forms(tiny_run, monkeypatch):
     assert set(values) == set(others)
     for name, (total, count) in values.items():
         np.testing.assert_allclose(total / count, others[name][0] / others[name][1], rtol=2e-4, atol=2e-5, err_msg=name)
+
+
+def test_what_compares_answers_is_packed(tiny_run):
+    parts = dataclasses.replace(tiny_run.make_parts("grpo", layers=2), objective="dpo")
+    settings = dataclasses.replace(
+        tiny_run.SETTINGS, update=dataclasses.replace(tiny_run.SETTINGS.update, minibatches=1, pack=False)
+    )
+    with pytest.raises(ValueError, match=r"update\.pack is False, and 'dpo' compares the answers of a group"):
+        Trainer(parts, settings, BatchShape(8, 2, 20, 16))

@@ -3,6 +3,7 @@
 from jaxrl_llm.rollouts.collect.agents import AgentCollector as AgentCollector
 from jaxrl_llm.rollouts.collect.agents import ExpertCollector as ExpertCollector
 from jaxrl_llm.rollouts.collect.ahead import AheadCollector as AheadCollector
+from jaxrl_llm.rollouts.collect.conversations import ConversationCollector as ConversationCollector
 from jaxrl_llm.rollouts.collect.demonstrations import DemonstrationCollector as DemonstrationCollector
 from jaxrl_llm.rollouts.collect.preferences import PreferenceCollector as PreferenceCollector
 from jaxrl_llm.rollouts.collect.protocol import BatchShape as BatchShape
@@ -24,3 +25,4 @@ from jaxrl_llm.rollouts.collect.store import Store as Store
 from jaxrl_llm.rollouts.collect.tasks import TaskCollector as TaskCollector
 from jaxrl_llm.rollouts.collect.text_agents import TextAgentCollector as TextAgentCollector
 from jaxrl_llm.rollouts.collect.text_agents import TextExpertCollector as TextExpertCollector
+from jaxrl_llm.rollouts.collect.turns import TurnsCollector as TurnsCollector

@@ -31,6 +31,7 @@ from jaxrl_llm.training.text.packing import Plan
 from jaxrl_llm.training.text.packing import Text
 from jaxrl_llm.training.text.packing import least_multiply_adds
 from jaxrl_llm.training.text.packing import multiply_adds
+from jaxrl_llm.training.text.packing import padded_rows
 from jaxrl_llm.training.text.packing import plan_rows
 from jaxrl_llm.training.text.packing import round_up
 from jaxrl_llm.training.text.packing import texts_of
@@ -182,6 +183,7 @@ def arrange(
     whole_groups: bool = False,
     least_rows: int = 1,
     multiple: int = 1,
+    pack: bool = True,
 ) -> Arrangement:
     """The batch in the rows that cost fewest products.
 
@@ -196,8 +198,16 @@ def arrange(
         whole_groups: whether a group must stand in one packed row, since the loss compares its members.
         least_rows: packed rows that there must be, as far as there are blocks to put there.
         multiple: the number of packed rows is a multiple of this one, so that they are dealt out evenly.
+        pack: whether texts may stand side by side; else batches of one shape have rows of one shape, the grid's or as
+            wide as the batch.
     """
     grid = grid if grid is not None and _fits(trajectories, actions, grid) else None
+    if not pack:
+        if grid is not None:
+            return _in_grid(trajectories, grid)
+        texts, width = texts_of(trajectories, share_prompts=False), np.shape(trajectories.tokens)[1]
+        plan = padded_rows(texts, width=width, chosen=actions.mask.shape[1], multiple=multiple)
+        return _in_packed_rows(trajectories, actions, texts, plan)
     texts, dear = texts_of(trajectories, share_prompts=share_prompts), np.inf
     if grid is not None:
         dear = WORTH_PACKING * multiply_adds(config, len(texts) // grid.slots, grid.width, grid.chosen)

@@ -42,6 +42,8 @@ class UpdateSettings:
             of the live scores; "measure" lets routers choose anew and measures how often they choose otherwise.
         scan_layers: make one program of layers of equal structure (and of Muon on matrices of equal size), run for each
             of them: the time to compile no longer grows with depth, and what learns is held twice meanwhile.
+        pack: put texts side by side where that is cheaper. False gives each text a row of its own where answers do not
+            share a prompt of fixed width: more padding, and one program for all batches, where compiling is dearer.
     """
 
     minibatches: int = 4
@@ -59,6 +61,7 @@ class UpdateSettings:
     mtp_detached: bool = dataclasses.field(default=True, metadata=LATER)
     router_replay: Literal["off", "measure", "on"] = dataclasses.field(default="off", metadata=LATER)
     scan_layers: bool = dataclasses.field(default=False, metadata=LATER)
+    pack: bool = dataclasses.field(default=True, metadata=LATER)
 
     def __post_init__(self) -> None:
         """Refuse impossible numbers."""

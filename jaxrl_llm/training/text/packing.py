@@ -163,6 +163,19 @@ def plan_rows(
     return min(near)[-1]
 
 
+def padded_rows(texts: list[Text], *, width: int, chosen: int, multiple: int = 1) -> Plan:
+    """A row for each text: the same sizes for every batch of as many texts, so that one program serves them all.
+
+    Args:
+        texts: of the batch.
+        width: tokens that a text can have.
+        chosen: chosen tokens that a text can have.
+        multiple: the number of rows is a multiple of this one.
+    """
+    count = -(-len(texts) // multiple) * multiple
+    return Plan(width, chosen, count, [[(index,)] for index in range(len(texts))])
+
+
 def _size(texts: list[Text], block: Block) -> int:
     return texts[block[0]].prompt + sum(texts[index].rest for index in block)
 

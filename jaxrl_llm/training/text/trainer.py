@@ -113,6 +113,11 @@ class Trainer:
         update, temperature = settings.update, settings.sampling.temperature
         require_routers(update, initial)
         require_further(update, initial)
+        if self.objective.compares_rows and not update.pack:
+            raise ValueError(
+                f"update.pack is False, and {self.objective.name!r} compares the answers of a group, which must stand "
+                "in one row; it must be True."
+            )
         made = [make_optimizer(settings.optimizer, settings.optimizer_steps, scan=update.scan_layers) for _ in range(2)]
         apart = update.mtp_weight and update.mtp_detached
         self.optimizer = with_further_apart(*made) if apart else made[0]
@@ -287,6 +292,7 @@ class Trainer:
             # So that every optimiser step has rows of its own, and as many on every device.
             least_rows=update.minibatches,
             multiple=update.minibatches * devices,
+            pack=update.pack,
         )
 
     @property
