@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxrl_llm.models.attention import MASKED_SCORE
 from jaxrl_llm.models.numerics import Numerics
+from jaxrl_llm.models.transformer import Passed
 from jaxrl_llm.rollouts.decode import DecodeWeights
 from jaxrl_llm.rollouts.decode import PromptCache
 from jaxrl_llm.rollouts.decode import ResponseCache
@@ -88,6 +89,32 @@ def read_chunk(
         The final hidden state of each row's last token, which predicts the next one (of a row that read none it means
         nothing), and the cache with the tokens in it.
     """
+    passed = _passed(weights, tokens, counts, starts, prompt, response)
+    last = passed.x[jnp.arange(tokens.shape[0]), jnp.maximum(counts - 1, 0)]
+    return weights.model.final_norm(last), ResponseCache.of(passed.contexts)
+
+
+def chunk_states(
+    weights: DecodeWeights,
+    tokens: Int[Array, "B W"],
+    counts: Int[Array, " B"],
+    starts: Int[Array, " B"],
+    prompt: PromptCache,
+    response: ResponseCache,
+) -> tuple[Float[Array, "B W D"], ResponseCache]:
+    """`read_chunk` with the final hidden states of all tokens; those of padding mean nothing."""
+    passed = _passed(weights, tokens, counts, starts, prompt, response)
+    return weights.model.final_norm(passed.x), ResponseCache.of(passed.contexts)
+
+
+def _passed(
+    weights: DecodeWeights,
+    tokens: Int[Array, "B W"],
+    counts: Int[Array, " B"],
+    starts: Int[Array, " B"],
+    prompt: PromptCache,
+    response: ResponseCache,
+) -> Passed:
     (rows, width), slots = tokens.shape, response.keys[0].shape[3]
     model, columns = weights.model, jnp.arange(width)
     places = starts[:, None] + columns
@@ -98,9 +125,7 @@ def read_chunk(
         ChunkContext((*shared, prompt.mask), *own, written, sees)
         for shared, own in zip(prompt.layers(), response.layers(), strict=True)
     ]
-    passed = model.through(model.embed(tokens), length[:, None] + places, contexts)
-    last = passed.x[jnp.arange(rows), jnp.maximum(counts - 1, 0)]
-    return model.final_norm(last), ResponseCache.of(passed.contexts)
+    return model.through(model.embed(tokens), length[:, None] + places, contexts)
 
 
 def _attend(
