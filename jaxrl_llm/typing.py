@@ -7,9 +7,9 @@ from jaxtyping import Int
 from jaxtyping import Key
 from jaxtyping import PyTree
 from jaxtyping import Scalar
-from jaxtyping import UInt
+from jaxtyping import UInt32
 
-__all__ = ["Array", "Bool", "Float", "Int", "Key", "PRNGKey", "PyTree", "Scalar", "SumCount", "UInt"]
+__all__ = ["Array", "Bool", "Float", "Int", "Key", "PRNGKey", "PyTree", "Scalar", "SumCount", "UInt32"]
 
 PRNGKey = Key[Array, ""]
 SumCount = tuple[Float[Array, "*batch"], Float[Array, "*batch"]]

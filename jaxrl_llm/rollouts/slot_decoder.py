@@ -8,6 +8,7 @@ pay for a long context.
 
 from collections.abc import Mapping
 from collections.abc import Sequence
+from typing import Any
 from typing import NamedTuple
 
 import jax
@@ -27,7 +28,7 @@ from jaxrl_llm.rollouts.slots import score_slot
 from jaxrl_llm.rollouts.slots import slot_step
 from jaxrl_llm.typing import Float
 from jaxrl_llm.typing import Int
-from jaxrl_llm.typing import UInt
+from jaxrl_llm.typing import UInt32
 
 SMALLEST_CAPACITY = 256
 """Tokens that a slot has room for, unless the context is shorter; more where a text needs more."""
@@ -49,11 +50,11 @@ class Draw(NamedTuple):
         listed: whether the most likely tokens are asked for.
     """
 
-    seed: UInt[np.ndarray, " 2"]
+    seed: UInt32[np.ndarray, " 2"]
     count: int
     temperature: float = 1.0
     top_p: float = 1.0
-    allowed: UInt[np.ndarray, " words"] | None = None
+    allowed: UInt32[np.ndarray, " words"] | None = None
     listed: bool = False
 
 
@@ -286,26 +287,27 @@ class SlotDecoder:
             self._held = [held[:fitting] for held in self._held]
 
     def _arrays(self, draws: Mapping[int, Draw]) -> SlotDraws:
-        arrays = SlotDraws(
-            tokens=np.zeros(self.count, np.int32),
-            lengths=np.zeros(self.count, np.int32),
-            active=np.zeros(self.count, bool),
-            seeds=np.zeros((self.count, 2), np.uint32),
-            counts=np.zeros(self.count, np.int32),
-            temperature=np.ones(self.count, np.float32),
-            top_p=np.ones(self.count, np.float32),
-            allowed=np.full((self.count, self._words), 0xFFFFFFFF, np.uint32),
-            list_tokens=np.bool_(any(draw.listed for draw in draws.values())),
-        )
+        count = self.count
+        arrays: dict[str, Any] = {
+            "tokens": np.zeros(count, np.int32),
+            "lengths": np.zeros(count, np.int32),
+            "active": np.zeros(count, bool),
+            "seeds": np.zeros((count, 2), np.uint32),
+            "counts": np.zeros(count, np.int32),
+            "temperature": np.ones(count, np.float32),
+            "top_p": np.ones(count, np.float32),
+            "allowed": np.full((count, self._words), 0xFFFFFFFF, np.uint32),
+            "list_tokens": np.bool_(any(draw.listed for draw in draws.values())),
+        }
         for slot, draw in draws.items():
             text = self.texts[slot]
             assert text is not None
-            arrays.tokens[slot], arrays.lengths[slot], arrays.active[slot] = text[-1], len(text) - 1, True
-            arrays.seeds[slot], arrays.counts[slot] = draw.seed, draw.count
-            arrays.temperature[slot], arrays.top_p[slot] = draw.temperature, draw.top_p
+            values = (text[-1], len(text) - 1, True, draw.seed, draw.count, draw.temperature, draw.top_p)
+            for array, value in zip(arrays.values(), values, strict=False):
+                array[slot] = value
             if draw.allowed is not None:
-                arrays.allowed[slot] = draw.allowed
-        return arrays
+                arrays["allowed"][slot] = draw.allowed
+        return SlotDraws(**arrays)
 
 
 def _capacities(context: int) -> list[int]:

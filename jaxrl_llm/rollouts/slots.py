@@ -28,7 +28,7 @@ from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Bool
 from jaxrl_llm.typing import Float
 from jaxrl_llm.typing import Int
-from jaxrl_llm.typing import UInt
+from jaxrl_llm.typing import UInt32
 
 LISTED = 20
 """Most likely tokens that a step can list: as many as OpenAI's API allows."""
@@ -52,11 +52,11 @@ class SlotDraws(NamedTuple):
     tokens: Int[Array, " S"]
     lengths: Int[Array, " S"]
     active: Bool[Array, " S"]
-    seeds: UInt[Array, "S 2"]
+    seeds: UInt32[Array, "S 2"]
     counts: Int[Array, " S"]
     temperature: Float[Array, " S"]
     top_p: Float[Array, " S"]
-    allowed: UInt[Array, "S words"]
+    allowed: UInt32[Array, "S words"]
     list_tokens: Bool[Array, ""]
 
 
@@ -173,7 +173,7 @@ def _with_row(cache: ResponseCache, row: ResponseCache, slot: Int[Array, ""]) ->
     return jax.tree.map(write, cache, row)
 
 
-def _allowed_only(logits: Float[Array, "V S"], allowed: UInt[Array, "S words"]) -> Float[Array, "V S"]:
+def _allowed_only(logits: Float[Array, "V S"], allowed: UInt32[Array, "S words"]) -> Float[Array, "V S"]:
     """-inf at tokens whose bit is 0; where all bits are 1 the logits as they are, without a pass over them."""
 
     def masked() -> Float[Array, "V S"]:
