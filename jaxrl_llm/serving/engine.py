@@ -192,6 +192,7 @@ class Engine:
             self._rows.replace(slot, job.asked.grammar)
             self._working[slot] = job
             self._reading.append(slot)
+            self.metrics.prompt_tokens.inc(len(job.asked.prompt))
 
     def _read(self) -> None:
         """Read prompts, at most a chunk's worth of tokens."""
@@ -201,14 +202,12 @@ class Engine:
             job = self._working[slot]
             if job.asked.score_prompt and job.prompt_log_probs is None:
                 job.prompt_log_probs = self.decoder.score(slot)
-                count = len(job.asked.prompt)
-                self.metrics.prompt_tokens.inc(count)
+                count, job.reused = len(job.asked.prompt), 0
             else:
                 waiting = self.decoder.unread(slot)
                 count = self.decoder.read(slot)
-                if waiting == len(job.asked.prompt) - 1:  # nothing of it was read before
+                if job.reused is None:
                     job.reused = waiting - count - self.decoder.unread(slot)
-                    self.metrics.prompt_tokens.inc(waiting + 1)
                     self.metrics.reused_tokens.inc(job.reused)
             left -= count
             if not self.decoder.unread(slot):
@@ -240,12 +239,11 @@ class Engine:
             if math.isnan(one.log_prob):
                 job.fail(APIError(500, "the model's logits are no distribution.", code="not_finite"))
             else:
-                job.take(one, self.version, complete=self._advance(slot, job, one.token), room=self._room(slot))
+                job.take(one, self.version, room=self.decoder.context - len(self.decoder.texts[slot] or ()))
             if job.ended:
                 self._free(slot)
-
-    def _room(self, slot: int) -> int:
-        return self.decoder.context - len(self.decoder.texts[slot] or ())
+            elif job.asked.grammar is not None:
+                self._rows.advance(slot, one.token)
 
     def _masks(self, ready: list[int]) -> dict[int, UInt32[np.ndarray, " W"]]:
         """Which tokens the grammars allow; a grammar that fails ends its job."""
@@ -262,10 +260,3 @@ class Engine:
                 self._free(slot)
         self.metrics.mask.observe(time.monotonic() - begun)
         return found
-
-    def _advance(self, slot: int, job: Job, token: int) -> bool:
-        """Tell the grammar of a token; whether the answer is complete with it."""
-        if job.asked.grammar is None:
-            return False
-        self._rows.advance(slot, token)
-        return self._rows.is_finished(slot)

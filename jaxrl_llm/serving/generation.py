@@ -97,7 +97,7 @@ class Job:
     Attributes:
         slot: where it is decoded; None while it waits.
         prompt_log_probs: of the prompt's tokens but the first, once they are known.
-        reused: tokens of the prompt that were not read again.
+        reused: tokens of the prompt that a slot held already; None until it is read.
         ended: nothing more will come.
     """
 
@@ -109,27 +109,24 @@ class Job:
         self.deadline = self.begun + seconds
         self.slot: int | None = None
         self.prompt_log_probs: list[float] | None = None
-        self.reused = 0
+        self.reused: int | None = None
         self.count = 0
         self.ended = False
-        self._text = TextStream(
-            tokenizer, generation.stop, skip_special_tokens=generation.skip_special_tokens
-        )
+        self._text = TextStream(tokenizer, generation.stop, skip_special_tokens=generation.skip_special_tokens)
 
-    def take(self, drawn: Drawn, version: int, *, complete: bool, room: int) -> None:
+    def take(self, drawn: Drawn, version: int, *, room: int) -> None:
         """A token was drawn.
 
         Args:
             drawn: the token.
             version: of the weights that drew it.
-            complete: whether the grammar allows nothing more.
             room: tokens that the slot still has room for.
         """
         self.count += 1
         ends = drawn.token in self.asked.end_ids
         text = "" if ends else self._text.feed(drawn.token)
         finish: FinishReason | None = None
-        if ends or complete or self._text.stopped:
+        if ends or self._text.stopped:
             finish = "stop"
         elif self.count >= self.asked.max_tokens or room <= 0:
             finish = "length"
