@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ACCELERATOR ?=
 # atari-gpl: the tests play its games; nothing that is shipped names or needs it.
-EXTRAS := llm,engines,experiments,control,atari-gpl,test,notebooks$(if $(ACCELERATOR),$(comma)$(ACCELERATOR))
+EXTRAS := llm,engines,serving,experiments,control,atari-gpl,test,notebooks$(if $(ACCELERATOR),$(comma)$(ACCELERATOR))
 comma := ,
 STAMP := $(VENV)/.installed
 # Compiled programs are kept between runs: the second start of anything is several times faster.

@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import hmac
+import logging
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -104,7 +105,7 @@ class Service:
         made = [Route(path, self._guarded(path, call), methods=[method]) for path, method, call in routes]
 
         async def not_found(request: Request, error: Exception) -> Response:
-            status = error.status_code if isinstance(error, HTTPException) else 404
+            status = error.status_code if isinstance(error, HTTPException) else 500
             word = "is no route of this server" if status == 404 else f"does not take {request.method}"
             return error_response(APIError(status, f"{request.url.path[:200]} {word}.", code="no_route"))
 
@@ -124,9 +125,9 @@ class Service:
                 response = error_response(error)
             except ClientDisconnect:
                 response = Response(status_code=CLIENT_GONE)
-            except Exception as error:
-                self._count(path, 500)
-                raise RuntimeError(f"{path} failed") from error
+            except Exception:
+                logging.getLogger(__name__).exception("%s failed", path)
+                response = error_response(APIError(500, "the server failed; its log says why.", code="failed"))
             if not isinstance(response, EventStream):
                 self._count(path, response.status_code)
             return response
