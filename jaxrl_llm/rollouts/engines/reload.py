@@ -2,9 +2,9 @@
 
 A `reload` of `OpenAIEngine`, and of `--reload my_module:my_function`, returns once the server samples with the weights
 of the folder, and raises `EngineError` where it does not. The server must see the folder under the same path. SGLang
-and our own server have a request for it, below. vLLM has none: its weight transfer sends tensors by NCCL or CUDA IPC to a server in
-development mode, so either your function does that, or it starts the server anew on the folder and waits until it
-answers.
+and our own server have a request for it, below. vLLM has none: its weight transfer sends tensors by NCCL or CUDA IPC
+to a server in development mode, so either your function does that, or it starts the server anew on the folder and waits
+until it answers.
 """
 
 import http
