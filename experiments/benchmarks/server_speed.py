@@ -1,4 +1,4 @@
-"""Claim: at 32 clients our server makes at least 0.7 of the tokens per second of llama-server (SmolLM2-135M, two cores).
+"""Claim: at 32 clients our server makes at least 0.7 of llama-server's tokens per second (SmolLM2-135M, two cores).
 
 Command: python -m experiments.benchmarks.server_speed [--clients 1 8 32] [--rounds 3] [--out server_speed.json]
          It needs the extras `serving` and `engines`.

@@ -66,8 +66,9 @@ def rendered(chat: Chat, messages: Any, tools: Sequence[Mapping[str, Any]], *, t
         turns = _described(turns, tools)
     try:
         if native:
-            return chat.render(turns, tools=list(tools) or None, thinking=thinking or not isinstance(chat, GlmChat))
-        return chat.render(turns)
+            return chat.render(turns, tools=list(tools) or None, thinking=thinking)
+        # A format that is data knows neither tools nor thinking.
+        return chat.render(turns, thinking=thinking) if isinstance(chat, TemplateChat) else chat.render(turns)
     except ValueError as error:  # ModelFileError, of a template, is one
         raise bad(f"the messages cannot be written in this model's chat: {one_line(error)}", "messages") from None
 

@@ -13,8 +13,8 @@ class TextStream:
     """Decodes tokens one by one, up to the first stop string.
 
     What `feed` and `finish` give, joined, is the decoded text of all tokens up to the stop string, wherever characters
-    are cut between tokens. A token's text is decoded with those before it, since tokenizers may write it otherwise at
-    the beginning of a text.
+    are cut between tokens; bytes that are no UTF-8 become U+FFFD. A token's text is decoded with those before it, since
+    tokenizers may write it otherwise at the beginning of a text.
 
     Args:
         tokenizer: of the model.
