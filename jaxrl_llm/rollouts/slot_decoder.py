@@ -165,7 +165,7 @@ class SlotDecoder:
         chunk = text[start : min(len(text) - 1, start + LARGEST_CHUNK)]
         if not chunk:
             return 0
-        self._fit(start + len(chunk))
+        self._fit(len(text))  # at once for the whole of it: each length in between would be compiled too
         tokens = _padded(chunk, chunk_width(len(chunk)))
         numbers = (np.int32(len(chunk)), np.int32(start))
         self._cache = self._read(self._leaves, self._cache, np.int32(slot), tokens, *numbers)
@@ -177,10 +177,10 @@ class SlotDecoder:
         text = self.texts[slot]
         assert text is not None
         self._begun[slot], self._held[slot] = True, []
+        self._fit(len(text))
         found: list[float] = []
         while (start := len(self._held[slot])) < len(text) - 1:
             chunk = text[start : min(len(text) - 1, start + LARGEST_CHUNK)]
-            self._fit(start + len(chunk))
             width = chunk_width(len(chunk))
             targets = _padded(text[start + 1 : start + 1 + len(chunk)], width)
             numbers = (np.int32(len(chunk)), np.int32(start))
@@ -275,8 +275,9 @@ class SlotDecoder:
 
     def _fit(self, needed: int) -> None:
         """Make the cache as long as these tokens and the texts at work need."""
-        working = [len(self._held[slot]) for slot in range(self.count) if self.texts[slot] and self._begun[slot]]
-        needed = max(needed, *working, 1) if working else needed
+        needed = max(
+            needed, *(len(text) for text, begun in zip(self.texts, self._begun, strict=True) if text and begun), 1
+        )
         fitting = next(size for size in self._capacities if size >= needed)
         self._idle = 0 if fitting >= self.capacity else self._idle + 1
         if fitting < self.capacity and self._idle < PATIENCE:

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -59,9 +60,9 @@ def api_key_of(options: argparse.Namespace) -> str | None:
     return lines[0]
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until a signal ends it; what cannot be served is one sentence."""
-    options = parser().parse_args()
+    options = parser().parse_args(arguments)
     try:
         key = api_key_of(options)
         place = bound_socket(options.host, options.port, api_key=key)

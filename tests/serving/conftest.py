@@ -35,7 +35,7 @@ def served(seed: int = 0, **changes) -> Iterator[str]:
 
 
 def client_of(address: str, **options) -> openai.OpenAI:
-    return openai.OpenAI(**{"base_url": f"{address}/v1", "api_key": KEY, "max_retries": 0, "timeout": 30, **options})
+    return openai.OpenAI(**{"base_url": f"{address}/v1", "api_key": KEY, "max_retries": 0, "timeout": 60, **options})
 
 
 @pytest.fixture(scope="package")

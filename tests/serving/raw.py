@@ -13,7 +13,7 @@ HEADERS = {"authorization": f"Bearer {KEY}", "content-type": "application/json"}
 
 def ask(address: str, path: str, body: Any = None, *, method: str | None = None, headers=HEADERS) -> tuple[int, Any]:
     """Status and JSON of an answer."""
-    connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=30)
+    connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=60)
     content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
     connection.request(method or ("GET" if body is None else "POST"), path, content, headers)
     answer = connection.getresponse()
@@ -28,7 +28,7 @@ def begun(address: str, path: str, body: Any, *, cut: int = 0) -> socket.socket:
     content = json.dumps(body).encode()
     head = [f"POST {path} HTTP/1.1", "host: x", f"content-length: {len(content)}"]
     head += [f"{name}: {value}" for name, value in HEADERS.items()]
-    place = socket.create_connection(tuple(urlsplit(address).netloc.rsplit(":", 1)), timeout=30)
+    place = socket.create_connection(tuple(urlsplit(address).netloc.rsplit(":", 1)), timeout=60)
     whole = "\r\n".join(head).encode() + b"\r\n\r\n" + content
     place.sendall(whole[: len(whole) - cut])
     return place

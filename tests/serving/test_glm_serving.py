@@ -35,10 +35,10 @@ CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call
 def client():
     tokenizer = ByteTokenizer(["[gMASK]", "<sop>", "<|system|>", "<|assistant|>", *GLM4_5.stop_tokens])
     experts = ExpertsConfig(count=4, chosen=2, width=16, shared=1, dense_layers=1)
-    config = tiny(vocab_size=tokenizer.vocab_size, max_positions=2048, experts=experts)
+    config = tiny(vocab_size=tokenizer.vocab_size, max_positions=1024, experts=experts)
     settings = ServerSettings(name="glm", api_key="k", slots=2)
     with serving(Transformer(config, rngs=nnx.Rngs(0)), tokenizer, settings) as address:
-        yield client_of(address, api_key="k")
+        yield client_of(address, api_key="k", timeout=120)
 
 
 def test_a_call_that_must_be_made_is_made_in_its_own_format(client):

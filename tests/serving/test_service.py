@@ -1,16 +1,18 @@
 """What the server does beside answering: bounds, keys, clients that go, weights that change, metrics."""
 
 import http
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+from jaxrl_llm.models.tokenizers import ByteTokenizer
 from jaxrl_llm.models.weights import save_hf
 from jaxrl_llm.serving import Limits
+from jaxrl_llm.serving.__main__ import main
+from jaxrl_llm.serving.served import chat_of
+from jaxrl_llm.serving.served import end_ids_of
 from jaxrl_llm.serving.server import bound_socket
 from tests.serving.conftest import KEY
 from tests.serving.conftest import NAME
@@ -182,26 +184,25 @@ def test_a_port_that_is_taken_and_a_place_that_others_reach_are_refused(address,
     bound_socket("0.0.0.0", 0, api_key=KEY).close()
 
 
-def test_the_command_line_refuses_in_one_sentence(address, tmp_path):
-    key = tmp_path / "key"
+def test_the_command_line_refuses_in_one_sentence(address, tmp_path, capsys):
+    key, two = tmp_path / "key", tmp_path / "two"
     key.write_text("k\n")
+    two.write_text("k k\n")
     port = address.rsplit(":", 1)[1]
     for arguments, sentence in (
         (["nowhere", "--api-key-file", str(key), "--port", port], "is another server on it"),
+        (["nowhere", "--api-key-file", str(key), "--port", "0"], "expected a Hugging Face folder or a GGUF file"),
+        (["nowhere", "--api-key-file", str(two)], "has 2 words; expected the key alone"),
         (["nowhere", "--port", "0"], "give the server a key"),
+        (["nowhere", "--port", "0", "--no-key", "--host", "0.0.0.0"], "which others can reach"),
     ):
-        command = [sys.executable, "-m", "jaxrl_llm.serving", *arguments]
-        run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-        assert run.returncode == 2
-        assert sentence in run.stderr
-        assert len(run.stderr.strip().splitlines()) == 1
+        assert main(arguments) == 2
+        said = capsys.readouterr().err
+        assert sentence in said
+        assert len(said.strip().splitlines()) == 1
 
 
 def test_a_model_without_a_chat_says_so():
-    from jaxrl_llm.models.tokenizers import ByteTokenizer
-    from jaxrl_llm.serving.served import chat_of
-    from jaxrl_llm.serving.served import end_ids_of
-
     assert chat_of(ByteTokenizer()) is None
     assert end_ids_of(ByteTokenizer(), None) == (258,)
     with pytest.raises(ValueError, match="which the tokenizer does not have"):
