@@ -78,27 +78,40 @@ class Generate(Protocol):
         ...
 
 
-class _Plan(NamedTuple):
-    # Everything that is fixed when the program is compiled.
+class DecodePlan(NamedTuple):
+    """Everything that is fixed when the program is compiled; see `make_generate`."""
+
     max_new_tokens: int
     group_size: int
     sampling: SamplingSettings
     eos_ids: tuple[int, ...]
     pad_id: int
-    decode_dtype: jnp.dtype | None
-    perturb_logits: LogitPerturbation | None
-    cache_rounding: Rounding | None
+    decode_dtype: jnp.dtype | None = None
+    perturb_logits: LogitPerturbation | None = None
+    cache_rounding: Rounding | None = None
 
 
-class _Progress(NamedTuple):
-    # What the decode loop carries; the columns of the last three are token numbers in the response.
+class Begun(NamedTuple):
+    """What the steps only read: the model, the prompts, and the key of each row."""
+
+    weights: DecodeWeights
+    prompt: PromptCache
+    keys: Key[Array, " B"]
+
+
+class Progress(NamedTuple):
+    """What the decode loop carries; the columns of `tokens`, `mask` and `log_probs` are token numbers in the response.
+
+    Attributes:
+        context_keys: of the noise of each row's context; None where the engine has none.
+    """
+
     count: Int[Array, ""]
     ended: Bool[Array, " B"]
     cache: ResponseCache
     tokens: Int[Array, "B R"]
     mask: Bool[Array, "B R"]
     log_probs: Float[Array, "B R"]
-    # Of the noise of each row's context; None where the engine has none.
     context_keys: Key[Array, " B"] | None
 
 
@@ -151,34 +164,49 @@ def make_generate(
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
     dtype = None if decode_dtype is None else jnp.dtype(decode_dtype)
-    plan = _Plan(max_new_tokens, group_size, sampling, eos_ids, pad_id, dtype, perturb_logits, cache_rounding)
+    plan = DecodePlan(max_new_tokens, group_size, sampling, eos_ids, pad_id, dtype, perturb_logits, cache_rounding)
 
     @jax.jit
     def compiled(state, prompt_tokens, prompt_mask, key, step, prompt_index, sample_index=None, noise_key=None):
         model = nnx.merge(graphdef, state)
-        sample_index = jnp.arange(group_size) if sample_index is None else sample_index
-        _check(model, plan, prompt_tokens, prompt_mask, step, prompt_index, sample_index)
-        if prompt_tokens.dtype.itemsize < 4:
-            prompt_tokens = prompt_tokens.astype(jnp.int32)  # a narrow type may not hold what is sampled
-        keys = rollout_keys(key, step, prompt_index, sample_index).reshape(-1)
-        return _generate(model, plan, prompt_tokens, prompt_mask.astype(bool), keys, noise_key)
+        indices = (step, prompt_index, sample_index)
+        begun, logits, progress = begin_responses(model, plan, prompt_tokens, prompt_mask, key, *indices, noise_key)
+
+        def unfinished(progress: Progress):
+            return (progress.count < max_new_tokens) & ~jnp.all(progress.ended)
+
+        def advance(progress: Progress) -> Progress:
+            return record_draw(plan, begun.keys, *read_last(plan, begun, progress))
+
+        progress = jax.lax.while_loop(unfinished, advance, record_draw(plan, begun.keys, logits, progress))
+        return as_rollout(plan, prompt_tokens, prompt_mask, progress)
 
     sizes: list[int] = []  # of the vocabulary, once a state was seen
 
     def generate(state, prompt_tokens, prompt_mask, *arguments, **options):
-        require_arrays(prompt_tokens=prompt_tokens, prompt_mask=prompt_mask)
         if not sizes:
             sizes.append(nnx.merge(graphdef, state).config.vocab_size)
-        if prompt_tokens.ndim == 2 and prompt_mask.shape == prompt_tokens.shape and prompt_tokens.size:
-            check_mask("prompt_mask", prompt_mask)
-            check_tokens("prompt_tokens", prompt_tokens, prompt_mask, vocabulary=sizes[0])
-            check_left_padded("prompt_mask", prompt_mask)
+        check_prompts(prompt_tokens, prompt_mask, vocabulary=sizes[0])
         return compiled(state, prompt_tokens, prompt_mask, *arguments, **options)
 
     return generate
 
 
-def _check(model: Transformer, plan: _Plan, prompt_tokens, prompt_mask, step, prompt_index, sample_index) -> None:
+def check_prompts(prompt_tokens: Int[Array, "N P"], prompt_mask: Bool[Array, "N P"], *, vocabulary: int) -> None:
+    """What can be said of prompts before anything is computed; see `make_generate`.
+
+    Raises:
+        TypeError: they are no arrays.
+        ValueError: they are not left-padded or empty, or hold tokens that are none of the vocabulary.
+    """
+    require_arrays(prompt_tokens=prompt_tokens, prompt_mask=prompt_mask)
+    if prompt_tokens.ndim == 2 and prompt_mask.shape == prompt_tokens.shape and prompt_tokens.size:
+        check_mask("prompt_mask", prompt_mask)
+        check_tokens("prompt_tokens", prompt_tokens, prompt_mask, vocabulary=vocabulary)
+        check_left_padded("prompt_mask", prompt_mask)
+
+
+def _check(model: Transformer, plan: DecodePlan, prompt_tokens, prompt_mask, step, prompt_index, sample_index) -> None:
     vocabulary = model.config.vocab_size
     for name, token in (("pad_id", plan.pad_id), *(("eos_id", token) for token in plan.eos_ids)):
         if not 0 <= token < vocabulary:
@@ -208,46 +236,55 @@ def _check(model: Transformer, plan: _Plan, prompt_tokens, prompt_mask, step, pr
         )
 
 
-def _generate(
+def begin_responses(
     model: Transformer,
-    plan: _Plan,
+    plan: DecodePlan,
     prompt_tokens: Int[Array, "N P"],
     prompt_mask: Bool[Array, "N P"],
-    keys: Key[Array, " B"],
-    noise_key: PRNGKey | None,
-) -> Rollout:
+    key: PRNGKey,
+    step: Int[Array, ""] | int,
+    prompt_index: Int[Array, " N"],
+    sample_index: Int[Array, " G"] | None = None,
+    noise_key: PRNGKey | None = None,
+) -> tuple[Begun, Float[Array, "V B"], Progress]:
+    """Read the prompts: what the steps need, the logits of each row's first token, and no token yet."""
+    sample_index = jnp.arange(plan.group_size) if sample_index is None else sample_index
+    _check(model, plan, prompt_tokens, prompt_mask, step, prompt_index, sample_index)
+    if prompt_tokens.dtype.itemsize < 4:
+        prompt_tokens = prompt_tokens.astype(jnp.int32)  # a narrow type may not hold what is sampled
+    prompt_mask = prompt_mask.astype(bool)
+    keys = rollout_keys(key, step, prompt_index, sample_index).reshape(-1)
     read = jnp.where(prompt_mask, prompt_tokens, 0)  # what stands at padding may be no token
     hidden, cache = model.prefill(read, prompt_mask, cache_rounding=plan.cache_rounding)
-    first_logits = jnp.repeat(model.logits(hidden[:, -1]).T, plan.group_size, axis=1)
+    logits = jnp.repeat(model.logits(hidden[:, -1]).T, plan.group_size, axis=1)
     weights = DecodeWeights.of(model, plan.decode_dtype)
-    prompt = PromptCache.of(cache, weights.dtype)
     rows, slots = keys.shape[0], plan.max_new_tokens
-    progress = _record(
-        plan,
-        keys,
-        first_logits,
-        _Progress(
-            count=jnp.zeros((), jnp.int32),
-            ended=jnp.zeros(rows, bool),
-            # The last token is never read, so it needs no slot.
-            cache=ResponseCache.empty(model.config, rows, slots - 1, weights.dtype),
-            tokens=jnp.full((rows, slots), plan.pad_id, prompt_tokens.dtype),
-            mask=jnp.zeros((rows, slots), bool),
-            log_probs=jnp.zeros((rows, slots), first_logits.dtype),
-            context_keys=_prompt_keys(plan, noise_key, prompt_tokens, prompt_mask),
-        ),
+    progress = Progress(
+        count=jnp.zeros((), jnp.int32),
+        ended=jnp.zeros(rows, bool),
+        # The last token is never read, so it needs no slot.
+        cache=ResponseCache.empty(model.config, rows, slots - 1, weights.dtype),
+        tokens=jnp.full((rows, slots), plan.pad_id, prompt_tokens.dtype),
+        mask=jnp.zeros((rows, slots), bool),
+        log_probs=jnp.zeros((rows, slots), logits.dtype),
+        context_keys=_prompt_keys(plan, noise_key, prompt_tokens, prompt_mask),
     )
+    return Begun(weights, PromptCache.of(cache, weights.dtype), keys), logits, progress
 
-    def unfinished(progress: _Progress):
-        return (progress.count < slots) & ~jnp.all(progress.ended)
 
-    def advance(progress: _Progress) -> _Progress:
-        last = progress.count - 1
-        tokens = jax.lax.dynamic_index_in_dim(progress.tokens, last, axis=1, keepdims=False)
-        hidden, cache = decode_step(weights, tokens, last, prompt, progress.cache, plan.cache_rounding)
-        return _record(plan, keys, decode_logits(weights, hidden), progress._replace(cache=cache))
+def read_last(plan: DecodePlan, begun: Begun, progress: Progress) -> tuple[Float[Array, "V B"], Progress]:
+    """Read the token that was drawn last: the logits of the next one."""
+    last = progress.count - 1
+    tokens = jax.lax.dynamic_index_in_dim(progress.tokens, last, axis=1, keepdims=False)
+    hidden, cache = decode_step(begun.weights, tokens, last, begun.prompt, progress.cache, plan.cache_rounding)
+    return decode_logits(begun.weights, hidden), progress._replace(cache=cache)
 
-    progress = jax.lax.while_loop(unfinished, advance, progress)
+
+def as_rollout(
+    plan: DecodePlan, prompt_tokens: Int[Array, "N P"], prompt_mask: Bool[Array, "N P"], progress: Progress
+) -> Rollout:
+    """The responses beside their prompts."""
+    prompt_tokens, prompt_mask = prompt_tokens.astype(progress.tokens.dtype), prompt_mask.astype(bool)
     tokens, mask = repeat_prompts(prompt_tokens, prompt_mask, plan.group_size)
     return Rollout(
         tokens=jnp.concatenate([tokens, progress.tokens], axis=1),
@@ -259,7 +296,7 @@ def _generate(
 
 
 def _prompt_keys(
-    plan: _Plan, noise_key: PRNGKey | None, prompt_tokens: Int[Array, "N P"], prompt_mask: Bool[Array, "N P"]
+    plan: DecodePlan, noise_key: PRNGKey | None, prompt_tokens: Int[Array, "N P"], prompt_mask: Bool[Array, "N P"]
 ) -> Key[Array, " B"] | None:
     """The keys of the contexts that are the prompts, once per row."""
     if plan.perturb_logits is None:
@@ -270,7 +307,7 @@ def _prompt_keys(
     return jnp.repeat(keys[:, -1], plan.group_size)
 
 
-def _record(plan: _Plan, keys: Key[Array, " B"], logits: Float[Array, "V B"], progress: _Progress) -> _Progress:
+def record_draw(plan: DecodePlan, keys: Key[Array, " B"], logits: Float[Array, "V B"], progress: Progress) -> Progress:
     """Draw token number `count` of every row that has not ended, and write it down."""
     count, ended, keys_now = progress.count, progress.ended, progress.context_keys
     if plan.perturb_logits is not None and keys_now is not None:

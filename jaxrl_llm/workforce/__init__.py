@@ -13,7 +13,10 @@ from jaxrl_llm.workforce.plans import PlanError as PlanError
 from jaxrl_llm.workforce.plans import Step as Step
 from jaxrl_llm.workforce.plans import check_plan as check_plan
 from jaxrl_llm.workforce.plans import parse_plan as parse_plan
+from jaxrl_llm.workforce.plans import plan_grammar as plan_grammar
 from jaxrl_llm.workforce.plans import render_plan as render_plan
+from jaxrl_llm.workforce.policies import EnginePolicy as EnginePolicy
+from jaxrl_llm.workforce.policies import GrammarPolicy as GrammarPolicy
 from jaxrl_llm.workforce.policies import PolicyPlanner as PolicyPlanner
 from jaxrl_llm.workforce.policies import TextPolicy as TextPolicy
 from jaxrl_llm.workforce.protocol import Answer as Answer

@@ -9,7 +9,9 @@ after any other; the lines stand in the order of the numbers.
 """
 
 import graphlib
+import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 MOST_STEPS = 20
@@ -18,6 +20,8 @@ REFERENCE = re.compile(r"#(\d{1,9})(?!\d)")
 """The result of a step, within the text of another one; more digits are no number of a step, and take long to read."""
 BAR = " | "
 """What separates a step's text from what is said of it; no text may hold it."""
+LONGEST_WORD = 24
+"""Letters of a word, before a reference and after it too, in a plan that `plan_grammar` takes."""
 _LINE = re.compile(r"(\d+)\. (.+?)(?: \| worker: (\S+))?(?: \| after: (\d+(?:, \d+)*))?")
 
 
@@ -142,3 +146,56 @@ def _numbers(text: str | None) -> tuple[int, ...]:
     if text and max(map(len, text.split(", "))) > 9:
         raise PlanError("a step comes after one whose number has more than 9 digits.")
     return tuple(int(number) for number in text.split(", ")) if text else ()
+
+
+def plan_grammar(*, most_steps: int = 8, most_words: int = 24, workers: Sequence[str] = ()) -> str:
+    """A grammar of plans in Lark's notation, for `rollouts.constrained.Grammar.from_lark`; `parse_plan` takes each one.
+
+    It holds all that `check_plan` asks for, since a step comes after earlier ones only: so there is no circle, and no
+    step is missing. A parameter is carried along a step: bit j - 1 says that #j was used and not yet named behind
+    'after: ', five bits hold the number of the step and six that of its words.
+
+    Narrower than `parse_plan`: steps come after earlier ones; a text is words with one blank between them, without '|',
+    each of up to `LONGEST_WORD` letters or as many before and after its one reference; '#' is that of a reference.
+
+    Args:
+        most_steps: of a plan, up to `MOST_STEPS`.
+        most_words: of a step's text, up to 63.
+        workers: names that a step may give; without any, none does.
+
+    Raises:
+        ValueError: a number outside its range, or a name that is no word.
+    """
+    for name, number, most in (("most_steps", most_steps, MOST_STEPS), ("most_words", most_words, 63)):
+        if not 1 <= number <= most:
+            raise ValueError(f"{name} must be in 1 .. {most}, got {number}")
+    for worker in workers:
+        if not worker.isprintable() or not re.fullmatch(r"\S+", worker):
+            raise ValueError(f"workers has the name {worker!r}; a name is one word.")
+    steps, used, step, words = range(1, most_steps + 1), "[0:20]", "[20:25]", "[25:31]"
+    letter, no_digit = r"[^\s\x00-\x1f\x7f|#]", r"[^\s\x00-\x1f\x7f|#\d]"
+    rules = ["start: step_1"]
+    rules += [f'step_{k}: "{k}. " text::{k << 20}' for k in steps]
+    rules += ["text::_: WORD more::_"]
+    rules += [f"    | USING_{j} more::set_bit({j - 1}) %if gt({step}, {j})" for j in steps[:-1]]
+    rules += [f'more::_: " " text::incr({words}) %if lt({words}, {most_words - 1})', "    | after::_"]
+    rules += ["    | WORKER after::_"] * bool(workers)
+    rules += [f"after::_: next::_ %if is_zeros({used})"]
+    rules += [f'    | " | after: " from_1::_ %if gt({step}, 1)'] * (most_steps > 1)
+    for j in steps[:-1]:
+        # Number j or a later one, each below the step's own; what was used is not passed over.
+        further = j + 1 < most_steps
+        rules += [f'from_{j}::_: "{j}" beyond_{j}::_ %if gt({step}, {j})']
+        rules += [f"    | from_{j + 1}::_ %if bit_clear({j - 1})"] * further
+        rules += [f"beyond_{j}::_: next::_ %if is_zeros([{j}:20])"]
+        rules += [f'    | ", " from_{j + 1}::_ %if gt({step}, {j + 1})'] * further
+    rules += [
+        f'next::_: "" %if le({step}, {most_steps})',
+        *(f'    | "\\n" step_{k} %if eq({step}, {k - 1})' for k in steps[1:]),
+    ]
+    rules += [f"WORD: /{letter}{{1,{LONGEST_WORD}}}/"]
+    part = f"{letter}{{0,{LONGEST_WORD}}}"
+    rules += [f"USING_{j}: /{part}#{j}({no_digit}{part})?/" for j in steps[:-1]]
+    names = " | ".join(json.dumps(f"{BAR}worker: {worker}", ensure_ascii=False) for worker in workers)
+    rules += [f"WORKER: {names}"] * bool(workers)
+    return "\n".join(rules)

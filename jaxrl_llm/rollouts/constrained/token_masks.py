@@ -71,7 +71,7 @@ class TokenMasker:
         """W, 32-bit words of a mask."""
         return -(-self.vocab_size // 32)
 
-    def start(self, grammars: "Sequence[Grammar | None]") -> "GrammarRows":
+    def start(self, grammars: Sequence[Grammar | None]) -> "GrammarRows":
         """Rows at the beginning of a text each.
 
         Args:
@@ -81,6 +81,30 @@ class TokenMasker:
             ValueError: a grammar names a special token that the tokenizer does not have, or is too large.
         """
         return GrammarRows(self, [self.matcher(grammar) for grammar in grammars])
+
+    def replay(
+        self, grammars: Sequence[Grammar | None], tokens: Int[np.ndarray, "B R"], token_mask: Bool[np.ndarray, "B R"]
+    ) -> UInt32[np.ndarray, "B R W"]:
+        """What was allowed at each token of written texts: so that no batch need carry W words a token.
+
+        Args:
+            grammars: of each row.
+            tokens: the responses, right-padded.
+            token_mask: which tokens are real.
+
+        Returns:
+            The masks; everything is allowed at padding.
+
+        Raises:
+            ValueError: a token that its grammar does not allow.
+        """
+        rows, found = self.start(grammars), np.empty((*tokens.shape, self.words), np.uint32)
+        for column in range(tokens.shape[1]):
+            found[:, column] = rows.mask()
+            for row in np.flatnonzero(token_mask[:, column]):
+                rows.advance(int(row), tokens[row, column])
+        found[~np.asarray(token_mask, bool)] = _everything(self.vocab_size).view(np.uint32)
+        return found
 
     def matcher(self, grammar: Grammar | None) -> LLMatcher | None:
         """The grammar at the beginning of a text; see `start`."""

@@ -1,5 +1,7 @@
 """The built-in engine: the compiled sampler and scorer behind the engine's interface."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,9 @@ from flax import nnx
 
 from jaxrl_llm import categorical
 from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.rollouts.constrained import Grammar
+from jaxrl_llm.rollouts.constrained import TokenMasker
+from jaxrl_llm.rollouts.constrained import make_constrained_generate
 from jaxrl_llm.rollouts.engines.protocol import EngineSettings
 from jaxrl_llm.rollouts.engines.protocol import Stoppable
 from jaxrl_llm.rollouts.generate import Rollout
@@ -29,23 +34,34 @@ class JaxEngine(Stoppable):
         model: what samples; `push_weights` replaces its parameters.
         settings: of the responses.
         decode_dtype: see `make_generate`.
+        masker: of the model's tokenizer, for responses in a grammar; it ends at the same tokens as the settings.
+
+    Raises:
+        ValueError: the masker has other tokens that end a response.
     """
 
     def __init__(
-        self, model: Transformer, settings: EngineSettings, *, decode_dtype: jnp.dtype | type | None = None
+        self,
+        model: Transformer,
+        settings: EngineSettings,
+        *,
+        decode_dtype: jnp.dtype | type | None = None,
+        masker: TokenMasker | None = None,
     ) -> None:
+        if masker is not None and set(masker.end_ids) != set(settings.eos_ids):
+            raise ValueError(f"masker ends at the tokens {masker.end_ids} and settings at {settings.eos_ids}.")
         self.settings = settings
         self._vocabulary = model.config.vocab_size
         self._graphdef, self._state = nnx.split(model)
-        self._generate = make_generate(
-            self._graphdef,
-            max_new_tokens=settings.max_new_tokens,
-            group_size=settings.group_size,
-            sampling=settings.sampling,
-            eos_id=tuple(settings.eos_ids),
-            pad_id=settings.pad_id,
-            decode_dtype=decode_dtype,
-        )
+        options = {
+            "max_new_tokens": settings.max_new_tokens,
+            "group_size": settings.group_size,
+            "sampling": settings.sampling,
+            "pad_id": settings.pad_id,
+            "decode_dtype": decode_dtype,
+        }
+        self._generate = make_generate(self._graphdef, eos_id=tuple(settings.eos_ids), **options)
+        self._constrained = None if masker is None else make_constrained_generate(self._graphdef, masker, **options)
         self._score = jax.jit(self._log_probs, static_argnames="response_width")
         self._distributions = jax.jit(self._all_log_probs, static_argnames="response_width")
 
@@ -56,11 +72,21 @@ class JaxEngine(Stoppable):
         key: PRNGKey,
         step: int = 0,
         prompt_index: Int[np.ndarray, " N"] | None = None,
+        *,
+        grammars: Sequence[Grammar | None] | None = None,
     ) -> Rollout:
-        """See `Engine.generate`."""
+        """See `Engine.generate`; with `grammars`, one per prompt, see `make_constrained_generate`.
+
+        Raises:
+            ValueError: also for grammars without a masker.
+        """
         index = jnp.arange(len(prompt_tokens)) if prompt_index is None else jnp.asarray(prompt_index)
         prompts = (jnp.asarray(prompt_tokens), jnp.asarray(prompt_mask))
-        return jax.device_get(self._generate(self._state, *prompts, key, step, index))
+        if grammars is None:
+            return jax.device_get(self._generate(self._state, *prompts, key, step, index))
+        if self._constrained is None:
+            raise ValueError("grammars were given to an engine without a masker; JaxEngine(.., masker=) takes one.")
+        return jax.device_get(self._constrained(self._state, *prompts, key, step, index, grammars=grammars))
 
     def score(
         self, tokens: Int[np.ndarray, "B T"], token_mask: Bool[np.ndarray, "B T"], *, response_width: int
