@@ -142,7 +142,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model, tokenizer = smollm2_135m()
         path, key_file = Path(folder) / "model.gguf", Path(folder) / "key"
-        save_gguf(model, path, tokenizer=tokenizer, dtype={"float32": "F32", "bfloat16": "BF16"}[options.dtype])
+        save_gguf(model, path, tokenizer=tokenizer, dtype="F32" if options.dtype == "float32" else "BF16")
         key_file.write_text(key)
         ours = ["-m", "jaxrl_llm.serving", "smollm2_135m", "--name", NAME, "--port", "0", "--dtype", options.dtype]
         ours += ["--api-key-file", str(key_file), "--slots", str(slots), "--context", str(context)]
