@@ -1,5 +1,6 @@
 """What the server does beside answering: bounds, keys, clients that go, weights that change, metrics."""
 
+import dataclasses
 import http
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,12 +11,14 @@ import pytest
 from jaxrl_llm.models.tokenizers import ByteTokenizer
 from jaxrl_llm.models.weights import save_hf
 from jaxrl_llm.serving import Limits
+from jaxrl_llm.serving import serving
 from jaxrl_llm.serving.__main__ import main
 from jaxrl_llm.serving.served import chat_of
 from jaxrl_llm.serving.served import end_ids_of
 from jaxrl_llm.serving.server import bound_socket
 from tests.serving.conftest import KEY
 from tests.serving.conftest import NAME
+from tests.serving.conftest import SETTINGS
 from tests.serving.conftest import SLOTS
 from tests.serving.conftest import model
 from tests.serving.conftest import served
@@ -173,6 +176,20 @@ def test_weights_are_swapped_between_steps_and_answers_name_their_version(tmp_pa
         assert ask(address, "/v1/weights", {"path": "nowhere"})[0] == http.HTTPStatus.BAD_REQUEST
         assert ask(other, "/v1/weights", {"path": "next"})[0] == http.HTTPStatus.FORBIDDEN
     assert versions[0] == {"version": 0, "from_token": 0}
+
+
+def test_weights_that_are_no_numbers_end_their_answers_and_not_the_server(tmp_path):
+    broken = model()
+    broken.embedding[...] *= np.nan
+    save_hf(broken, tmp_path / "broken", tokenizer=tokenizer())
+    with serving(broken, tokenizer(), dataclasses.replace(SETTINGS, weights=tmp_path)) as address:
+        for _ in range(2):
+            status, answer = ask(address, "/v1/completions", SHORT)
+            assert (status, answer["error"]["code"]) == (500, "not_finite")
+        assert metric(address, "busy_slots") == 0
+        assert ask(address, "/health")[0] == http.HTTPStatus.OK
+        assert ask(address, "/v1/weights", {"path": "broken"})[0] == http.HTTPStatus.BAD_REQUEST
+        assert ask(address, "/v1/weights")[1] == {"version": 0}
 
 
 def test_a_port_that_is_taken_and_a_place_that_others_reach_are_refused(address, tmp_path):
