@@ -95,7 +95,7 @@ def main() -> None:
     model, tokenizer = smollm2_135m()
     masker = TokenMasker(tokenizer, model.config.vocab_size, threads=arguments.threads)
     prompts = tokenizer.encode_batch([f"Assign {number} tasks to the workers w1 and w2." for number in range(4)])
-    options = {
+    options: dict[str, Any] = {
         "max_new_tokens": arguments.new_tokens,
         "group_size": arguments.rows // 4,
         "sampling": SamplingSettings(),
@@ -106,7 +106,8 @@ def main() -> None:
         make_generate(graphdef, eos_id=(), **options),
         make_constrained_generate(graphdef, masker, **options),
     )
-    texts = (state, *map(jnp.asarray, prompts), jax.random.key(0), 0, jnp.arange(4))
+    tokens, mask = map(jnp.asarray, prompts)
+    texts = (state, tokens, mask, jax.random.key(0), 0, jnp.arange(4))
     grammars = {
         "json_schema": Grammar.from_json_schema(ASSIGNMENTS),
         "plans": Grammar.from_lark(plan_grammar(workers=("w1", "w2"))),
