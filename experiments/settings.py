@@ -85,8 +85,8 @@ class RunSettings:
         lora_rank: rank of the adapters, for "lora".
         mismatch: what the sampler does differently: a name of jaxrl_llm.rollouts.perturb.PERTURBATIONS. With one of
             its weights, TRM's exact masks and the metrics shift/* and bounds/* compare with the policy that sampled.
-            With one of its cache or logits they cannot: exact masks are refused (recipes with a sampled mask are
-            not), shift/* compare with the policy before the update, without the perturbation, and there are no
+            With one of its cache, logits or routers they cannot: exact masks are refused (recipes with a sampled mask
+            are not), shift/* compare with the policy before the update, without the perturbation, and there are no
             bounds/*.
         mismatch_strength: scale of the noise, temperature, top_p or top_k; the usual one where None.
         dtype: in which the model computes; that of its file where None.
@@ -172,12 +172,14 @@ class RunSettings:
             raise UserError(f"Field --mismatch: {error}") from error
 
     def get_trainable(self) -> Trainable:
-        """Which parameters learn."""
+        """Which parameters learn: what `learns` says, and the layer for further tokens where its loss has a weight."""
         if self.learns == "full":
-            return choices.full()
-        if self.learns == "lora":
-            return choices.lora(self.lora_rank, top=self.top_layers)
-        return choices.top_layers(self.top_layers)
+            choice = choices.full()
+        elif self.learns == "lora":
+            choice = choices.lora(self.lora_rank, top=self.top_layers)
+        else:
+            choice = choices.top_layers(self.top_layers)
+        return dataclasses.replace(choice, further=self.train.update.mtp_weight > 0)
 
     def check_mesh(self) -> None:
         """Refuse a mesh that is none, or that this machine has not the devices for, before there is a model.

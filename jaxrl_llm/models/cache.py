@@ -82,14 +82,17 @@ class KVCache:
         capacity: int,
         dtype: jnp.dtype | type = jnp.float32,
         rounding: Callable[[Array], Array] | None = None,
+        *,
+        layers: int | None = None,
     ) -> Self:
-        """A cache of `capacity` slots for `batch` rows with nothing in it."""
+        """A cache of `capacity` slots for `batch` rows with nothing in it; `layers` None is those of the model."""
         if batch < 1 or capacity < 1:
             raise ValueError(f"batch and capacity must be at least 1, got {batch} and {capacity}")
         shape = (batch, config.num_kv_heads, capacity, config.head_dim)
+        layers = config.num_layers if layers is None else layers
         return cls(
-            keys=tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)),
-            values=tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)),
+            keys=tuple(jnp.zeros(shape, dtype) for _ in range(layers)),
+            values=tuple(jnp.zeros(shape, dtype) for _ in range(layers)),
             slot_mask=jnp.zeros((batch, capacity), bool),
             length=jnp.zeros((), jnp.int32),
             rounding=rounding,

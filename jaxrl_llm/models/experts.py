@@ -1,5 +1,6 @@
 """A mixture of experts in place of a feed-forward: a router, the experts it chooses from, and a shared one."""
 
+from collections.abc import Callable
 from typing import Literal
 from typing import NamedTuple
 
@@ -68,6 +69,23 @@ def expert_weights(
     return settings.scale * chosen
 
 
+def given_selections(
+    config: TransformerConfig, selections: Int[Array, "B T L k"] | None
+) -> list[Int[Array, "B T k"] | None]:
+    """For `Transformer.through`: of each layer, the experts that were recorded; None of a dense one, and of every layer
+    where nothing was recorded.
+
+    Args:
+        config: of the model.
+        selections: of its L layers that have experts.
+    """
+    if selections is None:
+        return [None] * config.num_layers
+    sparse = [layer for layer in range(config.num_layers) if config.is_sparse(layer)]
+    wide = selections.astype(jnp.int32)
+    return [wide[:, :, sparse.index(layer)] if layer in sparse else None for layer in range(config.num_layers)]
+
+
 class Router(nnx.Module):
     """Scores of the experts; in float32 whatever the model's dtypes, or near ties would choose other experts."""
 
@@ -78,6 +96,8 @@ class Router(nnx.Module):
         bias = RouterBias(jnp.zeros(settings.count, jnp.float32), logical_axes=("experts",)) if settings.bias else None
         self.bias = nnx.data(bias)
         self.settings = settings
+        # What an engine does to its products, simulated (`rollouts.perturb`); along the axis that is summed over.
+        self.rounding: Callable[[Array], Array] | None = None
 
     def stored(self) -> tuple[Stored, ...]:
         """Kernel and correction bias."""
@@ -89,8 +109,12 @@ class Router(nnx.Module):
     ) -> tuple[Routes, Float[Array, "*batch k"]]:
         """Choose experts, or take those that are given; and the weights of their outputs."""
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        kernel = self.kernel[...].astype(wide)
-        logits = jnp.matmul(x.astype(wide), kernel, precision=jax.lax.Precision.HIGHEST)
+        x, kernel = x.astype(wide), self.kernel[...].astype(wide)
+        if self.rounding is not None:
+            x, kernel = self.rounding(x), self.rounding(kernel.T).T
+        logits = jnp.matmul(x, kernel, precision=jax.lax.Precision.HIGHEST)
+        if self.rounding is not None:
+            logits = self.rounding(logits)
         scores = jax.nn.sigmoid(logits) if self.settings.scores == "sigmoid" else jax.nn.softmax(logits, axis=-1)
         if selection is None:
             selection = choose_experts(scores, None if self.bias is None else self.bias[...], self.settings)

@@ -13,10 +13,12 @@ step (`Transformer.trunk`, `Transformer.from_trunk`).
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from dataclasses import field
 from typing import Any
 
 from flax import nnx
 
+from jaxrl_llm.checks import LATER
 from jaxrl_llm.models.experts import RouterBias
 from jaxrl_llm.models.lora import PROJECTIONS
 from jaxrl_llm.models.lora import LoraSettings
@@ -31,11 +33,16 @@ Filter = Callable[[Path, Any], bool]
 class Trainable:
     """A choice of parameters: the layers from the top that take part, and their adapters if only those learn.
 
-    `top` None means every layer, the embeddings and the final norm.
+    Attributes:
+        top: how many layers; None means every layer, the embeddings and the final norm.
+        adapters: they learn in the place of the layers' own parameters.
+        further: the layer that predicts the token after the next one learns too; it has a loss of its own
+            (`UpdateSettings.mtp_weight`).
     """
 
     top: int | None = None
     adapters: LoraSettings | None = None
+    further: bool = field(default=False, metadata=LATER)
 
     def __post_init__(self) -> None:
         if self.top is not None and self.top < 1:
@@ -59,10 +66,12 @@ class Trainable:
         first = self.first_layer(num_layers)
 
         def learns(path: Path, value: Any) -> bool:
+            if path[0] == "further":
+                # Of several such layers the first one is read, and so learns.
+                return self.further and path[1] == 0 and isinstance(value, nnx.Param | RouterBias)
             if self.adapters is not None:
                 return "low_rank" in path
-            # The layer for a further token has a loss of its own, which is not this one's.
-            if not isinstance(value, nnx.Param | RouterBias) or path[0] == "further":
+            if not isinstance(value, nnx.Param | RouterBias):
                 return False
             if self.top is None:
                 return True
@@ -82,9 +91,9 @@ class Trainable:
         return learned, frozen
 
 
-def full() -> Trainable:
-    """Every parameter learns, but for those of a layer that predicts a further token."""
-    return Trainable()
+def full(*, further: bool = False) -> Trainable:
+    """Every parameter learns; those of a layer that predicts a further token where `further` says so."""
+    return Trainable(further=further)
 
 
 def top_layers(count: int) -> Trainable:

@@ -268,20 +268,46 @@ class Transformer(nnx.Module):
         Raises:
             ValueError: the model has no layer for it, or a text has one token.
         """
-        if not self.further:
-            raise ValueError("the model has no layer that predicts further tokens; its mtp_layers is 0.")
         token_mask = self._checked_mask(tokens, token_mask)
         if tokens.shape[1] < 2:
             raise ValueError(f"tokens must have two columns or more, a token and the next one, got {tokens.shape}")
         # A pair is real where both of its tokens are: that of a text's first token with the padding before it is not.
         real = token_mask[:, 1:] & token_mask[:, :-1]
-        layer, context = self.further[0], RowContext(self._sight(Visibility(real)))
-        rotation = Rotation.at(positions_of(real), self.config)
+        embedded = self.embed(tokens[:, 1:])
+        return self.further_rows(hidden[:, :-1], embedded, positions_of(real), Visibility(real), remat=remat)[0]
 
-        def apply(hidden, embedded):
-            return layer(hidden, embedded, rotation, context)[0]
+    def further_rows(
+        self,
+        before: Float[Array, "B T D"],
+        embedded: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        visibility: Visibility,
+        *,
+        remat: bool = False,
+    ) -> tuple[Float[Array, "B T D"], Routes | None]:
+        """`hidden_further` for rows of training tokens: of each token, with the state before it, the state that
+        predicts the token after it; and where the layer's router sent them.
 
-        return (jax.checkpoint(apply) if remat else apply)(hidden[:, :-1], self.embed(tokens[:, 1:]))
+        Args:
+            before: the state, after the model's last norm, that predicted each token.
+            embedded: the tokens.
+            positions: of each token in its text.
+            visibility: who sees whom; a text's first token has nothing before it and must not be seen.
+            remat: recompute the layer in the backward pass.
+
+        Raises:
+            ValueError: the model has no layer for it.
+        """
+        if not self.further:
+            raise ValueError("the model has no layer that predicts further tokens; its mtp_layers is 0.")
+        layer, context = self.further[0], RowContext(self._sight(visibility))
+        rotation = Rotation.at(positions, self.config)
+
+        def apply(before: Array, embedded: Array) -> tuple[Array, Routes | None]:
+            x, _, routes = layer(before, embedded, rotation, context)
+            return x, routes
+
+        return (jax.checkpoint(apply) if remat else apply)(before, embedded)
 
     def extend(
         self, tokens: Int[Array, "B T"], cache: KVCache, token_mask: Bool[Array, "B T"] | None = None

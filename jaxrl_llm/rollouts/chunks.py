@@ -13,7 +13,6 @@ import jax.numpy as jnp
 
 from jaxrl_llm.models.attention import MASKED_SCORE
 from jaxrl_llm.models.numerics import Numerics
-from jaxrl_llm.models.transformer import Passed
 from jaxrl_llm.rollouts.decode import DecodeWeights
 from jaxrl_llm.rollouts.decode import PromptCache
 from jaxrl_llm.rollouts.decode import ResponseCache
@@ -89,12 +88,13 @@ def read_chunk(
         The final hidden state of each row's last token, which predicts the next one (of a row that read none it means
         nothing), and the cache with the tokens in it.
     """
-    passed = _passed(weights, tokens, counts, starts, prompt, response)
-    last = passed.x[jnp.arange(tokens.shape[0]), jnp.maximum(counts - 1, 0)]
-    return weights.model.final_norm(last), ResponseCache.of(passed.contexts)
+    model = weights.model
+    positions, contexts = chunk_contexts(tokens.shape[1], counts, starts, prompt, response)
+    passed = model.through(model.embed(tokens), positions, contexts)
+    return model.final_norm(last_column(passed.x, counts)), ResponseCache.of(passed.contexts)
 
 
-def chunk_states(
+def read_columns(
     weights: DecodeWeights,
     tokens: Int[Array, "B W"],
     counts: Int[Array, " B"],
@@ -102,21 +102,18 @@ def chunk_states(
     prompt: PromptCache,
     response: ResponseCache,
 ) -> tuple[Float[Array, "B W D"], ResponseCache]:
-    """`read_chunk` with the final hidden states of all tokens; those of padding mean nothing."""
-    passed = _passed(weights, tokens, counts, starts, prompt, response)
-    return weights.model.final_norm(passed.x), ResponseCache.of(passed.contexts)
+    """`read_chunk` with the final hidden states of all columns; they mean nothing behind a row's tokens."""
+    model = weights.model
+    positions, contexts = chunk_contexts(tokens.shape[1], counts, starts, prompt, response)
+    passed = model.through(model.embed(tokens), positions, contexts)
+    return model.final_norm(passed.x), ResponseCache.of(passed.contexts)
 
 
-def _passed(
-    weights: DecodeWeights,
-    tokens: Int[Array, "B W"],
-    counts: Int[Array, " B"],
-    starts: Int[Array, " B"],
-    prompt: PromptCache,
-    response: ResponseCache,
-) -> Passed:
-    (rows, width), slots = tokens.shape, response.keys[0].shape[3]
-    model, columns = weights.model, jnp.arange(width)
+def chunk_contexts(
+    width: int, counts: Int[Array, " B"], starts: Int[Array, " B"], prompt: PromptCache, response: ResponseCache
+) -> tuple[Int[Array, "B W"], list[ChunkContext]]:
+    """Positions of the columns of a chunk, and what they attend to in each layer; arguments as of `read_chunk`."""
+    rows, slots, columns = counts.shape[0], response.keys[0].shape[3], jnp.arange(width)
     places = starts[:, None] + columns
     length = jnp.repeat(jnp.sum(prompt.mask, axis=1, dtype=jnp.int32), rows // prompt.mask.shape[0])
     written = jnp.where(columns < counts[:, None], places, slots)
@@ -125,7 +122,12 @@ def _passed(
         ChunkContext((*shared, prompt.mask), *own, written, sees)
         for shared, own in zip(prompt.layers(), response.layers(), strict=True)
     ]
-    return model.through(model.embed(tokens), length[:, None] + places, contexts)
+    return length[:, None] + places, contexts
+
+
+def last_column(x: Float[Array, "B W D"], counts: Int[Array, " B"]) -> Float[Array, "B D"]:
+    """What stands in the column of each row's last token; in the first one of a row of none."""
+    return x[jnp.arange(x.shape[0]), jnp.maximum(counts - 1, 0)]
 
 
 def _attend(

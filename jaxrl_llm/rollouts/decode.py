@@ -33,6 +33,7 @@ from jaxrl_llm.models.attention import MASKED_SCORE
 from jaxrl_llm.models.cache import KVCache
 from jaxrl_llm.models.config import TransformerConfig
 from jaxrl_llm.models.experts import Router
+from jaxrl_llm.models.experts import Routes
 from jaxrl_llm.models.lora import merge_lora
 from jaxrl_llm.models.numerics import Numerics
 from jaxrl_llm.models.numerics import two_rows
@@ -77,17 +78,23 @@ class DecodeWeights:
         return nnx.merge(self.graphdef, self.state)
 
     @classmethod
-    def of(cls, model: Transformer, dtype: jnp.dtype | type | None = None) -> Self:
-        """Merge and cast the weights of a model; `dtype` None keeps the model's compute dtype."""
+    def of(cls, model: Transformer, dtype: jnp.dtype | type | None = None, *, further: bool = False) -> Self:
+        """Merge and cast the weights of a model; `dtype` None keeps the model's compute dtype.
+
+        `further` says that layers for further tokens are used too, which then are cast with the others.
+        """
         dtype = jnp.dtype(model.numerics.compute_dtype if dtype is None else dtype)
         wide = jnp.promote_types(dtype, jnp.float32)
         routers = {path for path, module in nnx.iter_modules(model) if isinstance(module, Router)}
 
         def cast(path: tuple, variable: nnx.Variable) -> nnx.Variable:
             value = variable.get_value()
-            # The table is read row by row, a head is cast by itself, a layer for a further token is not used, and
-            # routers are float32 in every sampler.
-            if path[0] in ("embedding", "unembedding", "further") or path[:-1] in routers:
+            # The table is read row by row, a head is cast by itself, and routers are float32 in every sampler.
+            if (
+                path[0] in ("embedding", "unembedding")
+                or path[:-1] in routers
+                or (path[0] == "further" and not further)
+            ):
                 return variable
             return variable.replace(value.astype(wide if value.ndim < 2 else dtype))
 
@@ -135,13 +142,18 @@ class ResponseCache(NamedTuple):
     values: tuple[Float[Array, "B KV R hd"], ...]
 
     @classmethod
-    def empty(cls, config: TransformerConfig, rows: int, slots: int, dtype: jnp.dtype) -> "ResponseCache":
-        """No tokens yet, and room for `slots` tokens or a few more: rows of whole vector registers are read faster."""
-        heads, size, layers = config.num_kv_heads, config.head_dim, range(config.num_layers)
+    def empty(
+        cls, config: TransformerConfig, rows: int, slots: int, dtype: jnp.dtype, *, layers: int | None = None
+    ) -> "ResponseCache":
+        """No tokens yet, and room for `slots` tokens or a few more: rows of whole vector registers are read faster.
+
+        `layers` None is as many as the model has.
+        """
+        heads, size, count = config.num_kv_heads, config.head_dim, config.num_layers if layers is None else layers
         slots = max(slots + -slots % SLOT_MULTIPLE, SLOT_MULTIPLE)
         return cls(
-            keys=tuple(jnp.zeros((rows, heads, size, slots), dtype) for _ in layers),
-            values=tuple(jnp.zeros((rows, heads, slots, size), dtype) for _ in layers),
+            keys=tuple(jnp.zeros((rows, heads, size, slots), dtype) for _ in range(count)),
+            values=tuple(jnp.zeros((rows, heads, slots, size), dtype) for _ in range(count)),
         )
 
     @classmethod
@@ -198,6 +210,18 @@ def decode_step(
     response: ResponseCache,
     cache_rounding: Callable[[Array], Array] | None = None,
 ) -> tuple[Float[Array, "B D"], ResponseCache]:
+    """`decode_routed` without the routes."""
+    return decode_routed(weights, tokens, slot, prompt, response, cache_rounding)[:2]
+
+
+def decode_routed(
+    weights: DecodeWeights,
+    tokens: Int[Array, " B"],
+    slot: Int[Array, ""],
+    prompt: PromptCache,
+    response: ResponseCache,
+    cache_rounding: Callable[[Array], Array] | None = None,
+) -> tuple[Float[Array, "B D"], ResponseCache, tuple[Routes | None, ...]]:
     """Read one token per row.
 
     Args:
@@ -209,7 +233,8 @@ def decode_step(
         cache_rounding: acts on keys and values before anything attends to them, their own token included.
 
     Returns:
-        The final hidden states, which predict the next tokens, and the cache with these tokens in it.
+        The final hidden states, which predict the next tokens; the cache with these tokens in it; and where the router
+        of each layer sent them, None of a dense layer.
     """
     model = weights.model
     length = jnp.repeat(jnp.sum(prompt.mask, axis=1, dtype=jnp.int32), tokens.shape[0] // prompt.mask.shape[0])
@@ -218,7 +243,7 @@ def decode_step(
         for shared, own in zip(prompt.layers(), response.layers(), strict=True)
     ]
     passed = model.through(model.embed(tokens[:, None]), (length + slot)[:, None], contexts)
-    return model.final_norm(passed.x)[:, 0], ResponseCache.of(passed.contexts)
+    return model.final_norm(passed.x)[:, 0], ResponseCache.of(passed.contexts), passed.routes
 
 
 def decode_logits(weights: DecodeWeights, hidden: Float[Array, "B D"]) -> Float[Array, "V B"]:

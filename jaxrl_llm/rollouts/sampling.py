@@ -195,6 +195,26 @@ def _drawn(
     return (block * blocks.shape[1] + entry).astype(jnp.int32), log_prob
 
 
+def drawing_log_probs(logits: Float[Array, "V B"], settings: SamplingSettings) -> Float[Array, "V B"]:
+    """Log-probabilities [nats] of every token under the distribution that `sample_tokens` draws from.
+
+    -inf for what is left out; 0 for the one token of a greedy choice. NaN for logits that are no distribution.
+
+    Args:
+        logits: as of `sample_tokens`.
+        settings: temperature and truncation.
+    """
+    maximum = jnp.max(logits, axis=0)
+    if settings.greedy:
+        best = jnp.arange(len(logits))[:, None] == jnp.argmax(logits, axis=0)
+        return jnp.where(jnp.isfinite(maximum), jnp.where(best, 0.0, -jnp.inf), jnp.nan).astype(logits.dtype)
+    # Thresholds are found on the blocks that `sample_tokens` sums over: another order may round to another set.
+    reach = _reach(_in_blocks(logits), maximum, len(logits), settings)
+    below = maximum - logits
+    kept = jnp.ones_like(below, bool) if reach is None else below <= reach
+    return jax.nn.log_softmax(jnp.where(kept, -below / settings.temperature, -jnp.inf), axis=0)
+
+
 def _in_blocks(logits: Float[Array, "V B"]) -> Float[Array, "blocks size B"]:
     vocabulary, columns = logits.shape
     balanced = 1 << math.ceil(math.log2(vocabulary) / 2)

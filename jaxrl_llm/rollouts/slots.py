@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_kernels import token_statistics
-from jaxrl_llm.rollouts.chunks import chunk_states
 from jaxrl_llm.rollouts.chunks import read_chunk
+from jaxrl_llm.rollouts.chunks import read_columns
 from jaxrl_llm.rollouts.decode import DecodeWeights
 from jaxrl_llm.rollouts.decode import PromptCache
 from jaxrl_llm.rollouts.decode import ResponseCache
@@ -149,7 +149,7 @@ def score_slot(
         targets: the token after each; any after the first `count`.
     """
     prompt = PromptCache.none(weights.model.config, 1, weights.dtype)
-    states, row = chunk_states(weights, tokens[None], count[None], start[None], prompt, _row(cache, slot))
+    states, row = read_columns(weights, tokens[None], count[None], start[None], prompt, _row(cache, slot))
     found = token_statistics(
         states[0], weights.head, targets, vocabulary_axis=weights.vocabulary_axis, statistics=("log_prob",)
     ).log_prob

@@ -223,7 +223,7 @@ def _trainable(fields: Mapping[str, Any]) -> Trainable:
     adapters = fields["adapters"]
     if adapters is not None:
         adapters = LoraSettings(**{**adapters, "projections": tuple(adapters["projections"])})
-    return Trainable(top=fields["top"], adapters=adapters)
+    return Trainable(top=fields["top"], adapters=adapters, further=fields.get("further", False))
 
 
 def _chosen(folder: Path, step: int | None) -> int:

@@ -48,7 +48,7 @@ def made_by_losses() -> set[str]:
     losses |= set(jax.eval_shape(preference_metrics, numbers, numbers, mask, rows, numbers[:, 0]))
     losses |= {f"value_{name}" for name in jax.eval_shape(explained_variance_sums, numbers, numbers, mask)}
     losses |= {"router_balance_loss", *(f"router_{name}" for name in BalanceMetrics._fields)}
-    losses |= {"loss", "value_loss", "grad_norm", "skipped", "entropy", "log_prob", "kl_old_k3", "kl_ref"}
+    losses |= {"loss", "mtp_loss", "value_loss", "grad_norm", "skipped", "entropy", "log_prob", "kl_old_k3", "kl_ref"}
     return set(update_metrics([dict.fromkeys(losses, (1.0, 1.0))]))
 
 

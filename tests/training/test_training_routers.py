@@ -69,7 +69,7 @@ def world() -> World:
     state = trainer.initial_state()
     prepared = trainer.prepare(state, 0, collected(trainer, collector, state))
     rows = prepared.batch.rows
-    _, routes = trainer.policy.forward(trainer.policy.model(state.params, trainer.frozen), rows, None)
+    routes = trainer.policy.forward(trainer.policy.model(state.params, trainer.frozen), rows, None).routes
     mask = np.asarray(rows.token_mask)
     sent = routes[1]
     assert routes[0] is None
@@ -118,7 +118,7 @@ def test_the_loss_for_even_loads_is_added_with_its_weight(world: World) -> None:
     policy, rows = world.trainer.policy, world.prepared.batch.rows
 
     def own(params):
-        _, routes = policy.forward(policy.model(params, world.trainer.frozen), rows, None)
+        routes = policy.forward(policy.model(params, world.trainer.frozen), rows, None).routes
         total, count = balance.sequence_balance_loss(routes[1].scores, routes[1].selection, rows.token_mask)
         return total / count
 

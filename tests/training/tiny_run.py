@@ -79,6 +79,7 @@ def make_parts(
     recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
     choice = trainable.full() if choice is None else choice
     config = tiny(vocab_size=tokenizer.vocab_size, num_layers=layers, experts=experts)
+    config = dataclasses.replace(config, mtp_layers=int(choice.further))
     model = Transformer(config, rngs=nnx.Rngs(0))
     model = choice.prepare(model, rngs=nnx.Rngs(1))
     parts = Parts(model=model, trainable=choice, tokenizer=tokenizer, task=SayTheDigit(), recipe=recipe)

@@ -14,6 +14,7 @@ from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.trajectory import Trajectories
 from jaxrl_llm.trajectory import check_trajectory
 from jaxrl_llm.typing import Float
+from jaxrl_llm.typing import Int
 from jaxrl_llm.typing import PRNGKey
 
 
@@ -98,6 +99,8 @@ class Experience:
         samples: JSON rows for people to read.
         texts: what was chosen in each row, decoded; empty where nobody decoded it.
         cursor: where the collector stands after this batch, in JSON.
+        selections: the k experts to which each of L layers sent each token when it was sampled, where that was
+            recorded (`Rollout.selections`).
     """
 
     trajectories: Trajectories
@@ -106,6 +109,7 @@ class Experience:
     samples: tuple[Mapping[str, Any], ...] = ()
     texts: tuple[str, ...] = ()
     cursor: Mapping[str, Any] = field(default_factory=dict)
+    selections: Int[np.ndarray, "B T L k"] | None = None
 
 
 class Collector(Protocol):

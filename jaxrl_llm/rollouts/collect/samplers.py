@@ -19,10 +19,11 @@ from jaxrl_llm.models.lora import merge_lora
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.rollouts.collect.protocol import PolicySnapshot
 from jaxrl_llm.rollouts.engines import Engine
-from jaxrl_llm.rollouts.generate import Rollout
 from jaxrl_llm.rollouts.generate import make_generate
 from jaxrl_llm.rollouts.perturb import Perturbation
 from jaxrl_llm.rollouts.perturb import WeightPerturbation
+from jaxrl_llm.rollouts.perturb import with_router_rounding
+from jaxrl_llm.rollouts.responses import Rollout
 from jaxrl_llm.rollouts.sampling import SamplingSettings
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Bool
@@ -39,7 +40,7 @@ class Law:
 
     Attributes:
         known: whether it is the whole softmax of weights that the trainer has. A truncated or pruned vocabulary, a
-            perturbed cache and perturbed logits are not.
+            perturbed cache and perturbed logits or routers are not.
         weights: what the sampler does to the policy's weights; None where it has them as they are.
     """
 
@@ -106,6 +107,7 @@ class PolicySampler:
         decode_dtype: Any = None,
         perturbation: Perturbation | None = None,
         mesh: Mesh | None = None,
+        record_selections: bool = False,
     ) -> None:
         """Nothing is compiled before the first batch.
 
@@ -119,17 +121,20 @@ class PolicySampler:
             decode_dtype: see `make_generate`.
             perturbation: what the sampler does differently from the model.
             mesh: devices that the prompts are spread over.
+            record_selections: see `make_generate`.
         """
         perturbation = Perturbation() if perturbation is None else perturbation
         self.law = Law(
-            known=perturbation.cache is None and perturbation.logits is None and not sampling.truncated,
+            known=perturbation == Perturbation(weights=perturbation.weights) and not sampling.truncated,
             weights=perturbation.weights,
         )
         self._mesh = mesh
         graphdef = nnx.graphdef(model)
-        merged = graphdef if perturbation.weights is None else nnx.graphdef(merge_lora(model))
+        engine = model if perturbation.weights is None else merge_lora(model)
+        if perturbation.router is not None:
+            engine = with_router_rounding(engine, perturbation.router)
         self._generate = make_generate(
-            merged,
+            nnx.graphdef(engine),
             max_new_tokens=response_length,
             group_size=group_size,
             sampling=sampling,
@@ -138,6 +143,7 @@ class PolicySampler:
             decode_dtype=decode_dtype,
             perturb_logits=perturbation.logits,
             cache_rounding=perturbation.cache,
+            record_selections=record_selections,
         )
 
         def perturbed(state: nnx.State) -> nnx.State:

@@ -21,7 +21,7 @@ from jaxrl_llm.rollouts.collect.protocol import CollectError
 from jaxrl_llm.rollouts.collect.protocol import Experience
 from jaxrl_llm.rollouts.collect.protocol import PolicySnapshot
 from jaxrl_llm.rollouts.collect.samplers import Sampler
-from jaxrl_llm.rollouts.generate import Rollout
+from jaxrl_llm.rollouts.responses import Rollout
 from jaxrl_llm.rollouts.scoring import response_columns
 from jaxrl_llm.trajectory import single_step
 from jaxrl_llm.typing import Bool
@@ -115,6 +115,7 @@ class TaskCollector:
             samples=self._written(problems, texts, scores),
             texts=tuple(texts),
             cursor={"curriculum": asdict(level), "replaced": [*cursor.get("replaced", ()), *replaced]},
+            selections=None if rollout.selections is None else np.asarray(rollout.selections),
         )
 
     def _encoded(self, problems: Sequence[Problem]) -> tuple[np.ndarray, np.ndarray]:

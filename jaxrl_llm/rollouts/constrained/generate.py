@@ -25,13 +25,14 @@ from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.rollouts.constrained.grammars import Grammar
 from jaxrl_llm.rollouts.constrained.scoring import unpack_mask
 from jaxrl_llm.rollouts.constrained.token_masks import TokenMasker
-from jaxrl_llm.rollouts.generate import DecodePlan
-from jaxrl_llm.rollouts.generate import Rollout
-from jaxrl_llm.rollouts.generate import as_rollout
-from jaxrl_llm.rollouts.generate import begin_responses
 from jaxrl_llm.rollouts.generate import check_prompts
-from jaxrl_llm.rollouts.generate import read_last
-from jaxrl_llm.rollouts.generate import record_draw
+from jaxrl_llm.rollouts.responses import DecodePlan
+from jaxrl_llm.rollouts.responses import Rollout
+from jaxrl_llm.rollouts.responses import as_rollout
+from jaxrl_llm.rollouts.responses import read_last
+from jaxrl_llm.rollouts.responses import read_prompts
+from jaxrl_llm.rollouts.responses import ready
+from jaxrl_llm.rollouts.responses import record_draw
 from jaxrl_llm.rollouts.sampling import SamplingSettings
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Bool
@@ -95,7 +96,8 @@ def make_constrained_generate(
 
     @jax.jit
     def begin(state, *arguments):
-        return begin_responses(nnx.merge(graphdef, state), plan, *arguments)
+        model = nnx.merge(graphdef, state)
+        return read_prompts(model, plan, *ready(model.config, plan, *arguments), None)
 
     def draw(keys, logits, mask, progress):
         allowed = unpack_mask(mask, len(logits)).T

@@ -14,8 +14,8 @@ from jaxrl_llm.rollouts.constrained import TokenMasker
 from jaxrl_llm.rollouts.constrained import make_constrained_generate
 from jaxrl_llm.rollouts.engines.protocol import EngineSettings
 from jaxrl_llm.rollouts.engines.protocol import Stoppable
-from jaxrl_llm.rollouts.generate import Rollout
 from jaxrl_llm.rollouts.generate import make_generate
+from jaxrl_llm.rollouts.responses import Rollout
 from jaxrl_llm.rollouts.scoring import predicting
 from jaxrl_llm.rollouts.scoring import response_columns
 from jaxrl_llm.rollouts.scoring import score

@@ -49,7 +49,7 @@ from jaxrl_llm.rollouts.engines.transport import Sent
 from jaxrl_llm.rollouts.engines.transport import Server
 from jaxrl_llm.rollouts.engines.transport import refusal
 from jaxrl_llm.rollouts.engines.vocabulary import require_tokenizer_of_gguf
-from jaxrl_llm.rollouts.generate import Rollout
+from jaxrl_llm.rollouts.responses import Rollout
 from jaxrl_llm.typing import Bool
 from jaxrl_llm.typing import Float
 from jaxrl_llm.typing import Int

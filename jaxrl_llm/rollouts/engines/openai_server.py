@@ -46,7 +46,7 @@ from jaxrl_llm.rollouts.engines.transport import Server
 from jaxrl_llm.rollouts.engines.transport import refusal
 from jaxrl_llm.rollouts.engines.vocabulary import PROBE
 from jaxrl_llm.rollouts.engines.vocabulary import require_same_pieces
-from jaxrl_llm.rollouts.generate import Rollout
+from jaxrl_llm.rollouts.responses import Rollout
 from jaxrl_llm.typing import Bool
 from jaxrl_llm.typing import Float
 from jaxrl_llm.typing import Int

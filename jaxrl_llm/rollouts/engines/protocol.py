@@ -12,7 +12,7 @@ from typing import runtime_checkable
 import numpy as np
 
 from jaxrl_llm.models.transformer import Transformer
-from jaxrl_llm.rollouts.generate import Rollout
+from jaxrl_llm.rollouts.responses import Rollout
 from jaxrl_llm.rollouts.sampling import SamplingSettings
 from jaxrl_llm.typing import Bool
 from jaxrl_llm.typing import Float

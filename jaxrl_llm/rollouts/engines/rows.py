@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_llm.rollouts.engines.protocol import EngineSettings
-from jaxrl_llm.rollouts.generate import Rollout
 from jaxrl_llm.rollouts.grouping import group_ids
+from jaxrl_llm.rollouts.responses import Rollout
 from jaxrl_llm.rollouts.sampling import rollout_keys
 from jaxrl_llm.rollouts.scoring import response_columns
 from jaxrl_llm.typing import Bool

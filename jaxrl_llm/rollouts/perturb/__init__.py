@@ -14,11 +14,16 @@ from jaxrl_llm.rollouts.perturb.perturbation import Perturbation as Perturbation
 from jaxrl_llm.rollouts.perturb.perturbation import combine as combine
 from jaxrl_llm.rollouts.perturb.perturbation import perturbation as perturbation
 from jaxrl_llm.rollouts.perturb.perturbation import perturbed_logits as perturbed_logits
+from jaxrl_llm.rollouts.perturb.perturbation import perturbed_model as perturbed_model
+from jaxrl_llm.rollouts.perturb.perturbation import perturbed_selections as perturbed_selections
 from jaxrl_llm.rollouts.perturb.rounding import Rounding as Rounding
 from jaxrl_llm.rollouts.perturb.rounding import quantise_fp8 as quantise_fp8
 from jaxrl_llm.rollouts.perturb.rounding import quantise_int8 as quantise_int8
 from jaxrl_llm.rollouts.perturb.rounding import round_to_bf16 as round_to_bf16
 from jaxrl_llm.rollouts.perturb.rounding import round_to_e4m3 as round_to_e4m3
+from jaxrl_llm.rollouts.perturb.routers import RouteFlips as RouteFlips
+from jaxrl_llm.rollouts.perturb.routers import route_flips as route_flips
+from jaxrl_llm.rollouts.perturb.routers import with_router_rounding as with_router_rounding
 from jaxrl_llm.rollouts.perturb.weights import History as History
 from jaxrl_llm.rollouts.perturb.weights import WeightPerturbation as WeightPerturbation
 from jaxrl_llm.rollouts.perturb.weights import bf16_weights as bf16_weights

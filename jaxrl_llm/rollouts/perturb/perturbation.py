@@ -1,14 +1,17 @@
-"""A perturbed engine as data: what it does to weights, cache and logits, by name, combined, and asked about texts."""
+"""A perturbed engine as data: what it does to weights, cache, logits and routers; by name, combined, and asked."""
 
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxrl_llm.checks import require_choice
+from jaxrl_llm.models.cache import KVCache
 from jaxrl_llm.models.transformer import Transformer
+from jaxrl_llm.models.transformer import positions_of
 from jaxrl_llm.rollouts.perturb import logits as on_logits
 from jaxrl_llm.rollouts.perturb.logits import LogitPerturbation
 from jaxrl_llm.rollouts.perturb.logits import chain_logits
@@ -17,6 +20,7 @@ from jaxrl_llm.rollouts.perturb.rounding import Rounding
 from jaxrl_llm.rollouts.perturb.rounding import quantise_fp8
 from jaxrl_llm.rollouts.perturb.rounding import quantise_int8
 from jaxrl_llm.rollouts.perturb.rounding import round_to_bf16
+from jaxrl_llm.rollouts.perturb.routers import with_router_rounding
 from jaxrl_llm.rollouts.perturb.weights import WeightPerturbation
 from jaxrl_llm.rollouts.perturb.weights import bf16_weights
 from jaxrl_llm.rollouts.perturb.weights import chain_weights
@@ -38,11 +42,13 @@ class Perturbation(NamedTuple):
         weights: parameters -> parameters.
         cache: rounding of every key and value before it is attended to, along the head's width.
         logits: (logits, keys of the contexts) -> logits.
+        router: rounding of what goes into a router's product and of what comes out, so that it chooses other experts.
     """
 
     weights: WeightPerturbation | None = None
     cache: Rounding | None = None
     logits: LogitPerturbation | None = None
+    router: Rounding | None = None
 
 
 def _whole_head(rounding: Callable[..., Array]) -> Rounding:
@@ -73,6 +79,7 @@ WITHOUT_STRENGTH: dict[str, Perturbation] = {
     "int8_cache": Perturbation(cache=_whole_head(quantise_int8)),
     "fp8_cache": Perturbation(cache=_whole_head(quantise_fp8)),
     "bf16_logits": Perturbation(logits=on_logits.bf16_logits),
+    "bf16_router": Perturbation(router=round_to_bf16),
 }
 """Perturbations that are what they are."""
 
@@ -118,12 +125,54 @@ def combine(*perturbations: Perturbation) -> Perturbation:
     def present(name: str) -> list[Callable[..., Array]]:
         return [act for act in (getattr(one, name) for one in perturbations) if act is not None]
 
-    weights, cache, logits = (present(name) for name in Perturbation._fields)
+    weights, cache, logits, router = (present(name) for name in Perturbation._fields)
     return Perturbation(
         weights=chain_weights(*weights) if weights else None,
         cache=chain_weights(*cache) if cache else None,
         logits=chain_logits(*logits) if logits else None,
+        router=chain_weights(*router) if router else None,
     )
+
+
+def perturbed_model(model: Transformer, perturbation: Perturbation) -> Transformer:
+    """The engine's model: weights and routers are perturbed; cache and logits are not part of a model.
+
+    Args:
+        model: the unperturbed one, adapters merged.
+        perturbation: of the engine.
+
+    Raises:
+        ValueError: a router is to be perturbed, and the model has none.
+    """
+    if perturbation.router is not None:
+        model = with_router_rounding(model, perturbation.router)
+    if perturbation.weights is not None:
+        graphdef, state = nnx.split(model)
+        model = nnx.merge(graphdef, perturbation.weights(state))
+    return model
+
+
+def perturbed_selections(
+    model: Transformer, tokens: Int[Array, "B T"], token_mask: Bool[Array, "B T"], perturbation: Perturbation
+) -> Int[Array, "B T L k"]:
+    """The k experts to which the perturbed engine sends each token in each of its L layers that have some.
+
+    Args:
+        model: the unperturbed one, adapters merged; with experts.
+        tokens: left-padded texts.
+        token_mask: which tokens are real.
+        perturbation: of the engine; that of its logits changes no choice of a token that is given.
+
+    Raises:
+        ValueError: the model has no experts.
+    """
+    if model.config.experts is None:
+        raise ValueError("the model has no experts, so no router chooses any; it must be a mixture of experts.")
+    engine, (rows, length) = perturbed_model(model, perturbation), tokens.shape
+    dtype = model.numerics.compute_dtype
+    cache = KVCache.empty(model.config, rows, length, dtype, perturbation.cache).advance(token_mask)
+    passed = engine.through(engine.embed(tokens), positions_of(token_mask), cache.contexts(length))
+    return jnp.stack([routes.selection for routes in passed.routes if routes is not None], axis=2)
 
 
 def perturbed_logits(
@@ -148,9 +197,7 @@ def perturbed_logits(
     Returns:
         logits of the contexts of the response tokens; they mean nothing at padding. [B, R, V] exists.
     """
-    if perturbation.weights is not None:
-        graphdef, state = nnx.split(model)
-        model = nnx.merge(graphdef, perturbation.weights(state))
+    model = perturbed_model(model, perturbation)
     if perturbation.cache is None:
         hidden = model(tokens, token_mask)
     else:

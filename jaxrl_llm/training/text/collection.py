@@ -21,6 +21,7 @@ from jaxrl_llm.rollouts.collect.samplers import pruned_with_policy
 from jaxrl_llm.training.text.fitting import require_fitting
 from jaxrl_llm.training.text.fitting import require_temperature
 from jaxrl_llm.training.text.objective import get_objective
+from jaxrl_llm.training.text.routers import require_replay
 from jaxrl_llm.training.text.settings import Parts
 from jaxrl_llm.training.text.settings import TrainSettings
 from jaxrl_llm.training.text.settings import end_tokens
@@ -68,6 +69,7 @@ def make_collector(parts: Parts, settings: TrainSettings, folder: Path) -> Colle
             cannot do what is asked, or ids of the model that the tokenizer has no text for.
     """
     require_texts(parts.tokenizer, parts.model.config.vocab_size)
+    require_replay(settings.update, parts.model.config)
     sampler: Sampler | None = None
     if parts.collector is not None:
         objective = get_objective(parts.objective, parts.recipe)
@@ -92,7 +94,14 @@ def make_collector(parts: Parts, settings: TrainSettings, folder: Path) -> Colle
     if settings.ahead:
         collector = ahead = AheadCollector(collector, ahead=settings.ahead, last_step=settings.steps - 1)
         law = NOBODYS_LAW
+    if settings.update.router_replay != "off" and not isinstance(collector, TaskCollector):
+        raise ValueError(
+            f'update.router_replay is "{settings.update.router_replay}", which needs what the built-in sampler records '
+            'of a task\'s answers; leave out ahead, engines and collectors of your own, or set it to "off".'
+        )
     if settings.replay > 1:
+        if settings.update.router_replay != "off":
+            raise ValueError("update.router_replay needs batches that are learned once; set replay to 1, or it to off.")
         store = Store(folder / "replay")
         collector = replayed = ReplayCollector(collector, store, size=settings.replay)
         law = NOBODYS_LAW
@@ -121,6 +130,7 @@ def _policy_sampler(parts: Parts, settings: TrainSettings) -> PolicySampler:
         decode_dtype=parts.decode_dtype,
         perturbation=parts.perturbation,
         mesh=parts.mesh,
+        record_selections=settings.update.router_replay != "off",
     )
 
 

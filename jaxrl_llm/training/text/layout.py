@@ -23,6 +23,7 @@ from jax.typing import ArrayLike
 
 from jaxrl_llm.models.attention import Visibility
 from jaxrl_llm.models.config import TransformerConfig
+from jaxrl_llm.models.experts import given_selections
 from jaxrl_llm.models.transformer import Passed
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.training.text.packing import Plan
@@ -104,6 +105,8 @@ class Rows:
         sources: column of the state that predicts each chosen token; None in a grid.
         places: sequence * R + number, of each chosen token in its row, S * R where there is none; None in a grid.
         layout: the widths (static).
+        selections: the k experts that each of the L layers that have experts must send each token to; None where
+            routers choose themselves.
     """
 
     tokens: Int[Array, "n W"]
@@ -115,6 +118,7 @@ class Rows:
     sources: Int[Array, "n K"] | None
     places: Int[Array, "n K"] | None
     layout: Grid | Packed = dataclasses.field(metadata={"static": True})
+    selections: Int[Array, "n W L k"] | None = None
 
 
 class Arrangement(NamedTuple):
@@ -125,12 +129,14 @@ class Arrangement(NamedTuple):
         sequences: [n, S] the batch's row of each sequence, -1 where there is none.
         homes: [B] row * S + sequence, of each row of the batch.
         padded_share: share of the computed tokens that are padding.
+        origins: [n, W] the place of each token in the batch, row * T + column; -1 where there is none.
     """
 
     rows: Rows
     sequences: Int[np.ndarray, "n S"]
     homes: Int[np.ndarray, " B"]
     padded_share: float
+    origins: Int[np.ndarray, "n W"]
 
     def spread(self, values: np.ndarray) -> np.ndarray:
         """`[B, ...]` put where its sequences are, `[n, S, ...]`; 0 where there is none."""
@@ -143,6 +149,13 @@ class Arrangement(NamedTuple):
         """`[n, S, R]`, or `[n * S, R]`, in the order of the batch, `[B, R]`."""
         values = np.asarray(values)
         return values.reshape(self.sequences.size, values.shape[-1])[self.homes]
+
+    def of_tokens(self, values: np.ndarray) -> np.ndarray:
+        """Numbers of the batch's tokens, `[B, T, ...]`, where these stand, `[n, W, ...]`; anything where there is none.
+
+        A prompt that answers share is that of the first of them.
+        """
+        return values.reshape(-1, *values.shape[2:])[np.maximum(self.origins, 0)]
 
 
 def choose_slots(config: TransformerConfig, prompt_length: int, response_length: int, group_size: int) -> int:
@@ -212,8 +225,17 @@ def _fits(trajectories: Trajectories, actions: Actions, grid: Grid) -> bool:
 def _in_grid(trajectories: Trajectories, layout: Grid) -> Arrangement:
     rows = pack(trajectories.tokens, trajectories.token_mask, trajectories.group_ids, layout)
     order = np.arange(len(trajectories.group_ids))
-    share = 1 - float(np.mean(np.asarray(rows.token_mask)))
-    return Arrangement(rows, order.reshape(-1, layout.slots), order, share)
+    real = np.asarray(rows.token_mask)
+    places = np.arange(trajectories.tokens.size).reshape(trajectories.tokens.shape)
+    origins = np.where(real, _grid_rows(places, layout), -1)
+    return Arrangement(rows, order.reshape(-1, layout.slots), order, 1 - float(np.mean(real)), origins)
+
+
+def _grid_rows(array: np.ndarray, layout: Grid) -> np.ndarray:
+    """`[B, T]` as `[n, W]`: a prompt, then answers without their last tokens."""
+    prompt, slots = layout.prompt_length, layout.slots
+    answers = array[:, prompt : prompt + layout.response_length - 1]
+    return np.concatenate([array[::slots, :prompt], answers.reshape(len(array) // slots, -1)], axis=1)
 
 
 def pack(
@@ -241,27 +263,22 @@ def pack(
             f"group_ids must come in runs of {slots} equal ids, because a row holds {slots} answers to one prompt."
         )
     count = len(ids) // slots
-    inputs = slice(prompt, prompt + response - 1)
-
-    def rows(array: np.ndarray) -> np.ndarray:
-        return np.concatenate([array[::slots, :prompt], array[:, inputs].reshape(count, -1)], axis=1)
-
     positions = np.maximum(np.cumsum(token_mask, axis=1, dtype=np.int32) - 1, 0)
     targets = tokens[:, prompt:].reshape(count, -1)
-    columns = {"tokens": rows(tokens), "token_mask": rows(token_mask), "positions": rows(positions), "targets": targets}
-    arrays: dict[str, Any] = {name: jnp.asarray(column) for name, column in columns.items()}
-    return Rows(**arrays, segments=None, prefixes=None, sources=None, places=None, layout=layout)
+    columns = {"tokens": tokens, "token_mask": token_mask, "positions": positions}
+    arrays: dict[str, Any] = {name: jnp.asarray(_grid_rows(column, layout)) for name, column in columns.items()}
+    arrays |= {"targets": jnp.asarray(targets), "layout": layout}
+    return Rows(**arrays, segments=None, prefixes=None, sources=None, places=None)
 
 
 def _in_packed_rows(trajectories: Trajectories, actions: Actions, texts: list[Text], plan: Plan) -> Arrangement:
     (batch, most), count, chosen = actions.mask.shape, plan.count, plan.chosen
     sequences = round_up(max(sum(map(len, blocks)) for blocks in plan.rows), bits=1)
     layout = Packed(plan.width, sequences, most, chosen)
-    columns = {
-        name: np.zeros((count, plan.width), np.int32) for name in ("tokens", "positions", "segments", "prefixes")
-    }
+    names = ("tokens", "positions", "segments", "prefixes", "origins")
+    columns = {name: np.zeros((count, plan.width), np.int64 if name == "origins" else np.int32) for name in names}
     # Padding is a segment of its own, which nothing real sees.
-    columns["segments"][:], columns["prefixes"][:] = -1, -1
+    columns["segments"][:], columns["prefixes"][:], columns["origins"][:] = -1, -1, -1
     mask = np.zeros((count, plan.width), bool)
     targets, sources = np.zeros((count, chosen), np.int32), np.zeros((count, chosen), np.int32)
     places = np.full((count, chosen), sequences * most, np.int32)
@@ -272,14 +289,14 @@ def _in_packed_rows(trajectories: Trajectories, actions: Actions, texts: list[Te
         start, segment, number, slot = 0, 0, 0, 0
         for block in blocks:
             head = texts[block[0]]
-            ids = tokens[block[0], head.start : head.split]
-            _write(columns, mask, row, start, ids, 0, segment, segment)
+            ids, place = tokens[block[0], head.start : head.split], block[0] * tokens.shape[1]
+            _write(columns, mask, row, start, ids, 0, segment, segment, place + head.start)
             prompt_start, prompt_segment, start = start, segment, start + len(ids)
             for index in block:
                 text, segment = texts[index], segment + 1
                 # Without its last token, which predicts nothing.
-                ids = tokens[index, text.split : text.stop - 1]
-                _write(columns, mask, row, start, ids, text.split - text.start, segment, prompt_segment)
+                ids, place = tokens[index, text.split : text.stop - 1], index * tokens.shape[1] + text.split
+                _write(columns, mask, row, start, ids, text.split - text.start, segment, prompt_segment, place)
                 where = actions.columns[index][actions.mask[index]]
                 before = where - 1
                 found = np.where(before < text.split, prompt_start + before - text.start, start + before - text.split)
@@ -289,17 +306,19 @@ def _in_packed_rows(trajectories: Trajectories, actions: Actions, texts: list[Te
                 order[row, number], homes[index] = index, row * sequences + number
                 start, number, slot = start + len(ids), number + 1, slot + len(where)
             segment += 1
+    origins = columns.pop("origins")
     arrays: dict[str, Any] = {**columns, "token_mask": mask, "targets": targets, "sources": sources, "places": places}
     rows = Rows(**{name: jnp.asarray(array) for name, array in arrays.items()}, layout=layout)
-    return Arrangement(rows, order, homes, 1 - float(mask.mean()))
+    return Arrangement(rows, order, homes, 1 - float(mask.mean()), origins)
 
 
-def _write(columns, mask, row, start, ids, position, segment, prefix) -> None:
+def _write(columns, mask, row, start, ids, position, segment, prefix, origin) -> None:
     # One segment's tokens at their places in a row.
     here = slice(start, start + len(ids))
     columns["tokens"][row, here] = ids
     columns["positions"][row, here] = position + np.arange(len(ids))
     columns["segments"][row, here], columns["prefixes"][row, here] = segment, prefix
+    columns["origins"][row, here] = origin + np.arange(len(ids))
     mask[row, here] = True
 
 
@@ -326,7 +345,31 @@ def through_layers(
     remat: bool = False,
 ) -> Passed:
     """Apply layers start .. stop to rows; `remat` recomputes each layer in the backward pass."""
-    return model.rows(x, rows.positions, visibility(rows), start=start, stop=stop, remat=remat)
+    selections = given_selections(model.config, rows.selections)[start:stop]
+    return model.rows(x, rows.positions, visibility(rows), start=start, stop=stop, remat=remat, selections=selections)
+
+
+def predecessors(rows: Rows) -> tuple[Int[Array, "n W"], Bool[Array, "n W"]]:
+    """The column of the token before each token in its own text, and whether there is one: a text's first has none."""
+    layout, (count, width) = rows.layout, rows.tokens.shape
+    columns = jnp.broadcast_to(jnp.arange(width), (count, width))
+    if rows.segments is None:
+        assert isinstance(layout, Grid)
+        places = np.arange(width) - layout.prompt_length
+        first = (places >= 0) & (places % max(layout.response_length - 1, 1) == 0)
+        before = jnp.where(jnp.asarray(first), layout.prompt_length - 1, columns - 1)
+    else:
+        assert rows.prefixes is not None
+        # Segments lie in one piece: the last column of each, and padding in a place of its own.
+        ends = jnp.full((count, width + 1), -1).at[jnp.arange(count)[:, None], rows.segments].max(columns)
+        begins = rows.segments != jnp.roll(rows.segments, 1, axis=1)
+        begins = begins.at[:, 0].set(True)
+        continued = jnp.where(
+            rows.prefixes == rows.segments, -1, jnp.take_along_axis(ends, jnp.maximum(rows.prefixes, 0), axis=1)
+        )
+        before = jnp.where(begins, continued, columns - 1)
+    there = jnp.take_along_axis(rows.token_mask, jnp.maximum(before, 0), axis=1) & (before >= 0)
+    return jnp.maximum(before, 0), there & rows.token_mask
 
 
 def chosen_states(x: Float[Array, "n W D"], rows: Rows) -> Float[Array, "n K D"]:

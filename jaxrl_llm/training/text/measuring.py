@@ -46,7 +46,7 @@ def step_metrics(
     if batch.log_prob_behaviour is not None:
         arrays = (batch.log_prob_old, batch.log_prob_behaviour, prepared.counted)
         metrics |= _floats(mismatch_metrics(*map(_rows, arrays)))
-    return metrics | dict(experience.metrics)
+    return metrics | dict(prepared.flips) | dict(experience.metrics)
 
 
 def bound_metrics(

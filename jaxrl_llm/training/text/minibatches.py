@@ -1,6 +1,7 @@
 """Which rows of a rollout batch make up which optimiser step."""
 
 import dataclasses
+from typing import Literal
 from typing import NamedTuple
 
 import jax
@@ -33,6 +34,12 @@ class UpdateSettings:
         router_bias_rate: how far each optimiser step moves the correction bias of a router's expert, up where its load
             was below the mean and down where it was above; 0 leaves it. GLM-4.5: 0.001 in pre-training, 0 afterwards.
         router_balance: weight of the loss for even loads within each row. GLM-4.5: 0.0001.
+        mtp_weight: weight of the cross-entropy of the layer that predicts the token after the next one, at the chosen
+            tokens that count. GLM-4.5: 0.3, later 0.1.
+        mtp_detached: that loss moves its own layer alone, as it should in reinforcement learning; False lets it move
+            the rest of the model too, as in pre-training.
+        router_replay: "on" sends each token in training to the experts to which the sampler sent it, with the weights
+            of the live scores; "measure" lets routers choose anew and measures how often they choose otherwise.
     """
 
     minibatches: int = 4
@@ -46,6 +53,9 @@ class UpdateSettings:
     score_rows: int = 0
     router_bias_rate: float = dataclasses.field(default=0.0, metadata=LATER)
     router_balance: float = dataclasses.field(default=0.0, metadata=LATER)
+    mtp_weight: float = dataclasses.field(default=0.0, metadata=LATER)
+    mtp_detached: bool = dataclasses.field(default=True, metadata=LATER)
+    router_replay: Literal["off", "measure", "on"] = dataclasses.field(default="off", metadata=LATER)
 
     def __post_init__(self) -> None:
         """Refuse impossible numbers."""
@@ -59,9 +69,12 @@ class UpdateSettings:
             "score_rows": 0,
             "router_bias_rate": 0,
             "router_balance": 0,
+            "mtp_weight": 0,
         }.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+        if self.router_replay not in (allowed := ("off", "measure", "on")):
+            raise ValueError(f"router_replay is {self.router_replay!r}; it must be one of {', '.join(allowed)}.")
 
 
 class Minibatch(NamedTuple):

@@ -2,11 +2,13 @@
 
 import dataclasses
 from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxrl_llm.models.block import Block
 from jaxrl_llm.models.experts import Routes
 from jaxrl_llm.models.sharding import constrain
 from jaxrl_llm.models.tokenizers import Tokenizer
@@ -21,6 +23,20 @@ from jaxrl_llm.training.text.layout import through_layers
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Float
 from jaxrl_llm.typing import PyTree
+
+
+class Forward(NamedTuple):
+    """What a forward pass gives.
+
+    Attributes:
+        hidden: states that predict the chosen tokens.
+        x: what the last layer passed on, at every token.
+        routes: where the router of each trained layer sent the tokens; None of a dense layer.
+    """
+
+    hidden: Float[Array, "n K D"]
+    x: Float[Array, "n W D"]
+    routes: tuple[Routes | None, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,16 +66,20 @@ class Policy:
 
     def hidden(self, model: Transformer, rows: Rows, trunk: Float[Array, "n W D"] | None) -> Float[Array, "n K D"]:
         """States that predict the chosen tokens, through the layers that are trained."""
-        return self.forward(model, rows, trunk)[0]
+        return self.forward(model, rows, trunk).hidden
+
+    def blocks(self, model: Transformer) -> list[Block]:
+        """The layers that are trained."""
+        return list(model.layers)[self.first_layer :]
 
     def forward(
         self, model: Transformer, rows: Rows, trunk: Float[Array, "n W D"] | None, *, remat: bool = False
-    ) -> tuple[Float[Array, "n K D"], tuple[Routes | None, ...]]:
-        """`hidden`, and where the routers of the trained layers sent the tokens."""
+    ) -> Forward:
+        """Through the layers that are trained."""
         x = model.embed(rows.tokens) if trunk is None else constrain(trunk, ACTIVATION_AXES)
         passed = through_layers(model, x, rows, start=self.first_layer, remat=remat)
         # The norm acts on each state alone: it is applied to those that predict something only.
-        return model.final_norm(chosen_states(passed.x, rows)), passed.routes
+        return Forward(model.final_norm(chosen_states(passed.x, rows)), passed.x, passed.routes)
 
 
 def describe_model(model: Transformer, trainable: Trainable) -> dict[str, Any]:

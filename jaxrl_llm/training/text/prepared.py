@@ -1,6 +1,7 @@
 """A batch of experience as its optimiser steps take it: the rows, who is grouped with whom, and the minibatches."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -8,12 +9,14 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxrl_llm.rollouts.collect import BatchShape
+from jaxrl_llm.rollouts.collect import Experience
 from jaxrl_llm.training.text.finite import Finite
 from jaxrl_llm.training.text.layout import Arrangement
 from jaxrl_llm.training.text.layout import Grid
 from jaxrl_llm.training.text.minibatches import Minibatch
 from jaxrl_llm.training.text.minibatches import UpdateSettings
 from jaxrl_llm.training.text.minibatches import plan_minibatches
+from jaxrl_llm.training.text.routers import flip_metrics
 from jaxrl_llm.training.text.update import Heads
 from jaxrl_llm.training.text.update import UpdateBatch
 from jaxrl_llm.typing import Array
@@ -30,7 +33,7 @@ class Prepared(NamedTuple):
     rows that are not finite. plan: its minibatches. kept: which groups take part. finite: which rows of the batch are
     sound. Of each chosen token, in the order of the batch, `[B, R]`: mask, true where the row is sound; advantages;
     entropy of the policy before the update [nats]. counted: the chosen tokens of sound rows where they stand in
-    `batch`, learned from or not.
+    `batch`, learned from or not. flips: how often routers choose otherwise than the sampler's did, where it is known.
     """
 
     arrangement: Arrangement
@@ -43,6 +46,7 @@ class Prepared(NamedTuple):
     advantages: Float[np.ndarray, "B R"]
     entropy: Float[np.ndarray, "B R"]
     counted: Bool[Array, "n S R"]
+    flips: Mapping[str, float]
 
     @property
     def padded_share(self) -> float:
@@ -91,3 +95,29 @@ def deal(
         settings = dataclasses.replace(settings, micro_batch=max(tokens // layout.width, 1))
     plan = plan_minibatches(key, used.any(axis=1), rows_per_prompt=1, settings=settings)
     return batch.response_mask & jnp.asarray(used)[:, :, None], plan
+
+
+def recorded_selections(experience: Experience) -> Int[np.ndarray, "B T L k"]:
+    """The experts to which the sampler sent each token.
+
+    Raises:
+        ValueError: the collector brought none.
+    """
+    if experience.selections is None:
+        raise ValueError(
+            "update.router_replay is set, and the experience has no selections; its sampler must record them."
+        )
+    return experience.selections
+
+
+def router_flips(
+    experience: Experience, arrangement: Arrangement, own: Int[Array, "n W K k"] | None
+) -> Mapping[str, float]:
+    """`flip_metrics` of a batch; nothing where the trainer's choices are not known."""
+    if own is None:
+        return {}
+    real = np.asarray(experience.trajectories.token_mask)
+    # Nobody reads the last token of a text.
+    read = real & np.pad(real[:, 1:], ((0, 0), (0, 1)))
+    there = arrangement.of_tokens(read) & (arrangement.origins >= 0)
+    return flip_metrics(arrangement.of_tokens(recorded_selections(experience)), np.asarray(own), there)

@@ -11,13 +11,16 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxrl_llm.masked import safe_divide
 from jaxrl_llm.models.block import Block
+from jaxrl_llm.models.config import TransformerConfig
 from jaxrl_llm.models.experts import Experts
 from jaxrl_llm.models.experts import RouterBias
 from jaxrl_llm.models.experts import Routes
+from jaxrl_llm.models.experts import choose_experts
 from jaxrl_llm.objectives import balance
 from jaxrl_llm.training.run.parameters import is_variable
 from jaxrl_llm.training.run.state import named_leaves
@@ -25,6 +28,7 @@ from jaxrl_llm.training.text.minibatches import UpdateSettings
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Bool
 from jaxrl_llm.typing import Float
+from jaxrl_llm.typing import Int
 from jaxrl_llm.typing import PyTree
 from jaxrl_llm.typing import SumCount
 
@@ -82,32 +86,71 @@ def require_routers(settings: UpdateSettings, params: PyTree) -> None:
 
 
 def router_terms(
-    blocks: Sequence[Block], routes: Sequence[Routes | None], token_mask: Bool[Array, "n W"]
+    sent: Sequence[tuple[Block, Routes | None, Bool[Array, "n W"]]],
 ) -> tuple[Float[Array, ""], SumCount | None]:
     """What routers add to the loss of a micro-batch.
 
     Args:
-        blocks: the layers that learn.
-        routes: where each sent the tokens.
-        token_mask: which tokens are real.
+        sent: of each layer that learns: the layer, where its router sent the tokens, and which of them are real.
 
     Returns:
         a term of value 0 whose gradient with respect to each correction bias is the loads of its experts; and the
         losses `objectives.balance.sequence_balance_loss` of all rows and layers, as (sum, count). None without routers.
     """
     named, total, rows = jnp.zeros(()), jnp.zeros(()), jnp.zeros(())
-    for block, sent in zip(blocks, routes, strict=True):
-        if sent is None:
+    for block, routes, token_mask in sent:
+        if routes is None:
             continue
-        bias, experts = cast(Experts, block.mlp).router.bias, sent.scores.shape[-1]
+        bias, experts = cast(Experts, block.mlp).router.bias, routes.scores.shape[-1]
         if bias is not None:
-            loads = balance.expert_loads(sent.selection, token_mask, num_experts=experts)
+            loads = balance.expert_loads(routes.selection, token_mask, num_experts=experts)
             named += jnp.sum(bias[...] * jax.lax.stop_gradient(loads))
-        some = balance.sequence_balance_loss(sent.scores, sent.selection, token_mask)
+        some = balance.sequence_balance_loss(routes.scores, routes.selection, token_mask)
         total, rows = total + some[0], rows + some[1]
-    if not any(sent is not None for sent in routes):
+    if all(routes is None for _, routes, _ in sent):
         return named, None
     return named - jax.lax.stop_gradient(named), (total, rows)
+
+
+def own_choices(blocks: Sequence[Block], routes: Sequence[Routes | None]) -> Int[Array, "n W K k"] | None:
+    """The experts that the routers of these layers prefer, also where others were given; None without routers."""
+    chosen = []
+    for block, sent in zip(blocks, routes, strict=True):
+        if sent is not None:
+            router = cast(Experts, block.mlp).router
+            bias = None if router.bias is None else router.bias[...]
+            chosen.append(choose_experts(sent.scores, bias, router.settings))
+    return jnp.stack(chosen, axis=2) if chosen else None
+
+
+def flip_metrics(
+    recorded: Int[np.ndarray, "n W L k"], own: Int[np.ndarray, "n W K k"], read: Bool[np.ndarray, "n W"]
+) -> dict[str, float]:
+    """How often the trainer's routers choose other experts than the sampler's did, whatever their order.
+
+    Args:
+        recorded: the sampler's.
+        own: the trainer's, of the last K layers.
+        read: tokens that both have read.
+    """
+    pair = np.sort(recorded[:, :, -own.shape[2] :].astype(np.int32)), np.sort(own)
+    flips = (pair[0] != pair[1]).any(axis=-1)[read]
+    return {
+        "rollout_corr/router_flips": float(flips.mean()),
+        "rollout_corr/router_flipped_tokens": float(flips.any(1).mean()),
+    }
+
+
+def require_replay(settings: UpdateSettings, config: TransformerConfig) -> None:
+    """Selections are replayed where there are routers.
+
+    Raises:
+        ValueError: asked of a model without experts.
+    """
+    if settings.router_replay != "off" and config.experts is None:
+        raise ValueError(
+            f'update.router_replay is "{settings.router_replay}", and the model has no experts; use "off".'
+        )
 
 
 def divided(gradients: PyTree, count: Float[Array, ""]) -> PyTree:

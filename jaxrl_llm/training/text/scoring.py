@@ -15,12 +15,14 @@ from jaxrl_llm.models.lora import merge_lora
 from jaxrl_llm.rollouts.perturb import WeightPerturbation
 from jaxrl_llm.training.text.layout import Rows
 from jaxrl_llm.training.text.policy import Policy
+from jaxrl_llm.training.text.routers import own_choices
 from jaxrl_llm.training.text.update import Heads
 from jaxrl_llm.training.text.update import UpdateBatch
 from jaxrl_llm.training.text.update import sampling_policy
 from jaxrl_llm.training.text.update import statistics
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Float
+from jaxrl_llm.typing import Int
 from jaxrl_llm.typing import PyTree
 
 
@@ -29,7 +31,8 @@ from jaxrl_llm.typing import PyTree
 class Scores:
     """What a policy says about the chosen tokens, a log-prob of -inf where it prunes; rows as in `UpdateBatch`.
 
-    collision is None unless it was asked for.
+    collision, and choices, the experts that the routers of the layers that learn prefer, are None unless they were
+    asked for.
     """
 
     trunk: Float[Array, "n W D"] | None
@@ -37,6 +40,7 @@ class Scores:
     log_prob: Float[Array, "n S R"]
     entropy: Float[Array, "n S R"]
     collision: Float[Array, "n S R"] | None = None
+    choices: Int[Array, "n W K k"] | None = None
 
 
 class Shift(NamedTuple):
@@ -65,6 +69,7 @@ class Scorer:
         rows: int = 0,
         log_min_p: float | None = None,
         collision: bool = False,
+        choices: bool = False,
     ) -> None:
         """Fix what is static.
 
@@ -74,8 +79,10 @@ class Scorer:
             rows: scored at a time.
             log_min_p: prunes the policy that `score` scores, not those that `shift` compares.
             collision: whether `score` gives the collision probabilities too.
+            choices: whether it gives the choices of routers.
         """
         self._policy, self._temperature, self._rows, self._log_min_p = policy, temperature, rows, log_min_p
+        self._choices = choices
         self._names = ("log_prob", "entropy", *(("collision",) if collision else ()))
         self._score = jax.jit(self._score_batch)
         self._divergence = jax.jit(self._divergence_batch)
@@ -129,13 +136,14 @@ class Scorer:
         def score(some: tuple[Rows, Any]) -> Scores:
             rows, trunk = some
             trunk = self._policy.trunk(model, rows) if trunk is None else trunk
-            hidden = self._policy.hidden(model, rows, trunk)
+            hidden, _, routes = self._policy.forward(model, rows, trunk)
             stats = statistics(
                 model, hidden, rows, temperature=self._temperature, log_min_p=self._log_min_p, names=self._names
             )
+            choices = own_choices(self._policy.blocks(model), routes) if self._choices else None
             assert stats.log_prob is not None
             assert stats.entropy is not None
-            return Scores(trunk, hidden, stats.log_prob, stats.entropy, stats.collision)
+            return Scores(trunk, hidden, stats.log_prob, stats.entropy, stats.collision, choices)
 
         return self._in_chunks(score, (rows, trunk))
 

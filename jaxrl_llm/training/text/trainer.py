@@ -28,6 +28,7 @@ from jaxrl_llm.training.text.finite import finite_at
 from jaxrl_llm.training.text.finite import finite_states
 from jaxrl_llm.training.text.finite import without_broken_rows
 from jaxrl_llm.training.text.fitting import stale_sentence
+from jaxrl_llm.training.text.further import require_further
 from jaxrl_llm.training.text.layout import Arrangement
 from jaxrl_llm.training.text.layout import Grid
 from jaxrl_llm.training.text.layout import arrange
@@ -40,6 +41,8 @@ from jaxrl_llm.training.text.policy import split_policy
 from jaxrl_llm.training.text.prepared import Prepared
 from jaxrl_llm.training.text.prepared import deal
 from jaxrl_llm.training.text.prepared import group_rows
+from jaxrl_llm.training.text.prepared import recorded_selections
+from jaxrl_llm.training.text.prepared import router_flips
 from jaxrl_llm.training.text.reference import FrozenPolicy
 from jaxrl_llm.training.text.reference import InitialPolicy
 from jaxrl_llm.training.text.reference import Teacher
@@ -107,6 +110,7 @@ class Trainer:
         self._grid = self._fixed_grid()
         update, temperature = settings.update, settings.sampling.temperature
         require_routers(update, initial)
+        require_further(update, initial)
         self.optimizer = make_optimizer(settings.optimizer, settings.optimizer_steps)
         if router_biases(initial):
             self.optimizer = with_router_bias(self.optimizer, rate=update.router_bias_rate)
@@ -120,8 +124,7 @@ class Trainer:
             self.optimizer,
             critic=self.critic,
             temperature=temperature,
-            remat=update.remat,
-            router_balance=update.router_balance,
+            settings=update,
         )
         self.scorer = Scorer(
             self.policy,
@@ -129,6 +132,7 @@ class Trainer:
             rows=update.score_rows,
             log_min_p=self.objective.log_min_p,
             collision="collision" in self.signal.needs,
+            choices=update.router_replay != "off",
         )
         self._values = None if self.critic is None else self.scorer.in_chunks(self.critic.values)
         self.reference = self._reference()
@@ -208,12 +212,16 @@ class Trainer:
         if trajectories.log_prob_behaviour is None:
             refuse_unrecorded(self.objective, self.signal)
         arrangement = self.arrange(experience, actions)
-        rows = self._place(arrangement.rows)
+        rows = arrangement.rows
+        if self.settings.update.router_replay == "on":
+            rows = dataclasses.replace(rows, selections=arrangement.of_tokens(recorded_selections(experience)))
+        rows = self._place(rows)
 
         def placed(values: np.ndarray) -> Array:
             return self._place(jnp.asarray(arrangement.spread(values)))
 
         scores = self.scorer.score(state.params, self.frozen, rows)
+        flips = router_flips(experience, arrangement, scores.choices)
         behaviour = None
         if trajectories.log_prob_behaviour is not None:
             behaviour = placed(actions.take(trajectories.log_prob_behaviour))
@@ -255,7 +263,7 @@ class Trainer:
         batch = dataclasses.replace(batch, response_mask=self._place(mask))
         entropy = arrangement.gather(scores.entropy)
         mask = actions.mask & finite.rows[:, None]
-        return Prepared(arrangement, batch, heads, plan, kept, finite, mask, advantages, entropy, counted)
+        return Prepared(arrangement, batch, heads, plan, kept, finite, mask, advantages, entropy, counted, flips)
 
     def arrange(self, experience: Experience, actions: Actions) -> Arrangement:
         """The rows in which the update reads a batch with these chosen tokens."""
@@ -309,7 +317,9 @@ class Trainer:
         """What the reference policy says of the chosen tokens, where anybody asks."""
         if self.reference is None:
             return batch, heads
-        scores, head = self.reference.score(batch.rows, batch.trunk)
+        # Another policy's routers choose for themselves; so must the layers that are shared with it.
+        rows = dataclasses.replace(batch.rows, selections=None)
+        scores, head = self.reference.score(rows, batch.trunk if batch.rows.selections is None else None)
         exact = {"kl_ref_t", "kl_from_ref_t"}
         asked = exact.intersection(self.objective.needs | self.signal.needs)
         hidden = scores.hidden if asked else None

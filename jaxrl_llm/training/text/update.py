@@ -13,7 +13,6 @@ import optax
 from jaxrl_kernels import Reference
 from jaxrl_kernels import TokenStatistics
 from jaxrl_llm.masked import safe_divide
-from jaxrl_llm.models.experts import Routes
 from jaxrl_llm.models.sharding import constrain
 from jaxrl_llm.models.sharding import partition_specs
 from jaxrl_llm.models.transformer import Transformer
@@ -22,11 +21,14 @@ from jaxrl_llm.rollouts import score_hidden
 from jaxrl_llm.testing import Batch
 from jaxrl_llm.training.run.state import TrainState
 from jaxrl_llm.training.text.critic import Critic
+from jaxrl_llm.training.text.further import further_loss
 from jaxrl_llm.training.text.layout import Rows
 from jaxrl_llm.training.text.layout import by_sequence
+from jaxrl_llm.training.text.minibatches import UpdateSettings
 from jaxrl_llm.training.text.objective import NEVER_MADE
 from jaxrl_llm.training.text.objective import Extras
 from jaxrl_llm.training.text.objective import Objective
+from jaxrl_llm.training.text.policy import Forward
 from jaxrl_llm.training.text.policy import Policy
 from jaxrl_llm.training.text.routers import divided
 from jaxrl_llm.training.text.routers import gradient_norm
@@ -148,16 +150,14 @@ def micro_batch_loss(
     temperature: float,
     remat: bool,
     fraction: Any,
-) -> tuple[LossTerms, Float[Array, "n K D"], tuple[Routes | None, ...]]:
-    """The objective's loss on some rows, as (sum, count), with its metrics; the states that predict; where routers sent
-    the tokens.
-    """
-    hidden, routes = policy.forward(model, batch.rows, batch.trunk, remat=remat)
+) -> tuple[LossTerms, Forward]:
+    """The objective's loss on some rows, as (sum, count), with its metrics; and the forward pass."""
+    forward = policy.forward(model, batch.rows, batch.trunk, remat=remat)
 
     def compare(other: Array | None, head: Array | None, *names: str) -> TokenStatistics:
         return statistics(
             model,
-            hidden,
+            forward.hidden,
             batch.rows,
             temperature=temperature,
             hidden_ref=other,
@@ -197,7 +197,7 @@ def micro_batch_loss(
         "kl_from_ref_t": None if to_ref is None else flat(to_ref.kl_reverse),
         "step_ids": flat(batch.step_ids),
     }
-    return objective.loss(Batch(**fields), Extras(fraction, flat(first.target_kept))), hidden, routes
+    return objective.loss(Batch(**fields), Extras(fraction, flat(first.target_kept))), forward
 
 
 def take_rows(batch: UpdateBatch, rows: Int[Array, " m"]) -> UpdateBatch:
@@ -248,13 +248,15 @@ class Update:
         *,
         critic: Critic | None = None,
         temperature: float = 1.0,
-        remat: bool = False,
-        router_balance: float = 0.0,
+        settings: UpdateSettings | None = None,
     ) -> None:
-        """Fix what is static."""
-        self.traces, self._router_balance = 0, router_balance
+        """Fix what is static; `settings` are the default ones where none are given."""
+        settings = UpdateSettings() if settings is None else settings
+        self.traces, self._settings = 0, settings
+        weights = {"router_balance_loss": settings.router_balance, "mtp_loss": settings.mtp_weight}
+        self._weights = {name: weight for name, weight in weights.items() if weight}
         self._policy, self._objective, self._optimizer, self._critic = policy, objective, optimizer, critic
-        self._static = {"temperature": temperature, "remat": remat}
+        self._static: Any = {"temperature": temperature, "remat": settings.remat}
         self._jitted = jax.jit(self._step, donate_argnums=0)
 
     def __call__(
@@ -288,11 +290,21 @@ class Update:
         # Gradients of the policy's loss and of the critic's, each divided by its own count.
         def pieces(trained: tuple[PyTree, PyTree], some: UpdateBatch) -> Any:
             model = self._policy.model(trained[0], frozen)
-            terms, hidden, routes = micro_batch_loss(
+            terms, forward = micro_batch_loss(
                 self._policy, self._objective, model, some, heads, fraction=1.0 / count, **self._static
             )
-            blocks = list(model.layers)[self._policy.first_layer :]
-            return terms, hidden, *router_terms(blocks, routes, some.rows.token_mask)
+            layers = zip(self._policy.blocks(model), forward.routes, strict=True)
+            losses, sent = {}, [(*layer, some.rows.token_mask) for layer in layers]
+            if "mtp_loss" in self._weights:
+                detached = self._settings.mtp_detached
+                further = further_loss(
+                    model, forward.x, some.rows, some.response_mask, detached=detached, **self._static
+                )
+                losses["mtp_loss"] = further.loss
+                sent.append((model.further[0].block, further.routes, further.token_mask))
+            named, even = router_terms(sent)
+            losses |= {} if even is None else {"router_balance_loss": even}
+            return terms, forward.hidden, named, losses
 
         def over_micro_batches(function: Callable[[UpdateBatch], Any]) -> Any:
             if rows.shape[0] == 1:
@@ -308,18 +320,20 @@ class Update:
 
             return jax.lax.fori_loop(0, count, add, zeros)
 
-        def counts(some: UpdateBatch) -> tuple[Array, Array]:
-            terms, _, _, even = pieces(trained, some)
-            return terms.loss[1], even[1]
+        def counts(some: UpdateBatch) -> tuple[Array, dict[str, Array]]:
+            terms, _, _, losses = pieces(trained, some)
+            return terms.loss[1], {name: losses[name][1] for name in self._weights}
 
-        # The loss for even loads has a count of its own: times this, the sum can be divided by the other one.
-        each = safe_divide(*over_micro_batches(counts)) if self._router_balance else None
+        # The other losses have counts of their own: times this, their sums can be divided by that of the objective.
+        scale = {}
+        if self._weights:
+            of_objective, own = over_micro_batches(counts)
+            scale = {name: weight * safe_divide(of_objective, own[name]) for name, weight in self._weights.items()}
 
         def loss_sum(trained: tuple[PyTree, PyTree], some: UpdateBatch) -> tuple[Array, Sums]:
-            terms, hidden, named, even = pieces(trained, some)
-            added = named if each is None else named + self._router_balance * each * even[0]
-            metrics = terms.metrics if even is None else terms.metrics | {"router_balance_loss": even}
-            terms = LossTerms((terms.loss[0] + added, terms.loss[1]), metrics)
+            terms, hidden, named, losses = pieces(trained, some)
+            added = named + sum(factor * losses[name][0] for name, factor in scale.items())
+            terms = LossTerms((terms.loss[0] + added, terms.loss[1]), terms.metrics | losses)
             if self._critic is None or not jax.tree.leaves(trained[1]):
                 return terms.loss[0], Sums(terms, None)
             # The critic's gradient ends at the states, so one backward pass serves both.

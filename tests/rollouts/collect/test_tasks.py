@@ -13,7 +13,7 @@ from jaxrl_llm.models.tokenizers import ByteTokenizer
 from jaxrl_llm.rollouts.collect import CollectError
 from jaxrl_llm.rollouts.collect import Law
 from jaxrl_llm.rollouts.collect import TaskCollector
-from jaxrl_llm.rollouts.generate import Rollout
+from jaxrl_llm.rollouts.responses import Rollout
 from jaxrl_llm.trajectory import check_trajectory
 
 KEY = jax.random.key(0)

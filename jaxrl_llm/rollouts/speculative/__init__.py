@@ -1,0 +1,14 @@
+from jaxrl_llm.rollouts.speculative.acceptance import acceptance as acceptance
+from jaxrl_llm.rollouts.speculative.acceptance import judged as judged
+from jaxrl_llm.rollouts.speculative.acceptance import overlap as overlap
+from jaxrl_llm.rollouts.speculative.acceptance import residual_log_probs as residual_log_probs
+from jaxrl_llm.rollouts.speculative.acceptance import tokens_per_step as tokens_per_step
+from jaxrl_llm.rollouts.speculative.drafts import Draft as Draft
+from jaxrl_llm.rollouts.speculative.drafts import FurtherDraft as FurtherDraft
+from jaxrl_llm.rollouts.speculative.drafts import ModelDraft as ModelDraft
+from jaxrl_llm.rollouts.speculative.generate import WithDraft as WithDraft
+from jaxrl_llm.rollouts.speculative.generate import make_speculative_generate as make_speculative_generate
+from jaxrl_llm.rollouts.speculative.rollout import Acceptance as Acceptance
+from jaxrl_llm.rollouts.speculative.rollout import SpeculativeGenerate as SpeculativeGenerate
+from jaxrl_llm.rollouts.speculative.rollout import SpeculativeRollout as SpeculativeRollout
+from jaxrl_llm.rollouts.speculative.rollout import measured_acceptance as measured_acceptance
