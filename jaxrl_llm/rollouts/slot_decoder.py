@@ -6,6 +6,7 @@ read from where they part. The cache is as long as the texts at work need, in po
 pay for a long context.
 """
 
+import math
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
@@ -102,6 +103,8 @@ class SlotDecoder:
         # What the cache holds of each slot, and when it was last closed.
         self._held: list[list[int]] = [[] for _ in range(slots)]
         self._begun = [False] * slots
+        # Whether what is held gave a log-prob that is a number; what did not is not kept.
+        self._proven = [True] * slots
         self._closed, self._clock, self._idle = [0] * slots, 0, 0
         self._step = self._compiled(slot_step)
         self._read, self._score = self._compiled(read_slot), self._compiled(score_slot)
@@ -173,22 +176,27 @@ class SlotDecoder:
         return len(chunk)
 
     def score(self, slot: int) -> list[float]:
-        """Read a whole text but for its last token, from the beginning; log-probs of all but its first token [nats]."""
+        """Read a chunk of a text, whose beginning is not taken from other texts.
+
+        Returns:
+            log-probs of the token after each of those that were read [nats].
+        """
         text = self.texts[slot]
         assert text is not None
-        self._begun[slot], self._held[slot] = True, []
+        if not self._begun[slot]:
+            self._begun[slot], self._proven[slot], self._held[slot] = True, False, []
+        start = len(self._held[slot])
+        chunk = text[start : min(len(text) - 1, start + LARGEST_CHUNK)]
+        if not chunk:
+            return []
         self._fit(len(text))
-        found: list[float] = []
-        while (start := len(self._held[slot])) < len(text) - 1:
-            chunk = text[start : min(len(text) - 1, start + LARGEST_CHUNK)]
-            width = chunk_width(len(chunk))
-            targets = _padded(text[start + 1 : start + 1 + len(chunk)], width)
-            numbers = (np.int32(len(chunk)), np.int32(start))
-            arguments = (np.int32(slot), _padded(chunk, width), targets, *numbers)
-            log_probs, self._cache = self._score(self._leaves, self._cache, *arguments)
-            found += np.asarray(log_probs)[: len(chunk)].tolist()
-            self._held[slot] += chunk
-        return found
+        width = chunk_width(len(chunk))
+        targets = _padded(text[start + 1 : start + 1 + len(chunk)], width)
+        numbers = (np.int32(len(chunk)), np.int32(start))
+        arguments = (np.int32(slot), _padded(chunk, width), targets, *numbers)
+        log_probs, self._cache = self._score(self._leaves, self._cache, *arguments)
+        self._held[slot] += chunk
+        return np.asarray(log_probs)[: len(chunk)].tolist()
 
     def step(self, draws: Mapping[int, Draw]) -> dict[int, Drawn]:
         """Draw a token in each of these slots, all of whose texts are read but for the last token.
@@ -219,12 +227,15 @@ class SlotDecoder:
                 drawn.top_log_prob[slot],
             )
             text.append(one.token)
+            self._proven[slot] = math.isfinite(one.log_prob)
             found[slot] = one
         return found
 
     def close(self, slot: int) -> None:
-        """Free a slot; what it holds is kept for a text that begins alike."""
+        """Free a slot; what it holds is kept for a text that begins alike, where its last step drew from numbers."""
         self._clock += 1
+        if not self._proven[slot]:
+            self._forget(slot)
         self.texts[slot], self._closed[slot] = None, self._clock
 
     def load(self, model: Transformer) -> None:
@@ -238,7 +249,8 @@ class SlotDecoder:
         if model.config != self.config or structure != self._structure or shapes[0] != shapes[1]:
             raise ValueError(f"the model has the configuration {model.config}; expected {self.config}, without more")
         self._leaves = leaves
-        self._held = [[] for _ in range(self.count)]
+        for slot in range(self.count):
+            self._forget(slot)
 
     def warm_up(self) -> None:
         """Compile what the smallest cache needs, before anybody waits for it."""
@@ -246,7 +258,13 @@ class SlotDecoder:
         self.read(slot)
         self.step({slot: Draw(np.zeros(2, np.uint32), 0)})
         self.close(slot)
-        self._held[slot] = []
+        self._forget(slot)
+
+    def _forget(self, slot: int) -> None:
+        """Hold nothing there, not even behind a text's end: a NaN there would spoil the next text."""
+        number = np.int32(slot)
+        self._cache = self._copy(self._cache, number, number, np.int32(0))
+        self._held[slot], self._proven[slot] = [], True
 
     def _begin(self, slot: int) -> list[int]:
         """The text of a slot, once what others hold of it is there."""
@@ -254,11 +272,11 @@ class SlotDecoder:
         assert text is not None
         if self._begun[slot]:
             return text
-        self._begun[slot] = True
+        self._begun[slot], self._proven[slot] = True, False
         common = [self._common(text[:-1], other) for other in range(self.count)]
         best = max(range(self.count), key=common.__getitem__)
         if common[best] >= common[slot] + SHORTEST_PREFIX:
-            self._cache = self._copy(self._cache, np.int32(best), np.int32(slot))
+            self._cache = self._copy(self._cache, np.int32(best), np.int32(slot), np.int32(common[best]))
             self._held[slot] = self._held[best][: common[best]]
         else:
             self._held[slot] = self._held[slot][: common[slot]]

@@ -157,9 +157,27 @@ def score_slot(
     return found, _with_row(cache, row, slot)
 
 
-def copy_slot(cache: ResponseCache, source: Int[Array, ""], slot: Int[Array, ""]) -> ResponseCache:
-    """The cache with what one slot holds in another one too."""
-    return _with_row(cache, _row(cache, source), slot)
+def copy_slot(
+    cache: ResponseCache, source: Int[Array, ""], slot: Int[Array, ""], length: Int[Array, ""]
+) -> ResponseCache:
+    """The cache with the first tokens of one slot in another one too, and zeros behind them.
+
+    What lies behind a text has the weight 0, which makes nothing of a number and NaN of a NaN.
+
+    Args:
+        cache: a row per slot.
+        source: the slot that is copied.
+        slot: the slot that is written; `source` itself drops what is behind.
+        length: tokens that are kept.
+    """
+    row = _row(cache, source)
+
+    def kept(array: Array, axis: int) -> Array:
+        places = jnp.arange(array.shape[axis]).reshape([-1 if number == axis else 1 for number in range(array.ndim)])
+        return jnp.where(places < length, array, 0)
+
+    keys, values = (tuple(kept(array, axis) for array in arrays) for arrays, axis in ((row.keys, 3), (row.values, 2)))
+    return _with_row(cache, ResponseCache(keys, values), slot)
 
 
 def _row(cache: ResponseCache, slot: Int[Array, ""]) -> ResponseCache:

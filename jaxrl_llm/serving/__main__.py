@@ -65,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         key = api_key_of(options)
+        limits = Limits(body_bytes=options.body_bytes, seconds=options.seconds)
         place = bound_socket(options.host, options.port, api_key=key)
         model, tokenizer = load_served(options.source, step=options.step)
         settings = ServerSettings(
@@ -76,13 +77,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             dtype=jnp.dtype(options.dtype),
             chat=options.chat,
             weights=options.weights,
-            limits=Limits(body_bytes=options.body_bytes, seconds=options.seconds),
+            limits=limits,
         )
         service = make_service(model, tokenizer, settings)
+        service.engine.decoder.warm_up()
     except (OSError, RuntimeError, ValueError, ModuleNotFoundError) as error:
         print(f"cannot serve {options.source}: {one_line(error)}", file=sys.stderr)
         return 2
-    service.engine.decoder.warm_up()
     service.engine.start()
     host, port = place.getsockname()[:2]
     print(f"{settings.name} at http://{host}:{port}/v1, {settings.slots} slots", flush=True)

@@ -6,6 +6,7 @@ from typing import Any
 from typing import Protocol
 
 from jaxrl_llm.models.tokenizers import Tokenizer
+from jaxrl_llm.serving.errors import bad
 from jaxrl_llm.serving.generation import Generation
 from jaxrl_llm.serving.generation import Job
 from jaxrl_llm.serving.generation import Piece
@@ -65,6 +66,11 @@ class Reporting:
     def log_prob(self, token: Token) -> float:
         """The one that was asked for [nats]."""
         return token.log_prob_behaviour if self.sampling.processed else token.log_prob
+
+    def require_raw(self, listed: int, param: str) -> None:
+        """Raise if other tokens are listed beside those of the drawing distribution, whose log-probs are not known."""
+        if listed and self.sampling.processed:
+            raise bad(f"{param} is {listed}; with logprobs_mode processed_logprobs expected 0.", param, "unsupported")
 
 
 def usage(jobs: Sequence[Job], choices: Sequence[Choice], *, per_prompt: int) -> dict[str, Any]:

@@ -3,7 +3,10 @@
 import asyncio
 import functools
 import hmac
+import ipaddress
 import logging
+import math
+import threading
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -13,7 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+from llguidance import LLMatcher
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -34,6 +39,7 @@ from jaxrl_llm.serving.errors import APIError
 from jaxrl_llm.serving.errors import bad
 from jaxrl_llm.serving.fields import Fields
 from jaxrl_llm.serving.fields import parsed
+from jaxrl_llm.serving.fields import shown
 from jaxrl_llm.serving.generation import Job
 from jaxrl_llm.serving.http import CLIENT_GONE
 from jaxrl_llm.serving.http import EventStream
@@ -43,6 +49,9 @@ from jaxrl_llm.serving.http import error_response
 from jaxrl_llm.serving.http import event
 from jaxrl_llm.serving.http import unless_gone
 from jaxrl_llm.serving.served import load_served
+
+BODIES = 64
+"""Bodies that may be on their way at a time, each as large as `Limits` allow."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,15 @@ class Limits:
     body_bytes: int = 4 << 20
     body_seconds: float = 30.0
     seconds: float = 600.0
+
+    def __post_init__(self) -> None:
+        """Raise a ValueError for bounds that are none."""
+        if self.body_bytes < 1:
+            raise ValueError(f"body_bytes is {self.body_bytes}; expected at least 1.")
+        for name in ("body_seconds", "seconds"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}; expected more than 0, and an end.")
 
 
 class Service:
@@ -87,7 +105,7 @@ class Service:
         self.engine, self.name, self.chat, self.limits = engine, name, chat, limits
         self._end_ids, self._key = end_ids, api_key
         self._weights = None if weights is None else weights.resolve()
-        self._created = int(time.time())
+        self._created, self._loading, self._bodies = int(time.time()), threading.Lock(), 0
 
     def app(self) -> Starlette:
         """The ASGI application."""
@@ -139,6 +157,7 @@ class Service:
 
     def _require_key(self, request: Request) -> None:
         if self._key is None:
+            _require_local(request)
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         same = hmac.compare_digest(given.strip().encode(), self._key.encode())
@@ -146,7 +165,13 @@ class Service:
             raise APIError(401, "the API key is missing or wrong.", code="invalid_api_key")
 
     async def _body(self, request: Request) -> dict[str, Any]:
-        found = await body_of(request, limit=self.limits.body_bytes, seconds=self.limits.body_seconds)
+        if self._bodies >= BODIES:
+            raise APIError(503, f"{BODIES} bodies are on their way.", code="too_many", retry_after=1)
+        self._bodies += 1
+        try:
+            found = await body_of(request, limit=self.limits.body_bytes, seconds=self.limits.body_seconds)
+        finally:
+            self._bodies -= 1
         return parsed(found)
 
     def _require_model(self, name: Any) -> None:
@@ -160,30 +185,40 @@ class Service:
 
     async def completions(self, request: Request) -> Response:
         """POST /v1/completions."""
-        body = await self._body(request)
-        self._require_model(body.get("model"))
-        return await self._answered(request, await asyncio.to_thread(self._completion_form, body))
+        return await self._generated(request, self._completion_form)
 
     async def chat_completions(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
-        body = await self._body(request)
-        self._require_model(body.get("model"))
-        return await self._answered(request, await asyncio.to_thread(self._chat_form, body))
+        return await self._generated(request, self._chat_form)
+
+    async def _generated(self, request: Request, make: Callable[[dict[str, Any]], Form]) -> Response:
+        """The answer of a request, all of which must end in its time, whatever the engine does."""
+        begun = time.monotonic()
+        try:
+            # A moment later than the engine, which can say more.
+            async with asyncio.timeout(self.limits.seconds + 1):
+                body = await self._body(request)
+                self._require_model(body.get("model"))
+                form, matcher = await asyncio.to_thread(self._checked, make, body)
+                return await self._answered(request, form, matcher, begun)
+        except TimeoutError:
+            raise APIError(504, f"the answer took longer than {self.limits.seconds:g} s.", code="timeout") from None
 
     def _sizes(self) -> dict[str, Any]:
         decoder = self.engine.decoder
         return {"end_ids": self._end_ids, "vocab_size": decoder.config.vocab_size, "context": decoder.context}
 
     def _completion_form(self, body: dict[str, Any]) -> Form:
-        return self._checked(CompletionForm(body, self.engine.tokenizer, **self._sizes()))
+        return CompletionForm(body, self.engine.tokenizer, **self._sizes())
 
     def _chat_form(self, body: dict[str, Any]) -> Form:
         if self.chat is None:
             raise bad("this model has no chat; ask /v1/completions, or start the server with --chat.", code="no_chat")
-        return self._checked(ChatForm(body, self.chat, self.engine.tokenizer, **self._sizes()))
+        return ChatForm(body, self.chat, self.engine.tokenizer, **self._sizes())
 
-    def _checked(self, form: Form) -> Form:
-        """A form that the engine can take, before it waits for a slot."""
+    def _checked(self, make: Callable[[dict[str, Any]], Form], body: dict[str, Any]) -> tuple[Form, LLMatcher | None]:
+        """A form that the engine can take, and the matcher of its grammar, before it waits for a slot."""
+        form = make(body)
         for asked in form.generations[:: form.sampling.count]:
             try:
                 self.engine.decoder.check(asked.prompt)
@@ -193,15 +228,21 @@ class Service:
                 raise bad(f"the prompt cannot be answered: {error}.", "prompt", code) from None
         grammar = form.generations[0].grammar
         try:
-            self.engine.masker.matcher(grammar)  # compiled here, where it delays nobody else
+            return form, self.engine.masker.matcher(grammar)  # compiled here, where it delays nobody else
         except ValueError as error:
             raise bad(one_line(error), "response_format", "schema_not_supported") from None
-        return form
 
-    async def _answered(self, request: Request, form: Form) -> Response:
+    async def _answered(self, request: Request, form: Form, matcher: LLMatcher | None, begun: float) -> Response:
         inbox = Inbox(len(form.generations))
         jobs = [
-            Job(asked, self.engine.tokenizer, functools.partial(inbox.deliver, index), seconds=self.limits.seconds)
+            Job(
+                asked,
+                self.engine.tokenizer,
+                functools.partial(inbox.deliver, index),
+                seconds=self.limits.seconds,
+                begun=begun,
+                matcher=None if matcher is None else matcher.deep_copy(),
+            )
             for index, asked in enumerate(form.generations)
         ]
         self.engine.submit(jobs)
@@ -209,8 +250,8 @@ class Service:
         choices = [form.choice(index) for index in range(len(jobs))]
         if form.sampling.stream:
             events = self._events(form, inbox, jobs, choices, head)
-            ended = functools.partial(self._count, request.url.path)
-            return EventStream(events, seconds=self.limits.seconds + 1, ended=ended)
+            left = max(begun + self.limits.seconds + 1 - time.monotonic(), 0)
+            return EventStream(events, seconds=left, ended=functools.partial(self._streamed, request.url.path, jobs))
         try:
             await unless_gone(request.receive, _gathered(inbox, jobs, choices))
         finally:
@@ -242,8 +283,11 @@ class Service:
             yield event("[DONE]")
         except APIError as error:
             yield event(error.body())
-        finally:
-            self._leave(jobs)
+
+    def _streamed(self, path: str, jobs: Sequence[Job], status: int) -> None:
+        # Not at the end of the events: of those that were never begun nothing would come there.
+        self._leave(jobs)
+        self._count(path, status)
 
     def _leave(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
@@ -286,21 +330,37 @@ class Service:
         fields = Fields(await self._body(request))
         if self._weights is None:
             raise APIError(403, "this server loads no weights; start it with --weights FOLDER.", code="not_allowed")
-        path = (self._weights / fields.text("path")).resolve()
-        if not path.is_relative_to(self._weights):
-            raise APIError(403, f"path must lie in the folder of --weights, got {path}.", param="path")
-        version = fields.integer("version", self.engine.version + 1, 0, 2**53)
-        given = fields.get("step")
-        step = None if given is None else fields.integer("step", 0, 0, 2**53)
+        given = fields.text("path")
+        version, step = (
+            None if fields.get(name) is None else fields.integer(name, 0, 0, 2**53) for name in ("version", "step")
+        )
         fields.require_all_read()
+        taken = await asyncio.to_thread(self._load, self._weights, given, step, version)
+        return JSONResponse({"version": taken, "success": True})
+
+    def _load(self, folder: Path, given: str, step: int | None, version: int | None) -> int:
+        """Read weights and wait until they are taken, in a thread; the version that they got."""
+        # One at a time: each is a whole model beside the one that is served.
+        if not self._loading.acquire(blocking=False):
+            raise APIError(409, "other weights are being read.", code="loading", retry_after=1)
         try:
-            model, tokenizer = await asyncio.to_thread(load_served, str(path), step=step)
+            path = (folder / given).resolve()
+            if not path.is_relative_to(folder):
+                raise APIError(403, f"path must lie in the folder of --weights, got {shown(given)}.", param="path")
+            model, tokenizer = load_served(str(path), step=step)
         except (OSError, RuntimeError, ValueError) as error:
             raise bad(f"the weights cannot be read: {one_line(error)}", "path") from None
-        if tokenizer.vocab_size != self.engine.tokenizer.vocab_size:
-            raise bad("the weights come with another tokenizer than the one that is served.", "path", "other_model")
-        taken = await asyncio.wrap_future(self.engine.load(model, version))
-        return JSONResponse({"version": taken, "success": True})
+        else:
+            if tokenizer.backend.get_vocab() != self.engine.tokenizer.backend.get_vocab():
+                raise bad("the weights come with another tokenizer than the one that is served.", "path", "other_model")
+            taken = self.engine.load(model, version)
+            try:
+                return taken.result(self.limits.seconds)
+            except TimeoutError:
+                taken.cancel()
+                raise APIError(504, "the engine did not take the weights in time.", code="timeout") from None
+        finally:
+            self._loading.release()
 
     async def metrics(self, request: Request) -> Response:
         """GET /metrics."""
@@ -316,3 +376,16 @@ class Service:
 async def _gathered(inbox: Inbox, jobs: Sequence[Job], choices: Sequence[Choice]) -> None:
     async for index, piece in inbox.pieces():
         choices[index].add(piece, jobs[index])
+
+
+def _require_local(request: Request) -> None:
+    """Keep web pages out where there is no key: they cannot send this type unasked, nor hide their server's name."""
+    host = urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
+    try:
+        local = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = False
+    if not local:
+        raise APIError(403, "a server without a key answers as localhost only.", code="not_allowed")
+    if request.method == "POST" and request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
+        raise APIError(415, "a server without a key wants the content-type application/json.", code="not_allowed")

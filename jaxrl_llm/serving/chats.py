@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import uuid
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from jaxrl_llm.models.chat import Chat
 from jaxrl_llm.models.chat import ChatFormat
 from jaxrl_llm.models.chat_tools import Answer
+from jaxrl_llm.models.chat_tools import ToolCall
 from jaxrl_llm.models.glm_chat import GlmChat
 from jaxrl_llm.models.tokenizers import Tokenizer
 from jaxrl_llm.rollouts.constrained import Grammar
@@ -71,13 +73,16 @@ class ChatForm:
         self.listed = listed if fields.flag("logprobs") else None
         if listed and self.listed is None:
             raise bad("top_logprobs is given without logprobs; set logprobs to true.", "top_logprobs")
+        self.reporting.require_raw(listed, "top_logprobs")
         self.tools = checked_tools(fields.get("tools"))
         schema, called = response_schema(fields), self._must_call(fields.get("tool_choice"))
         # What a grammar holds must come first, so nothing is thought before it.
-        self.thinking = schema is None and not called and self._thinks(fields)
+        thinks = self._thinks(fields)
+        self.thinking = schema is None and not called and thinks
         text = rendered(chat, fields.get("messages"), self.tools, thinking=self.thinking)
         prompt = tuple(tokenizer.encode(text, add_special_tokens=isinstance(chat, ChatFormat)))
-        grammar = self._grammar(schema, called, several=fields.get("parallel_tool_calls") is not False)
+        several = True if fields.get("parallel_tool_calls") is None else fields.flag("parallel_tool_calls")
+        grammar = self._grammar(schema, called, several=several)
         room = max(context - len(prompt), 1)
         older = fields.integer("max_tokens", room, 1, 2**31 - 1)
         max_tokens = fields.integer("max_completion_tokens", older, 1, 2**31 - 1)
@@ -97,7 +102,7 @@ class ChatForm:
         return ChatChoice(index, self)
 
     def _thinks(self, fields: Fields) -> bool:
-        options = Fields(fields.get("chat_template_kwargs") or {}, "chat_template_kwargs")
+        options = fields.inner("chat_template_kwargs")
         thinks = True if options.get("enable_thinking") is None else options.flag("enable_thinking")
         options.require_all_read()
         return thinks
@@ -138,6 +143,8 @@ class ChatChoice:
         self.tokens: list[Token] = []
         self._stream = stream_of(form.chat, form.tools)
         self._answer, self._finish, self._begun = Answer(), None, False
+        # One name for each call of each answer, so that results can be told apart.
+        self._call = f"call_{uuid.uuid4().hex}"
 
     def add(self, piece: Piece, job: Job) -> list[dict[str, Any]]:
         """See `answers.Choice`."""
@@ -158,7 +165,7 @@ class ChatChoice:
         if new.thinking:
             delta["reasoning_content"] = new.thinking
         if new.tool_calls:
-            written = [_written_call(call, calls + place, job) for place, call in enumerate(new.tool_calls)]
+            written = [self._written_call(call, calls + place) for place, call in enumerate(new.tool_calls)]
             delta["tool_calls"] = [{"index": calls + place, **call} for place, call in enumerate(written)]
         return [self._written("delta", delta, piece.tokens, job, first=first)]
 
@@ -170,7 +177,7 @@ class ChatChoice:
             message["reasoning_content"] = answer.thinking
         if answer.tool_calls:
             message["content"] = answer.content or None
-            message["tool_calls"] = [_written_call(call, place, job) for place, call in enumerate(answer.tool_calls)]
+            message["tool_calls"] = [self._written_call(call, place) for place, call in enumerate(answer.tool_calls)]
         return self._written("message", message, self.tokens, job, first=True)
 
     def _written(
@@ -196,9 +203,7 @@ class ChatChoice:
         text = token_text(tokenizer, token, as_id=as_id)
         return {"token": text, "logprob": log_prob, "bytes": list(token_bytes(tokenizer, token))}
 
-
-def _written_call(call: Any, place: int, job: Job) -> dict[str, Any]:
-    # One name for each call of each answer, so that results can be told apart.
-    name = f"call_{job.asked.seed[0]:08x}{job.asked.seed[1]:08x}_{place}"
-    arguments = json.dumps(dict(call.arguments), ensure_ascii=False)
-    return {"id": name, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+    def _written_call(self, call: ToolCall, place: int) -> dict[str, Any]:
+        arguments = json.dumps(dict(call.arguments), ensure_ascii=False)
+        called = {"name": call.name, "arguments": arguments}
+        return {"id": f"{self._call}_{place}", "type": "function", "function": called}

@@ -16,7 +16,8 @@ from jaxrl_llm.serving.generation import Piece
 from jaxrl_llm.serving.generation import Token
 from jaxrl_llm.serving.sampling_fields import read_sampling
 from jaxrl_llm.serving.structure import response_grammar
-from jaxrl_llm.serving.tokens import token_text
+from jaxrl_llm.serving.text_stream import TextStream
+from jaxrl_llm.serving.tokens import token_name
 
 MOST_PROMPTS = 256
 """Of one request."""
@@ -51,6 +52,7 @@ class CompletionForm:
         fields.only("suffix", "")
         self.echo, self.reporting = fields.flag("echo"), Reporting(tokenizer, self.sampling)
         self.listed = None if fields.get("logprobs") is None else fields.integer("logprobs", 0, 0, MOST_LISTED)
+        self.reporting.require_raw(self.listed or 0, "logprobs")
         add_special_tokens = True if fields.get("add_special_tokens") is None else fields.flag("add_special_tokens")
         prompts = _prompts(fields.get("prompt"), tokenizer, add_special_tokens)
         max_tokens = fields.integer("max_tokens", DEFAULT_TOKENS, 1, 2**31 - 1)
@@ -112,23 +114,24 @@ class CompletionChoice:
     def _log_probs(self, tokens: Sequence[Token], echoed: Job | None) -> dict[str, list[Any]]:
         found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
-        def write(token: int, log_prob: float | None, top: Sequence[tuple[int, float]]) -> None:
+        def write(token: int, text: str, log_prob: float | None, top: Sequence[tuple[int, float]]) -> None:
             listed = None if log_prob is None else {self._name(one): value for one, value in [*top, (token, log_prob)]}
             row = (self._name(token), log_prob, listed, self._offset)
             for values, value in zip(found.values(), row, strict=True):
                 values.append(value)
-            self._offset += len(token_text(self._form.reporting.tokenizer, token, as_id=False))
+            self._offset += len(text)
 
         if echoed is not None:
-            scores = [None, *(echoed.prompt_log_probs or ())]
-            for token, score in zip(echoed.asked.prompt, scores, strict=True):
-                write(token, score, ())
+            texts = TextStream(self._form.reporting.tokenizer)
+            for token, score in zip(echoed.asked.prompt, [None, *echoed.prompt_log_probs], strict=True):
+                write(token, texts.feed(token), score, ())
+            self._offset += len(texts.finish())
         for token in tokens:
-            write(token.id, self._form.reporting.log_prob(token), token.top)
+            write(token.id, token.text, self._form.reporting.log_prob(token), token.top)
         return found
 
     def _name(self, token: int) -> str:
-        return token_text(self._form.reporting.tokenizer, token, as_id=self._form.sampling.ids_as_tokens)
+        return token_name(self._form.reporting.tokenizer, token, as_id=self._form.sampling.ids_as_tokens)
 
 
 def _prompts(given: Any, tokenizer: Tokenizer, add_special_tokens: bool) -> list[tuple[int, ...]]:

@@ -5,6 +5,7 @@ reads at most a chunk's worth of prompts, and draws one token in every slot that
 others by one chunk at a time.
 """
 
+import logging
 import math
 import threading
 import time
@@ -19,6 +20,7 @@ from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.rollouts.chunks import LARGEST_CHUNK
 from jaxrl_llm.rollouts.constrained import TokenMasker
 from jaxrl_llm.rollouts.slot_decoder import Draw
+from jaxrl_llm.rollouts.slot_decoder import Drawn
 from jaxrl_llm.rollouts.slot_decoder import SlotDecoder
 from jaxrl_llm.serving.errors import APIError
 from jaxrl_llm.serving.generation import Job
@@ -38,7 +40,7 @@ class Engine:
 
     Attributes:
         version: of the weights; 0 for those that it started with.
-        failed: why it stopped by itself; None while it works.
+        failed: why it stopped by itself, for the log only; empty while it works.
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class Engine:
         # In the order of their arrival: prompts are read one after another.
         self._reading: deque[int] = deque()
         self._gone: set[Job] = set()
-        self._weights: deque[tuple[Transformer, int, Future[int]]] = deque()
+        self._weights: deque[tuple[Transformer, int | None, Future[int]]] = deque()
         self._wake = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="slots", daemon=True)
@@ -83,9 +85,14 @@ class Engine:
         Raises:
             APIError: the queue has no room for them, or the engine has stopped.
         """
+        most = self._limit + self.decoder.count
+        if len(jobs) > most:
+            raise APIError(
+                400, f"{len(jobs)} answers are asked for; expected at most {most} at a time.", code="too_many"
+            )
         with self._wake:
             if self._stopping or self.failed:
-                raise APIError(503, f"the engine has stopped{self.failed and f': {self.failed}'}.", code="stopped")
+                raise _stopped()
             free = self.decoder.count - len(self._working)
             if len(self._waiting) + len(jobs) > self._limit + free:
                 raise APIError(
@@ -105,10 +112,20 @@ class Engine:
                 self._gone.add(job)
                 self._wake.notify()
 
-    def load(self, model: Transformer, version: int) -> "Future[int]":
-        """Go on with these weights from the next step on; the result is their version."""
+    def load(self, model: Transformer, version: int | None = None) -> "Future[int]":
+        """Go on with these weights from the next step on; the result is their version.
+
+        Args:
+            model: of the same structure.
+            version: larger than that of the weights before; None: the next one.
+
+        Raises:
+            APIError: the engine has stopped; by the result, that the weights cannot be taken.
+        """
         done: Future[int] = Future()
         with self._wake:
+            if self._stopping or self.failed:
+                raise _stopped()
             self._weights.append((model, version, done))
             self._wake.notify()
         return done
@@ -119,15 +136,17 @@ class Engine:
                 pass
         except Exception as error:  # whatever it is, clients are told instead of waiting for ever
             self.failed = one_line(error) or type(error).__name__
-            raise
+            logging.getLogger(__name__).exception("the engine has stopped")
         finally:
             with self._wake:
                 self._stopping = True
-                left = [*self._waiting, *self._working.values()]
+                left, weights = [*self._waiting, *self._working.values()], [*self._weights]
+                self._weights.clear()
             for job in left:
-                job.fail(APIError(503, f"the engine has stopped{self.failed and f': {self.failed}'}.", code="stopped"))
-            for _, _, done in self._weights:
-                done.cancel()
+                job.fail(_stopped())
+            for _, _, done in weights:
+                if done.set_running_or_notify_cancel():
+                    done.set_exception(_stopped())
 
     def _turn(self) -> bool:
         with self._wake:
@@ -172,25 +191,41 @@ class Engine:
     def _swap(self) -> None:
         while self._weights:
             model, version, done = self._weights.popleft()
+            if not done.set_running_or_notify_cancel():
+                continue
             try:
+                version = self.version + 1 if version is None else version
+                if version <= self.version:
+                    raise APIError(
+                        409,
+                        f"version is {version}; expected more than {self.version}, that of the weights here.",
+                        param="version",
+                    )
                 self.decoder.load(model)
+            except APIError as error:
+                done.set_exception(error)
             except ValueError as error:
                 done.set_exception(APIError(400, f"the weights do not fit: {error}", code="other_model"))
-                continue
-            self.version = version
-            self.metrics.weights_version.set(version)
-            self._reading = deque(self._working)
-            done.set_result(version)
+            except Exception:  # no memory for them, say: whoever sent them is told, and the old ones go on
+                logging.getLogger(__name__).exception("weights were not taken")
+                done.set_exception(APIError(500, "the weights were not taken; the log says why.", code="failed"))
+            else:
+                self.version = version
+                self.metrics.weights_version.set(version)
+                self._reading = deque(self._working)
+                done.set_result(version)
 
     def _fill(self) -> None:
         while len(self._working) < self.decoder.count:
             with self._wake:
                 if not self._waiting:
                     return
-                job = self._waiting.popleft()
-            slot = job.slot = self.decoder.open(job.asked.prompt)
-            self._rows.replace(slot, job.asked.grammar)
+                job = self._waiting[0]  # until it has a slot, so that it is told if this fails
+            slot = self.decoder.open(job.asked.prompt)
             self._working[slot] = job
+            with self._wake:
+                self._waiting.popleft()
+            self._rows.replace(slot, job.matcher)
             self._reading.append(slot)
             self.metrics.prompt_tokens.inc(len(job.asked.prompt))
 
@@ -200,9 +235,12 @@ class Engine:
         while self._reading and left > 0:
             slot = self._reading[0]
             job = self._working[slot]
-            if job.asked.score_prompt and job.prompt_log_probs is None:
-                job.prompt_log_probs = self.decoder.score(slot)
-                count, job.reused = len(job.asked.prompt), 0
+            if job.asked.score_prompt and not job.count:
+                # After new weights it begins anew.
+                start = len(job.asked.prompt) - 1 - self.decoder.unread(slot)
+                scores = self.decoder.score(slot)
+                job.prompt_log_probs[start:] = scores
+                count, job.reused = len(scores), 0
             else:
                 waiting = self.decoder.unread(slot)
                 count = self.decoder.read(slot)
@@ -239,11 +277,20 @@ class Engine:
             if math.isnan(one.log_prob):
                 job.fail(APIError(500, "the model's logits are no distribution.", code="not_finite"))
             else:
-                job.take(one, self.version, room=self.decoder.context - len(self.decoder.texts[slot] or ()))
+                self._take(slot, job, one)
             if job.ended:
                 self._free(slot)
-            elif job.asked.grammar is not None:
-                self._rows.advance(slot, one.token)
+
+    def _take(self, slot: int, job: Job, drawn: Drawn) -> None:
+        if job.asked.grammar is not None:
+            try:
+                self._rows.advance(slot, drawn.token)
+            except ValueError as error:  # of one answer, and no reason to end the others
+                job.fail(APIError(500, one_line(error), code="grammar_failed"))
+                return
+        room = self.decoder.context - len(self.decoder.texts[slot] or ())
+        # A grammar may end where the request itself has no end token: nothing can follow.
+        job.take(drawn, self.version, room=room, ended=self._rows.is_finished(slot))
 
     def _masks(self, ready: list[int]) -> dict[int, UInt32[np.ndarray, " W"]]:
         """Which tokens the grammars allow; a grammar that fails ends its job."""
@@ -260,3 +307,7 @@ class Engine:
                 self._free(slot)
         self.metrics.mask.observe(time.monotonic() - begun)
         return found
+
+
+def _stopped() -> APIError:
+    return APIError(503, "the engine has stopped; the server's log says why.", code="stopped")

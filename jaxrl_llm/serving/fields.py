@@ -2,11 +2,14 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from jaxrl_llm.serving.errors import bad
 
+HALF = re.compile(r"\\u[dD][89a-fA-F]")
+"""Where half of a surrogate pair may be written."""
 LONGEST_SHOWN = 80
 """Characters of a client's value that a sentence shows."""
 
@@ -18,7 +21,12 @@ def parsed(body: bytes) -> dict[str, Any]:
         APIError: it is none.
     """
     try:
-        value = json.loads(body, parse_constant=_refuse)
+        text = body.decode("utf-8-sig")
+        value = json.loads(text, parse_constant=_refuse)
+        if HALF.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise bad("the body has half of a surrogate pair in it; expected Unicode.", code="malformed") from None
     except (ValueError, RecursionError) as error:
         raise bad(f"the body is no JSON ({error}).", code="malformed") from None
     if not isinstance(value, dict):
@@ -104,6 +112,13 @@ class Fields:
                 raise bad(f"{self.name(field)} has {shown(number)}; expected whole numbers in {low} .. {high}.", field)
         return tuple(found)
 
+    def inner(self, field: str) -> "Fields":
+        """The fields of a field that is an object, none by default."""
+        value = self.get(field)
+        if value is not None and not isinstance(value, dict):
+            raise bad(f"{self.name(field)} is {shown(value)}; expected a JSON object.", field)
+        return Fields(value or {}, self.name(field))
+
     def only(self, field: str, *allowed: Any) -> None:
         """Raise unless a field that is not supported is not given, or has a value that changes nothing."""
         value = self.get(field)
@@ -123,7 +138,8 @@ class Fields:
         """Raise if there is a field that nobody knows."""
         unknown = sorted(set(self._values) - self._read)
         if unknown:
-            raise bad(f"{self.name(unknown[0])} is no field that this server knows.", unknown[0], "unknown_field")
+            name = unknown[0][:LONGEST_SHOWN]
+            raise bad(f"{self.name(name)} is no field that this server knows.", name, "unknown_field")
 
     def _typed(self, field: str, default: Any, fits, expected: str) -> Any:
         value = self.get(field)

@@ -1,11 +1,13 @@
 """One answer that is being generated: what was asked for, and what there is of it."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
+from llguidance import LLMatcher
 
 from jaxrl_llm.models.tokenizers import Tokenizer
 from jaxrl_llm.rollouts.constrained import Grammar
@@ -93,47 +95,56 @@ class Job:
         tokenizer: of the model.
         deliver: is given each piece.
         seconds: that it may take, its wait for a slot included.
+        begun: when its request came, on `time.monotonic`'s clock; None: now.
+        matcher: of its grammar, at the beginning.
 
     Attributes:
-        slot: where it is decoded; None while it waits.
-        prompt_log_probs: of the prompt's tokens but the first, once they are known.
+        prompt_log_probs: of the prompt's tokens but the first, as they are scored.
         reused: tokens of the prompt that a slot held already; None until it is read.
         ended: nothing more will come.
     """
 
     def __init__(
-        self, generation: Generation, tokenizer: Tokenizer, deliver: Callable[[Piece], None], *, seconds: float
+        self,
+        generation: Generation,
+        tokenizer: Tokenizer,
+        deliver: Callable[[Piece], None],
+        *,
+        seconds: float,
+        begun: float | None = None,
+        matcher: LLMatcher | None = None,
     ) -> None:
-        self.asked, self._deliver = generation, deliver
-        self.begun = time.monotonic()
+        self.asked, self._deliver, self.matcher = generation, deliver, matcher
+        self.begun = time.monotonic() if begun is None else begun
         self.deadline = self.begun + seconds
-        self.slot: int | None = None
-        self.prompt_log_probs: list[float] | None = None
+        self.prompt_log_probs: list[float] = []
         self.reused: int | None = None
         self.count = 0
         self.ended = False
         self._text = TextStream(tokenizer, generation.stop, skip_special_tokens=generation.skip_special_tokens)
 
-    def take(self, drawn: Drawn, version: int, *, room: int) -> None:
+    def take(self, drawn: Drawn, version: int, *, room: int, ended: bool = False) -> None:
         """A token was drawn.
 
         Args:
             drawn: the token.
             version: of the weights that drew it.
             room: tokens that the slot still has room for.
+            ended: whether its grammar ended with it.
         """
         self.count += 1
-        ends = drawn.token in self.asked.end_ids
+        ends = ended or drawn.token in self.asked.end_ids
         text = "" if ends else self._text.feed(drawn.token)
         finish: FinishReason | None = None
         if ends or self._text.stopped:
             finish = "stop"
         elif self.count >= self.asked.max_tokens or room <= 0:
             finish = "length"
-        top = zip(drawn.top_tokens.tolist(), drawn.top_log_prob.tolist(), strict=True) if self.asked.listed else ()
-        token = Token(
-            drawn.token, text, drawn.log_prob, drawn.log_prob_behaviour, tuple(top)[: self.asked.listed], version
-        )
+        listed = slice(self.asked.listed)
+        pairs = zip(drawn.top_tokens[listed].tolist(), drawn.top_log_prob[listed].tolist(), strict=True)
+        # A grammar may allow fewer tokens than are to be listed.
+        top = tuple((one, value) for one, value in pairs if value > -math.inf)
+        token = Token(drawn.token, text, drawn.log_prob, drawn.log_prob_behaviour, top, version)
         self._send(Piece(text + self._text.finish() if finish else text, (token,), finish))
 
     def fail(self, error: APIError) -> None:

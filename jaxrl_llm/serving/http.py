@@ -56,15 +56,19 @@ class Inbox:
             await self._ready.wait()
             self._ready.clear()
             joined: dict[int, Piece] = {}
-            while self._pieces:
+            error: APIError | None = None
+            while self._pieces and error is None:
                 index, new = self._pieces.popleft()
                 if new.error is not None:
-                    raise new.error
+                    error = new.error
+                    continue
                 before = joined.get(index, Piece())
                 joined[index] = Piece(before.text + new.text, before.tokens + new.tokens, new.finish)
             for index, piece in joined.items():
                 self._open -= piece.finish is not None
                 yield index, piece
+            if error is not None:
+                raise error
 
 
 class EventStream(Response):
@@ -93,8 +97,8 @@ class EventStream(Response):
             self._ended(status)
 
     async def _sent(self, send: Send) -> int:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async for event in self._events:
                 await send({"type": "http.response.body", "body": event, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -106,7 +110,9 @@ class EventStream(Response):
 
 def event(content: Any) -> bytes:
     """One server-sent event."""
-    text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    text = content
+    if not isinstance(content, str):
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return f"data: {text}\n\n".encode()
 
 

@@ -11,6 +11,7 @@ from jaxrl_llm.models.chat import TemplateChat
 from jaxrl_llm.models.chat_tools import Answer
 from jaxrl_llm.models.chat_tools import Fault
 from jaxrl_llm.models.chat_tools import ToolCall
+from jaxrl_llm.models.chat_tools import strict_json
 from jaxrl_llm.models.chat_tools import tool_schemas
 from jaxrl_llm.models.files import one_line
 from jaxrl_llm.models.glm_answers import AnswerStream
@@ -42,8 +43,8 @@ class Stream(Protocol):
 
 
 def knows_tools(chat: Chat) -> bool:
-    """Whether the chat writes tools, calls and results itself."""
-    return isinstance(chat, GlmChat) or (isinstance(chat, TemplateChat) and "tools" in chat.template)
+    """Whether the chat writes tools, calls and results itself, with calls that can be read back here."""
+    return isinstance(chat, GlmChat) or (isinstance(chat, TemplateChat) and OPEN in chat.template)
 
 
 def rendered(chat: Chat, messages: Any, tools: Sequence[Mapping[str, Any]], *, thinking: bool) -> str:
@@ -136,7 +137,7 @@ class CallStream:
 
     def _call(self, text: str) -> Answer:
         try:
-            call = json.loads(text)
+            call = strict_json(text)
             name, arguments = call["name"], call.get("arguments", {})
             if not isinstance(arguments, dict) or name not in self._names:
                 raise ValueError(name)
@@ -171,14 +172,18 @@ def checked_tools(given: Any) -> list[dict[str, Any]]:
 
 
 def _turn(message: Any, place: str, native: bool) -> dict[str, Any]:
-    if not isinstance(message, dict) or message.get("role") not in ROLES:
+    role = message.get("role") if isinstance(message, dict) else None
+    if not isinstance(message, dict) or not isinstance(role, str) or role not in ROLES:
         role = message.get("role") if isinstance(message, dict) else message
         raise bad(f"{place} has the role {shown(role)}; expected one of {', '.join(ROLES)}.", "messages")
     known = {"role", "content", "tool_calls", "tool_call_id", "reasoning_content", *SILENT}
     if unknown := sorted(set(message) - known):
         raise bad(f"{place} has the key {unknown[0]!r:.80}, which this server does not know.", "messages")
     role, content = ROLES[message["role"]], _content(message.get("content"), place)
-    calls = [_call(call, place) for call in message.get("tool_calls") or ()] if role == "assistant" else []
+    calls = message.get("tool_calls") or []
+    if not isinstance(calls, list):
+        raise bad(f"{place} has the tool_calls {shown(calls)}; expected a list.", "messages")
+    calls = [_call(call, place) for call in calls] if role == "assistant" else []
     if native:
         turn: dict[str, Any] = {"role": role, "content": content}
         if calls:
@@ -214,7 +219,7 @@ def _call(call: Any, place: str) -> dict[str, Any]:
         raise bad(f"{place} has a call without a function and its name.", "messages")
     arguments = function.get("arguments") or "{}"
     try:
-        decoded = json.loads(arguments) if isinstance(arguments, str) else arguments
+        decoded = strict_json(arguments) if isinstance(arguments, str) else arguments
     except (ValueError, RecursionError):
         decoded = None
     if not isinstance(decoded, dict):

@@ -128,7 +128,7 @@ def read_sampling(fields: Fields, *, end_ids: tuple[int, ...], vocab_size: int) 
     count = fields.integer("n", 1, 1, MOST_ANSWERS)
     fields.only("best_of", count)
     skip = fields.get("skip_special_tokens")
-    options = Fields(_object(fields, "stream_options"), "stream_options")
+    options = fields.inner("stream_options")
     usage = options.flag("include_usage")
     options.ignore("include_obfuscation")
     options.require_all_read()
@@ -146,12 +146,3 @@ def read_sampling(fields: Fields, *, end_ids: tuple[int, ...], vocab_size: int) 
         stream=fields.flag("stream"),
         usage=usage,
     )
-
-
-def _object(fields: Fields, name: str) -> dict[str, Any]:
-    value = fields.get(name)
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise bad(f"{fields.name(name)} is {value!r:.80}; expected a JSON object.", name)
-    return value

@@ -24,6 +24,8 @@ from jaxrl_llm.serving.served import end_ids_of
 
 LARGEST_CONTEXT = 4096
 """Tokens of prompt and answer where nobody asks for more."""
+SMALLEST_CONTEXT = 16
+"""Tokens; with fewer there is nothing to ask."""
 CONNECTIONS = 1024
 """Open connections; one more is answered with 503."""
 
@@ -56,6 +58,15 @@ class ServerSettings:
     limits: Limits = field(default_factory=Limits)
     warm: bool = True
 
+    def __post_init__(self) -> None:
+        """Raise a ValueError for settings that cannot be."""
+        if self.api_key == "":
+            raise ValueError("api_key is empty; expected a key, or None for none.")
+        for name, low in (("slots", 1), ("context", SMALLEST_CONTEXT), ("queue", 0)):
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ValueError(f"{name} is {value}; expected at least {low}.")
+
 
 def bound_socket(host: str, port: int, *, api_key: str | None) -> socket.socket:
     """A listening place, taken before a model is loaded.
@@ -68,11 +79,13 @@ def bound_socket(host: str, port: int, *, api_key: str | None) -> socket.socket:
     Raises:
         ValueError: an address that others can reach, without a key; or one that cannot be had.
     """
+    if not 0 <= port < 1 << 16:
+        raise ValueError(f"port is {port}; expected 0 .. 65535.")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
         raise ValueError(f"host is {host!r}, which is no address here ({error.strerror or error}).") from None
-    if api_key is None and not ip_address(str(address[0])).is_loopback:
+    if not api_key and not ip_address(str(address[0])).is_loopback:
         raise ValueError(f"host is {host!r}, which others can reach; give the server an API key (--api-key-file).")
     place = socket.socket(family, socket.SOCK_STREAM)
     place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

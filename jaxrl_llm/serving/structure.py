@@ -1,5 +1,6 @@
 """Which grammar an answer is held to: `response_format`, tools that must be called, or either of both."""
 
+import functools
 import json
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -10,9 +11,9 @@ from jaxrl_llm.rollouts.constrained import Grammar
 from jaxrl_llm.serving.errors import bad
 from jaxrl_llm.serving.fields import Fields
 from jaxrl_llm.serving.fields import shown
+from jaxrl_llm.serving.glm_calls import glm_call_rules
+from jaxrl_llm.serving.glm_calls import json_rule
 
-FORM = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
-"""One way to write each JSON value, as `Grammar.from_json_schema` has it."""
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
 
@@ -29,20 +30,23 @@ def response_schema(fields: Fields) -> dict[str, Any] | None:
         raise bad(f"response_format is {shown(given)}; expected a JSON object.", "response_format")
     inner = Fields(given, "response_format")
     kind = inner.text("type")
-    if kind == "text":
-        return None
-    if kind == "json_object":
-        return {"type": "object"}
+    if kind in ("text", "json_object"):
+        inner.require_all_read()
+        return None if kind == "text" else {"type": "object"}
     if kind != "json_schema":
         raise bad(
             f"response_format.type is {kind!r:.80}; expected text, json_object or json_schema.", "response_format"
         )
-    described = inner.get("json_schema")
-    if not isinstance(described, dict) or not isinstance(described.get("schema"), dict):
+    described = inner.inner("json_schema")
+    inner.require_all_read()
+    schema = described.get("schema")
+    if not isinstance(schema, dict):
         raise bad(
             "response_format.json_schema has no schema; expected an object with name and schema.", "response_format"
         )
-    return described["schema"]
+    described.ignore("name", "description", "strict")
+    described.require_all_read()
+    return schema
 
 
 def response_grammar(fields: Fields) -> Grammar | None:
@@ -86,8 +90,8 @@ def call_grammar(
     rules = [f"start: calls{' | answer' if schema is not None else ''}"]
     if schema is not None:
         schema_grammar(schema, "response_format")
-        rules.append(f"answer: {_json(schema)}")
-    opened, closed = (_tag(tag, tokenizer) for tag in (OPEN, CLOSE))
+        rules.append(f"answer: {json_rule(schema)}")
+    opened, closed = (tag_rule(tokenizer, tag) for tag in (OPEN, CLOSE))
     rules.append('calls: call ("\\n" call)*' if several else "calls: call")
     rules.append(f"call: {opened} ({' | '.join(f'tool_{number}' for number in range(len(tools)))}) {closed}")
     for number, tool in enumerate(tools):
@@ -95,41 +99,18 @@ def call_grammar(
         parameters = {"additionalProperties": False, **function.get("parameters", {"type": "object", "properties": {}})}
         schema_grammar(parameters, "tools")
         if glm:
-            rules += _glm_rules(number, function["name"], parameters, tokenizer)
+            rules += glm_call_rules(number, function["name"], parameters, functools.partial(tag_rule, tokenizer))
         else:
             name = json.dumps(f'{{"name": {json.dumps(function["name"])}, "arguments": ')
             rules.append(f'tool_{number}: "\\n" {name} tool_{number}_arguments "}}" "\\n"')
-            rules.append(f"tool_{number}_arguments: {_json(parameters)}")
+            rules.append(f"tool_{number}_arguments: {json_rule(parameters)}")
     try:
         return Grammar.from_lark("\n".join(rules))
     except ValueError as error:
         raise bad(f"tools: {error}", "tools", "schema_not_supported") from None
 
 
-def _glm_rules(number: int, name: str, parameters: Mapping[str, Any], tokenizer: Tokenizer) -> list[str]:
-    """`name`, then a key and a value on a line each; a value that is a text is written without quotes."""
-    key, key_end, value, value_end = (
-        _tag(tag, tokenizer) for tag in ("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
-    )
-    properties, required = parameters.get("properties", {}), parameters.get("required", ())
-    shared = {field: parameters[field] for field in ("$defs", "definitions") if field in parameters}
-    order, rules = [], []
-    for place, (argument, schema) in enumerate(properties.items()):
-        rule = f"tool_{number}_{place}"
-        text = isinstance(schema, Mapping) and schema.get("type") == "string" and "enum" not in schema
-        written = "/[^<]*/" if text else _json({**schema, **shared})
-        rules.append(f"{rule}_value: {written}")
-        parts = (key, json.dumps(argument), key_end, '"\\n"', value, f"{rule}_value", value_end, '"\\n"')
-        rules.append(f"{rule}: {' '.join(parts)}")
-        order.append(rule if argument in required else f"{rule}?")
-    return [f'tool_{number}: {json.dumps(name)} "\\n" {" ".join(order)}', *rules]
-
-
-def _json(schema: Mapping[str, Any]) -> str:
-    return f"%json {json.dumps({**schema, 'x-guidance': FORM})}"
-
-
-def _tag(tag: str, tokenizer: Tokenizer) -> str:
+def tag_rule(tokenizer: Tokenizer, tag: str) -> str:
     """A tag as a special token where it is one, else as a text."""
     number = tokenizer.backend.token_to_id(tag)
     added = tokenizer.backend.get_added_tokens_decoder().get(number) if number is not None else None

@@ -6,6 +6,8 @@ from jaxrl_llm.models.tokenizers import Tokenizer
 
 LONGEST_CHARACTER = 4
 """Bytes of a character in UTF-8, each of which may be a token."""
+LONGEST_WINDOW = 64
+"""Tokens that are decoded again while nothing but such bytes comes."""
 UNKNOWN = "\ufffd"
 
 
@@ -27,9 +29,9 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, skip_special_tokens: bool = True) -> None:
         self._tokenizer, self._stop, self._skip = tokenizer, tuple(stop), skip_special_tokens
-        # Tokens from the last that is written out on; those before `_read` are.
+        # The last tokens, how many of them were there when all was written out, and letters of theirs that are out.
         self._window: list[int] = []
-        self._read = 0
+        self._read, self._out = 0, 0
         self._held = ""
         self.stopped = False
 
@@ -43,16 +45,29 @@ class TextStream:
         return self._give(self._decoded(last=True), last=True)
 
     def _decoded(self, *, last: bool) -> str:
-        decode = self._tokenizer.decode
-        before = decode(self._window[: self._read], skip_special_tokens=self._skip)
-        text = decode(self._window, skip_special_tokens=self._skip)
-        waiting = len(self._window) - self._read
-        # A character may lack bytes that come with the next tokens; but bytes that are none come with no token.
-        if text.endswith(UNKNOWN) and waiting < LONGEST_CHARACTER and not last:
-            return ""
-        new = text[len(before) :]
-        self._window, self._read = self._window[self._read :], waiting
+        text = self._text(self._window)
+        # The last bytes may become a character with the next tokens; those before them are what they are.
+        unknown = len(text) - len(text.rstrip(UNKNOWN))
+        end = len(text) - (0 if last else min(unknown, LONGEST_CHARACTER - 1))
+        new, self._out = text[self._out : end], max(self._out, end)
+        if end == len(text):
+            self._cut(self._read)
+            self._read = len(self._window)
+        elif len(self._window) > LONGEST_WINDOW:
+            half = len(self._window) // 2
+            before = self._text(self._window[:half])
+            if len(before) <= self._out and before + self._text(self._window[half:]) == text:
+                self._cut(half)
         return new
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=self._skip)
+
+    def _cut(self, count: int) -> None:
+        """Drop the first tokens of the window, whose text is out."""
+        left = self._window[count:]
+        self._out -= len(self._text(self._window)) - len(self._text(left))
+        self._window, self._read = left, max(self._read - count, 0)
 
     def _give(self, new: str, *, last: bool) -> str:
         if self.stopped:

@@ -23,3 +23,14 @@ def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
 def token_text(tokenizer: Tokenizer, token: int, *, as_id: bool) -> str:
     """A token's text, with U+FFFD for what is no whole character; or "token_id:7"."""
     return f"token_id:{token}" if as_id else token_bytes(tokenizer, token).decode(errors="replace")
+
+
+def token_name(tokenizer: Tokenizer, token: int, *, as_id: bool) -> str:
+    """A token's text, or "bytes:\\x80" where it is none, so that no two bytes have one name; or "token_id:7"."""
+    if as_id:
+        return token_text(tokenizer, token, as_id=True)
+    found = token_bytes(tokenizer, token)
+    try:
+        return found.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found)

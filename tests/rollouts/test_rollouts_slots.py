@@ -240,6 +240,44 @@ def test_other_weights_are_used_from_the_next_step_on_as_if_all_had_been_read_wi
         decoder.load(made(experts=EXPERTS))
 
 
+@pytest.mark.parametrize("drawn_from", [True, False])
+def test_a_slot_keeps_no_nan_for_the_texts_after_it(drawn_from):
+    """Neither those that were drawn from nor those that were closed before: 0 * NaN is NaN behind a shorter text."""
+    good, broken = made(), made()
+    broken.embedding[5] *= np.nan
+    decoder = SlotDecoder(good, slots=2, context=CONTEXT)
+    expected = decode(decoder, decoder.open([1] * 3), 1)[0].log_prob
+    forget(decoder)
+    decoder.load(broken)
+    slot = decoder.open([*[5] * 3, *prompt(20)])
+    decoder.read(slot)
+    if drawn_from:
+        assert np.isnan(decode(decoder, slot, 1)[0].log_prob)
+    decoder.close(slot)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(decoder._cache))
+    slot = decoder.open([*[5] * 3, *prompt(20)])
+    decoder.read(slot)
+    decoder.load(good)  # with the text at work
+    for _ in range(2):
+        assert np.isfinite(decode(decoder, slot, 1)[0].log_prob)
+        decoder.close(slot)
+        slot = decoder.open([1] * 3)
+    np.testing.assert_allclose(decode(decoder, slot, 1)[0].log_prob, expected, atol=1e-6)
+
+
+def test_what_is_copied_ends_where_the_texts_part():
+    decoder = SlotDecoder(made(), slots=2, context=CONTEXT)
+    text = prompt(40)
+    first = decoder.open(text)
+    decode(decoder, first, 1)
+    second = decoder.open([*text[:20], 1, 1])
+    decoder.read(second)
+    for keys, values in zip(decoder._cache.keys, decoder._cache.values, strict=True):
+        assert not np.asarray(keys)[second, :, :, 21:].any()
+        assert not np.asarray(values)[second, :, 21:].any()
+        np.testing.assert_array_equal(keys[first, :, :, :20], keys[second, :, :, :20])
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
