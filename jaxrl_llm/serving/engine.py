@@ -168,18 +168,19 @@ class Engine:
     def _drop(self, gone: set[Job]) -> None:
         """Free what nobody waits for, and what is late."""
         now = time.monotonic()
-        late = [job for job in (*self._waiting, *self._working.values()) if job.deadline < now and job not in gone]
-        for job in late:
+        late = {job for job in (*self._waiting, *self._working.values()) if job.deadline < now and job not in gone}
+        left = gone | late
+        self.metrics.cancelled.inc(sum(not job.ended for job in gone))
+        with self._wake:
+            self._waiting = deque(job for job in self._waiting if job not in left)
+        for slot, job in list(self._working.items()):
+            if job in left:
+                self._free(slot)
+        for job in late:  # once its place is free for the next attempt
             seconds = job.deadline - job.begun
             job.fail(APIError(504, f"the answer took longer than {seconds:g} s.", code="timeout"))
-        self.metrics.cancelled.inc(sum(not job.ended for job in gone))
-        for job in (*gone, *late):
+        for job in gone:
             job.ended = True
-        with self._wake:
-            self._waiting = deque(job for job in self._waiting if not job.ended)
-        for slot, job in list(self._working.items()):
-            if job.ended:
-                self._free(slot)
 
     def _free(self, slot: int) -> None:
         del self._working[slot]
