@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ACCELERATOR ?=
 # atari-gpl: the tests play its games; nothing that is shipped names or needs it.
-EXTRAS := llm,engines,experiments,control,atari-gpl,test,notebooks$(if $(ACCELERATOR),$(comma)$(ACCELERATOR))
+EXTRAS := llm,engines,serving,experiments,control,atari-gpl,test,notebooks$(if $(ACCELERATOR),$(comma)$(ACCELERATOR))
 comma := ,
 STAMP := $(VENV)/.installed
 # Compiled programs are kept between runs: the second start of anything is several times faster.
@@ -18,7 +18,7 @@ PYTEST := $(BIN)/python -m pytest -q
 # A file stays in one process, so that what its tests share is made once; the longest, the notebooks, goes out first.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help venv run test test-float32 test-slow test-float64 test-sharded test-worlds test-facts test-sandbox fuzz aot aot-cudnn lint checks mutants notebooks bench clean
+.PHONY: help venv run test test-float32 test-slow test-float64 test-sharded test-worlds test-camel test-facts test-sandbox fuzz aot aot-cudnn lint checks mutants notebooks bench clean
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
@@ -46,7 +46,7 @@ test-float32 test-slow test-float64 test-sharded: export JAX_PLATFORMS = cpu
 # 14.2 without, tests/models/test_cache.py 15.5 and 18.3 (two cores of an Intel Xeon, empty cache).
 QUICK := --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters
 test-float32 test-slow test-float64: export XLA_FLAGS := $(XLA_FLAGS) $(QUICK)
-FLOAT32 := tests --ignore tests/exact --ignore tests/sharded --ignore tests/aot --ignore tests/worlds --ignore tests/facts --ignore tests/sandbox
+FLOAT32 := tests --ignore tests/exact --ignore tests/sharded --ignore tests/aot --ignore tests/worlds --ignore tests/camel --ignore tests/facts --ignore tests/sandbox
 test-float32: $(STAMP)
 	$(PYTEST) $(PARALLEL) -m "not slow" $(FLOAT32)
 test-slow: $(STAMP)
@@ -65,6 +65,16 @@ $(WORLDS)/.installed: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target $(WORLDS) \
 		--constraint constraints/py$$($(BIN)/python -c 'import sys; print("%d%d" % sys.version_info[:2])').txt $$($(BIN)/python -c \
 		'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["worlds"])')
+	@touch $@
+
+## test-camel  camel-ai's Workforce as a client of the server (installs camel-ai, 157 MB, into an environment of its own, .venv-camel)
+CAMEL := $(CURDIR)/.venv-camel
+test-camel: $(CAMEL)/.installed
+	JAX_PLATFORMS=cpu $(PYTEST) tests/camel
+$(CAMEL)/.installed: $(STAMP)
+	@# It pins what this project does not, and has only HTTP in common with it.
+	test -x $(CAMEL)/bin/python || $(BIN)/python -m venv $(CAMEL)
+	$(CAMEL)/bin/python -m pip install --quiet --disable-pip-version-check 'camel-ai==0.2.90' 'mcp<2' 'pydantic<=2.12.0' 'psutil<6'
 	@touch $@
 
 ## test-facts  facts about the real world (installs the packages of the extra `facts`, 190 MB, into .venv-facts)

@@ -120,13 +120,24 @@ def argument_value(text: str, schema: Any = None) -> Any:
     if types <= {"string"}:
         return text
     try:
-        value = json.loads(text, parse_float=_finite, parse_constant=_refuse, object_pairs_hook=_unique)
-        # A half of a surrogate pair has no bytes.
-        json.dumps(value, ensure_ascii=False).encode()
+        value = strict_json(text)
     except (ValueError, RecursionError):
         return text
     if isinstance(value, str) or ("string" in types and not _types_of(value) & types):
         return text
+    return value
+
+
+def strict_json(text: str) -> Any:
+    """The JSON value of a text.
+
+    Raises:
+        ValueError: it is none, as are NaN, infinities, halves of surrogate pairs and objects with a name twice.
+        RecursionError: it is nested too deep.
+    """
+    value = json.loads(text, parse_float=_finite, parse_constant=_refuse, object_pairs_hook=_unique)
+    # A half of a surrogate pair has no bytes.
+    json.dumps(value, ensure_ascii=False).encode()
     return value
 
 

@@ -1,8 +1,8 @@
 from jaxrl_llm.rollouts.generate import Generate as Generate
-from jaxrl_llm.rollouts.generate import Rollout as Rollout
 from jaxrl_llm.rollouts.generate import make_generate as make_generate
 from jaxrl_llm.rollouts.grouping import group_ids as group_ids
 from jaxrl_llm.rollouts.grouping import repeat_prompts as repeat_prompts
+from jaxrl_llm.rollouts.responses import Rollout as Rollout
 from jaxrl_llm.rollouts.sampling import SamplingSettings as SamplingSettings
 from jaxrl_llm.rollouts.sampling import rollout_keys as rollout_keys
 from jaxrl_llm.rollouts.sampling import sample_tokens as sample_tokens

@@ -120,6 +120,16 @@ class PromptCache(NamedTuple):
             mask=cache.slot_mask,
         )
 
+    @classmethod
+    def none(cls, config: TransformerConfig, rows: int, dtype: jnp.dtype) -> "PromptCache":
+        """A prompt without tokens for each row: all that the rows read is in their response cache."""
+        heads, size, layers = config.num_kv_heads, config.head_dim, range(config.num_layers)
+        return cls(
+            keys=tuple(jnp.zeros((rows, heads, size, 0), dtype) for _ in layers),
+            values=tuple(jnp.zeros((rows, heads, 0, size), dtype) for _ in layers),
+            mask=jnp.zeros((rows, 0), bool),
+        )
+
     def layers(self) -> Iterator[tuple[Array, Array]]:
         """Keys and values of each layer."""
         return zip(self.keys, self.values, strict=True)

@@ -99,9 +99,15 @@ def rollout_keys(
     return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(prompt_keys, sample_index)
 
 
-def token_uniforms(keys: Key[Array, " B"], token_index: Int[Array, ""] | int) -> Float[Array, "B 2"]:
-    """The two uniform numbers in [0, 1) with which each rollout draws its token number `token_index`."""
-    return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, token_index), (2,), jnp.float32))(keys)
+def token_uniforms(keys: Key[Array, " B"], token_index: Int[Array, ""] | Int[Array, " B"] | int) -> Float[Array, "B 2"]:
+    """The two uniform numbers in [0, 1) with which each rollout draws its token number `token_index`, one of all or
+    one of each.
+    """
+
+    def uniforms(key: PRNGKey, index: Int[Array, ""]) -> Float[Array, " 2"]:
+        return jax.random.uniform(jax.random.fold_in(key, index), (2,), jnp.float32)
+
+    return jax.vmap(uniforms)(keys, jnp.broadcast_to(token_index, keys.shape))
 
 
 def sample_tokens(
@@ -125,21 +131,67 @@ def sample_tokens(
     if not jnp.issubdtype(logits.dtype, jnp.floating) or logits.dtype.itemsize < 4:
         raise TypeError(f"logits must be in float32 or wider, got {logits.dtype}")
     blocks = _in_blocks(logits)
-    block_max = jnp.max(blocks, axis=1)
-    maximum = jnp.max(block_max, axis=0)
+    maximum = jnp.max(blocks, axis=(0, 1))
     if settings.greedy:
-        block = jnp.argmax(block_max, axis=0)
-        entry = jnp.argmax(_take_block(blocks, block), axis=0)
-        # A maximum that is NaN or infinite is of no distribution, and what it chose is not certain.
-        certain = jnp.where(jnp.isfinite(maximum), jnp.zeros_like(maximum), jnp.nan)
-        return (block * blocks.shape[1] + entry).astype(jnp.int32), certain
+        return _greedy(blocks)
     reach = _reach(blocks, maximum, len(logits), settings)
-    masses = jnp.sum(_weights(blocks, maximum, reach, settings), axis=1)
+    return _drawn(blocks, maximum, reach, uniforms, settings.temperature)
+
+
+def sample_rows(
+    logits: Float[Array, "V B"],
+    uniforms: Float[Array, "B 2"],
+    temperature: Float[Array, " B"],
+    top_p: Float[Array, " B"],
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """`sample_tokens` with a temperature and a nucleus of each column's own.
+
+    Args:
+        logits: as for `sample_tokens`.
+        uniforms: of `token_uniforms`.
+        temperature: divides the logits; 0 is greedy, at least `SMALLEST_TEMPERATURE` otherwise.
+        top_p: mass of the nucleus in (0, 1]; 1 keeps every token. While it is 1 in all columns it costs nothing.
+
+    Returns:
+        As `sample_tokens`.
+    """
+    blocks = _in_blocks(logits)
+    maximum = jnp.max(blocks, axis=(0, 1))
+    greedy = temperature == 0
+    temperature = jnp.where(greedy, 1, temperature).astype(logits.dtype)
+    top_p = jnp.where(greedy, 1, top_p).astype(logits.dtype)
+    whole = jnp.full_like(maximum, jnp.inf)
+
+    def truncated() -> Float[Array, " B"]:
+        return jnp.where(top_p < 1, _nucleus_reach(blocks, maximum, None, temperature, top_p), whole)
+
+    reach = jax.lax.cond(jnp.any(top_p < 1), truncated, lambda: whole)
+    drawn, likeliest = _drawn(blocks, maximum, reach, uniforms, temperature), _greedy(blocks)
+    return jnp.where(greedy, likeliest[0], drawn[0]), jnp.where(greedy, likeliest[1], drawn[1])
+
+
+def _greedy(blocks: Float[Array, "blocks size B"]) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    block_max = jnp.max(blocks, axis=1)
+    block = jnp.argmax(block_max, axis=0)
+    entry = jnp.argmax(_take_block(blocks, block), axis=0)
+    # A maximum that is NaN or infinite is of no distribution, and what it chose is not certain.
+    certain = jnp.where(jnp.isfinite(jnp.max(block_max, axis=0)), jnp.zeros(block.shape, blocks.dtype), jnp.nan)
+    return (block * blocks.shape[1] + entry).astype(jnp.int32), certain
+
+
+def _drawn(
+    blocks: Float[Array, "blocks size B"],
+    maximum: Float[Array, " B"],
+    reach: Float[Array, " B"] | None,
+    uniforms: Float[Array, "B 2"],
+    temperature: Float[Array, " B"] | float,
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    masses = jnp.sum(_weights(blocks, maximum, reach, temperature), axis=1)
     block = _invert(masses, uniforms[:, 0])
     chosen = _take_block(blocks, block)
-    entry = _invert(_weights(chosen, maximum, reach, settings), uniforms[:, 1])
+    entry = _invert(_weights(chosen, maximum, reach, temperature), uniforms[:, 1])
     logit = jnp.take_along_axis(chosen, entry[None], axis=0)[0]
-    log_prob = (logit - maximum) / settings.temperature - jnp.log(jnp.sum(masses, axis=0))
+    log_prob = (logit - maximum) / temperature - jnp.log(jnp.sum(masses, axis=0))
     return (block * blocks.shape[1] + entry).astype(jnp.int32), log_prob
 
 
@@ -181,12 +233,12 @@ def _weights(
     logits: Float[Array, "... B"],
     maximum: Float[Array, " B"],
     reach: Float[Array, " B"] | None,
-    settings: SamplingSettings,
+    temperature: Float[Array, " B"] | float,
 ) -> Float[Array, "... B"]:
     # exp((z - max) / temperature) where max - z <= reach. Membership is decided on max - z, a single subtraction, so
     # that all passes over the logits agree about it; exp may round differently in a vectorised pass and a scalar one.
     below = maximum - logits
-    weights = jnp.exp(-below / settings.temperature)
+    weights = jnp.exp(-below / temperature)
     return weights if reach is None else jnp.where(below <= reach, weights, 0)
 
 
@@ -198,7 +250,7 @@ def _reach(
     if settings.top_k is not None and settings.top_k < vocabulary:
         reach = _top_k_reach(blocks, maximum, settings.top_k)
     if settings.top_p is not None and settings.top_p < 1:
-        reach = _nucleus_reach(blocks, maximum, reach, settings)
+        reach = _nucleus_reach(blocks, maximum, reach, settings.temperature, settings.top_p)
     if settings.min_p is not None and settings.min_p > 0:
         furthest = jnp.full_like(maximum, -settings.temperature * math.log(settings.min_p))
         reach = furthest if reach is None else jnp.minimum(reach, furthest)
@@ -219,19 +271,19 @@ def _nucleus_reach(
     blocks: Float[Array, "blocks size B"],
     maximum: Float[Array, " B"],
     within: Float[Array, " B"] | None,
-    settings: SamplingSettings,
+    temperature: Float[Array, " B"] | float,
+    top_p: Float[Array, " B"] | float,
 ) -> Float[Array, " B"]:
     """Smallest reach whose kept mass is at least top_p of the mass `within` a reach, or of all, to the last bit."""
-    assert settings.top_p is not None
-    wanted = settings.top_p * jnp.sum(_weights(blocks, maximum, within, settings), axis=(0, 1))
+    wanted = top_p * jnp.sum(_weights(blocks, maximum, within, temperature), axis=(0, 1))
     # Beyond this distance exp underflows to 0, so nothing further away can be needed.
-    furthest = settings.temperature * -math.log(jnp.finfo(blocks.dtype).smallest_subnormal)
+    furthest = temperature * -math.log(jnp.finfo(blocks.dtype).smallest_subnormal)
 
     def enough(reach: Float[Array, " B"]) -> Bool[Array, " B"]:
-        return jnp.sum(_weights(blocks, maximum, reach, settings), axis=(0, 1)) >= wanted
+        return jnp.sum(_weights(blocks, maximum, reach, temperature), axis=(0, 1)) >= wanted
 
     # An end that is `within` at most has the mass that was wanted a part of.
-    end = jnp.full_like(maximum, furthest)
+    end = jnp.broadcast_to(jnp.asarray(furthest, maximum.dtype), maximum.shape)
     return _smallest(enough, end if within is None else jnp.minimum(end, within))
 
 

@@ -15,7 +15,7 @@ from jaxrl_llm.models.config import tiny
 from jaxrl_llm.models.lora import LoraSettings
 from jaxrl_llm.models.lora import add_lora
 from jaxrl_llm.models.transformer import Transformer
-from jaxrl_llm.rollouts import generate as generate_module
+from jaxrl_llm.rollouts import responses
 from jaxrl_llm.rollouts.decode import SLOT_MULTIPLE
 from jaxrl_llm.rollouts.generate import make_generate
 from jaxrl_llm.rollouts.sampling import SamplingSettings
@@ -167,13 +167,13 @@ def test_rows_are_prompts_times_samples(model, prompts):
 
 def test_the_loop_stops_when_all_rows_have_ended(model, prompts, monkeypatch):
     slots = []
-    real = generate_module.decode_step
+    real = responses.decode_routed
 
     def counting(weights, tokens, slot, *rest):
         jax.debug.callback(lambda slot: slots.append(int(slot)), slot)
         return real(weights, tokens, slot, *rest)
 
-    monkeypatch.setattr(generate_module, "decode_step", counting)
+    monkeypatch.setattr(responses, "decode_routed", counting)
     sampler.cache_clear()
     run(model, prompts)
     jax.effects_barrier()

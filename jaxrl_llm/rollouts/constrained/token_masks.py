@@ -206,9 +206,15 @@ class GrammarRows:
         self._finished[row] = self._finished[row] and not count
         self._lengths[row] -= steps
 
-    def replace(self, row: int, grammar: Grammar | None) -> None:
-        """Begin a new text in a row; see `TokenMasker.start`."""
-        self._matchers[row], self._lengths[row], self._finished[row] = self._masker.matcher(grammar), 0, False
+    def replace(self, row: int, grammar: Grammar | LLMatcher | None) -> None:
+        """Begin a new text in a row; see `TokenMasker.start`.
+
+        Args:
+            row: its number.
+            grammar: of the text, or its matcher, which the row owns from now on: nothing is compiled then.
+        """
+        matcher = self._masker.matcher(grammar) if isinstance(grammar, Grammar) else grammar
+        self._matchers[row], self._lengths[row], self._finished[row] = matcher, 0, False
 
     def copy(self) -> "GrammarRows":
         """The same rows, which from now on are advanced apart from these."""

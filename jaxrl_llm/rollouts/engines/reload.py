@@ -2,9 +2,9 @@
 
 A `reload` of `OpenAIEngine`, and of `--reload my_module:my_function`, returns once the server samples with the weights
 of the folder, and raises `EngineError` where it does not. The server must see the folder under the same path. SGLang
-has a request for it, below. vLLM has none: its weight transfer sends tensors by NCCL or CUDA IPC to a server in
-development mode, so either your function does that, or it starts the server anew on the folder and waits until it
-answers.
+and our own server have a request for it, below. vLLM has none: its weight transfer sends tensors by NCCL or CUDA IPC
+to a server in development mode, so either your function does that, or it starts the server anew on the folder and waits
+until it answers.
 """
 
 import http
@@ -40,12 +40,35 @@ def sglang_reload(url: str, *, api_key: str = "none", seconds: float = 600.0) ->
     Raises:
         ValueError: an address that cannot be.
     """
+    return _posting(url, "/update_weights_from_disk", "model_path", api_key=api_key, seconds=seconds)
+
+
+def weights_reload(url: str, *, api_key: str, seconds: float = 600.0) -> Callable[[str], None]:
+    """A `reload` for our own server (`jaxrl_llm.serving`): POST /v1/weights {"path": folder}.
+
+    Args:
+        url: of the server, with or without /v1 at its end.
+        api_key: of the server.
+        seconds: that one update may take.
+
+    Returns:
+        a function of the folder, as a path inside the server's --weights; it raises EngineError where the server did
+        not take the weights.
+
+    Raises:
+        ValueError: an address that cannot be.
+    """
+    return _posting(url, "/v1/weights", "path", api_key=api_key, seconds=seconds)
+
+
+def _posting(url: str, route: str, field: str, *, api_key: str, seconds: float) -> Callable[[str], None]:
+    """A function that tells a server of a folder, whose answer must have `success`."""
     server = Server(url.rstrip("/").removesuffix("/v1"), api_key=api_key)
 
     def reload(folder: str) -> None:
-        body = json.dumps({"model_path": str(folder)}).encode()
+        body = json.dumps({field: str(folder)}).encode()
         try:
-            sent = server.post(f"{server.path}/update_weights_from_disk", body, Limits(seconds, LARGEST_ANSWER))
+            sent = server.post(f"{server.path}{route}", body, Limits(seconds, LARGEST_ANSWER))
             answer = sent.answer()
             if answer.status != http.HTTPStatus.OK:
                 raise MalformedError(refusal(answer, server.secrets))
