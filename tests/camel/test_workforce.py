@@ -15,7 +15,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PYTHON = Path(os.environ.get("JAXRL_CAMEL_PYTHON", ROOT / ".venv-camel/bin/python"))
-pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="camel-ai is not installed here; `make test-camel` does it")
+# Two to four minutes each of SmolLM2 on two cores, and more where these are shared.
+pytestmark = [
+    pytest.mark.skipif(not PYTHON.exists(), reason="camel-ai is not installed here; `make test-camel` does it"),
+    pytest.mark.timeout(900),
+]
 
 
 @pytest.fixture(scope="module")
