@@ -1,0 +1,275 @@
+"""Reinforcement learning on sums, all seeds at once, a chunk of steps at a time: one program for each kind of arm."""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from experiments.claims.model import glm_config
+from experiments.claims.model import graph_of
+from experiments.claims.pretraining import Learner
+from experiments.claims.settings import ClaimsSettings
+from experiments.claims.text import END
+from experiments.claims.text import PAD
+from experiments.claims.text import Problems
+from experiments.claims.text import draw_problems
+from jaxrl_llm import categorical
+from jaxrl_llm.masked import masked_mean
+from jaxrl_llm.masked import safe_divide
+from jaxrl_llm.models import Transformer
+from jaxrl_llm.models.attention import Visibility
+from jaxrl_llm.models.experts import choose_experts
+from jaxrl_llm.models.experts import given_selections
+from jaxrl_llm.models.transformer import positions_of
+from jaxrl_llm.objectives import Recipe
+from jaxrl_llm.objectives import get_recipe
+from jaxrl_llm.objectives import policy_loss
+from jaxrl_llm.objectives.recipes import sequence_advantages
+from jaxrl_llm.rollouts import SamplingSettings
+from jaxrl_llm.rollouts import make_generate
+from jaxrl_llm.rollouts import predicting
+from jaxrl_llm.rollouts import response_columns
+from jaxrl_llm.rollouts.generate import Rollout
+from jaxrl_llm.rollouts.perturb import fp8_weights
+from jaxrl_llm.typing import Array
+from jaxrl_llm.typing import Bool
+from jaxrl_llm.typing import Float
+from jaxrl_llm.typing import Int
+from jaxrl_llm.typing import PRNGKey
+from jaxrl_llm.typing import PyTree
+
+TOKEN_MEAN = dataclasses.replace(
+    get_recipe("grpo"), name="token_mean", aggregation="token-mean", kl_estimator="none", kl_coefficient=0.0
+)
+"""GRPO without its KL term, as in section 3 of the report, every token with the same weight."""
+SEQUENCE_MEAN = dataclasses.replace(TOKEN_MEAN, name="sequence_mean", aggregation="seq-mean-token-mean")
+
+FEW = 4
+"""Answers to each problem that say which are moderate, and which no answer solves."""
+
+
+class Kind(NamedTuple):
+    """What differs between arms in their programs.
+
+    Attributes:
+        recipe: of the loss.
+        rounded: whether the sampler's matrices are rounded to 8 bits (e4m3, in blocks).
+        replay: whether the trainer sends tokens to the experts that the sampler chose.
+    """
+
+    recipe: Recipe = TOKEN_MEAN
+    rounded: bool = False
+    replay: bool = False
+
+
+class Course(NamedTuple):
+    """What differs between arms in their numbers.
+
+    Attributes:
+        temperature: of the sampler and of the policy that learns, per seed.
+        longest: tokens after which an answer is cut and earns nothing.
+        log_weights: of the problems, per seed: how often each is asked.
+    """
+
+    temperature: Float[Array, " S"]
+    longest: int
+    log_weights: Float[Array, "S P"]
+
+
+class Answers(NamedTuple):
+    """Answers, what they earned, and which of their tokens count."""
+
+    tokens: Int[Array, "B R"]
+    mask: Bool[Array, "B R"]
+    rewards: Float[Array, " B"]
+
+
+def judged(rollout: Rollout, result: Int[Array, " B"], width: int, longest: Array | int) -> Answers:
+    """1 for an answer whose last number is the result, ended within `longest` tokens."""
+    tokens = response_columns(rollout.tokens, width)
+    mask = response_columns(rollout.response_mask, width) & (jnp.arange(width) < longest)
+    ends = (tokens == END) & mask
+    before = jnp.take_along_axis(tokens, jnp.argmax(ends, axis=1)[:, None] - 1, axis=1)[:, 0]
+    # An answer that ends at once has no number: its index wraps around to the last column.
+    right = jnp.any(ends[:, 1:], axis=1) & (before == result)
+    return Answers(tokens, mask, right.astype(jnp.float32))
+
+
+class Reinforcement:
+    """The problems, the start and one kind of arm; nothing is compiled before it is used."""
+
+    def __init__(self, kind: Kind, settings: ClaimsSettings) -> None:
+        """Problems and keys are those of the settings, the same for every kind."""
+        self.kind, self.settings = kind, settings
+        width = settings.widest
+        self._config = glm_config(
+            width=settings.width, layers=settings.layers, experts=settings.experts, positions=2 * width + 1
+        )
+        self._graphdef = graph_of(self._config)
+        key = jax.random.fold_in(jax.random.key(settings.seed), 2)
+        self._start_key, self._key, pool_key, held_key = jax.random.split(key, 4)
+        self.pool = draw_problems(pool_key, settings.pool, widest=width)
+        self.held_out = draw_problems(held_key, settings.pool, widest=width)
+        self._optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(settings.rl_rate))
+        self._start = jax.jit(jax.vmap(self._imitated))
+        self._chunk = jax.jit(jax.vmap(self._trained, in_axes=(0, 0, None, Course(0, None, 0))))
+        self._answers = jax.jit(jax.vmap(self._answered, in_axes=(0, 0, 0, None)))
+
+    def start(self) -> Learner:
+        """Policies that have imitated right answers for some steps, one per seed."""
+        return self._start(jax.random.split(self._start_key, self.settings.seeds))
+
+    def train(self, learner: Learner, course: Course, first: int) -> tuple[Learner, dict[str, np.ndarray]]:
+        """All seeds after a chunk of steps, the first of which is number `first`; metrics are [seeds, steps]."""
+        keys = jax.random.split(self._key, self.settings.seeds)
+        learner, metrics = self._chunk(learner, keys, first, course)
+        return learner, jax.device_get(metrics)
+
+    def solve(self, learner: Learner, problems: Problems, temperature: float, number: int = 0) -> dict[str, np.ndarray]:
+        """Of `FEW` answers to each problem: which are right [seeds, problems, FEW], and their mean length."""
+        keys = jax.random.split(jax.random.fold_in(self._key, number), self.settings.seeds)
+        temperatures = jnp.full(self.settings.seeds, temperature)
+        return jax.device_get(self._answers(learner.state, keys, temperatures, problems))
+
+    def plain(self) -> Course:
+        """Temperature 1, full length, every problem as often as any other."""
+        seeds = self.settings.seeds
+        return Course(jnp.ones(seeds), self.settings.widest, jnp.zeros((seeds, self.settings.pool)))
+
+    # One seed
+
+    def _logits(
+        self, state: PyTree, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], selections: Array | None
+    ) -> tuple[Float[Array, "B R V"], Int[Array, "B T L k"]]:
+        """Of every answer token, and the experts that the routers themselves prefer."""
+        model = nnx.merge(self._graphdef, state)
+        given = given_selections(self._config, selections)
+        passed = model.rows(model.embed(tokens), positions_of(mask), Visibility(mask), selections=given)
+        chosen = []
+        for block, routes in zip(model.layers, passed.routes, strict=True):
+            if routes is not None:
+                router = block.mlp.router
+                chosen.append(choose_experts(routes.scores, router.bias[...], router.settings))
+        hidden = predicting(model.final_norm(passed.x), self.settings.widest)
+        return model.logits(hidden), jnp.stack(chosen, axis=2)
+
+    def _imitated(self, key: PRNGKey) -> Learner:
+        state = nnx.state(Transformer(self._config, rngs=nnx.Rngs(key)))
+        optimizer = optax.adam(self.settings.imitation_rate)
+
+        def loss(state: PyTree, drawn: Problems) -> Array:
+            tokens = jnp.concatenate([drawn.prompt, drawn.answer], axis=1)
+            mask = jnp.concatenate([drawn.prompt_mask, drawn.answer_mask], axis=1)
+            return -masked_mean(
+                categorical.log_prob(self._logits(state, tokens, mask, None)[0], drawn.answer), drawn.answer_mask
+            )
+
+        def imitate(carry: tuple[PyTree, PyTree], number: Array) -> tuple[tuple[PyTree, PyTree], None]:
+            state, opt_state = carry
+            drawn = draw_problems(jax.random.fold_in(key, number), self.settings.rl_rows, widest=self.settings.widest)
+            changes, opt_state = optimizer.update(jax.grad(loss)(state, drawn), opt_state, state)
+            return (optax.apply_updates(state, changes), opt_state), None
+
+        carry = (state, optimizer.init(state))
+        (state, _), _ = jax.lax.scan(imitate, carry, jnp.arange(self.settings.imitation_steps))
+        return Learner(state, self._optimizer.init(state))
+
+    def _sampled(
+        self, state: PyTree, asked: Problems, key: PRNGKey, temperature: Array, group: int, longest: Array | int
+    ) -> tuple[Rollout, Answers]:
+        width = self.settings.widest
+        generate = make_generate(
+            self._graphdef,
+            max_new_tokens=width,
+            group_size=group,
+            sampling=SamplingSettings(),
+            eos_id=END,
+            pad_id=PAD,
+            # A setting of the sampler is fixed when it is compiled; here it differs from seed to seed.
+            perturb_logits=lambda logits, keys: logits / temperature,
+            record_selections=self.kind.rounded,
+        )
+        rollout = generate(state, asked.prompt, asked.prompt_mask, key, 0, jnp.arange(len(asked.prompt)))
+        return rollout, judged(rollout, jnp.repeat(asked.result, group), width, longest)
+
+    def _answered(self, state: PyTree, key: PRNGKey, temperature: Array, problems: Problems) -> dict[str, Array]:
+        _, answers = self._sampled(state, problems, key, temperature, FEW, self.settings.widest)
+        lengths = jnp.sum(answers.mask, axis=1).astype(jnp.float32)
+        return {"right": answers.rewards.reshape(-1, FEW), "length": jnp.mean(lengths)}
+
+    def _trained(
+        self, learner: Learner, key: PRNGKey, first: Array, course: Course
+    ) -> tuple[Learner, dict[str, Array]]:
+        def step(learner: Learner, number: Array) -> tuple[Learner, dict[str, Array]]:
+            return self._step(learner, jax.random.fold_in(key, number), course)
+
+        return jax.lax.scan(step, learner, first + jnp.arange(self.settings.chunk))
+
+    def _step(self, learner: Learner, key: PRNGKey, course: Course) -> tuple[Learner, dict[str, Array]]:
+        settings, kind, temperature = self.settings, self.kind, course.temperature
+        prompt_key, sample_key = jax.random.split(key)
+        group = settings.group_size
+        chosen = jax.random.categorical(prompt_key, course.log_weights, shape=(settings.rl_rows // group,))
+        asked = jax.tree.map(lambda leaf: leaf[chosen], self.pool)
+        sampler = fp8_weights(learner.state) if kind.rounded else learner.state
+        rollout, answers = self._sampled(sampler, asked, sample_key, temperature, group, course.longest)
+        advantages = sequence_advantages(kind.recipe, answers.rewards, rollout.group_ids)
+        replayed = rollout.selections if kind.replay else None
+
+        def loss(state: PyTree) -> tuple[Array, tuple[Array, Array]]:
+            logits, own = self._logits(state, rollout.tokens, rollout.token_mask, replayed)
+            log_prob = categorical.log_prob(logits / temperature, answers.tokens)
+            terms = policy_loss(
+                kind.recipe,
+                log_prob=log_prob,
+                advantages=advantages,
+                response_mask=answers.mask,
+                log_prob_old=jax.lax.stop_gradient(log_prob),
+            )
+            return safe_divide(*terms.loss), (logits / temperature, own)
+
+        gradient, (logits, own) = jax.grad(loss, has_aux=True)(learner.state)
+        metrics = {
+            "reward": jnp.mean(answers.rewards),
+            "length": jnp.mean(jnp.sum(answers.mask, axis=1).astype(jnp.float32)),
+            "entropy": masked_mean(categorical.entropy(logits), answers.mask),
+        }
+        if kind.rounded:
+            metrics |= self._mismatch(learner.state, sampler, rollout, answers, temperature)
+        changes, opt_state = self._optimizer.update(gradient, learner.opt_state, learner.state)
+        return Learner(optax.apply_updates(learner.state, changes), opt_state), metrics
+
+    def _mismatch(
+        self, state: PyTree, sampler: PyTree, rollout: Rollout, answers: Answers, temperature: Array
+    ) -> dict[str, Array]:
+        """KL(sampler || trainer) of the sampled contexts, with its own experts and with replayed ones, and flips."""
+        texts, recorded = (rollout.tokens, rollout.token_mask), rollout.selections
+        assert recorded is not None
+        of_sampler, _ = self._logits(sampler, *texts, recorded)
+        without, own = self._logits(state, *texts, None)
+        replayed, _ = self._logits(state, *texts, recorded)
+        flipped = jnp.any(jnp.sort(own) != jnp.sort(recorded.astype(own.dtype)), axis=-1)
+        # What no layer of the sampler has read is not compared: the last token of an answer.
+        read = rollout.token_mask[:, 1:]
+        found = {
+            name: masked_mean(categorical.kl(of_sampler / temperature, logits / temperature), answers.mask)
+            for name, logits in (("kl_own", without), ("kl_replayed", replayed))
+        }
+        return found | {"flips": masked_mean(jnp.mean(flipped[:, :-1].astype(jnp.float32), axis=-1), read)}
+
+
+@functools.lru_cache(maxsize=8)
+def reinforcement(kind: Kind, settings: ClaimsSettings) -> Reinforcement:
+    """Kept, because it is compiled once for all arms of a kind."""
+    return Reinforcement(kind, settings)
+
+
+@functools.lru_cache(maxsize=1)
+def started(settings: ClaimsSettings) -> Learner:
+    """The policies that every arm starts from."""
+    return reinforcement(Kind(), settings).start()
