@@ -36,6 +36,7 @@ NAMES = (
     "divergence_chain",
     "divergence_minatar",
     "divergence_atari",
+    "glm_claims",
 )
 
 

@@ -1,4 +1,4 @@
-"""Claim 1: Muon needs fewer tokens than AdamW for the same held-out loss, both with their best rate, after the decay."""
+"""Claim 1: Muon needs fewer tokens than AdamW for the same held-out loss, both at their best rate, after decay."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -59,9 +59,7 @@ def optimiser_part(optimizer: str, settings: ClaimsSettings) -> dict[str, np.nda
         if not best[1] or not measured[-1]["loss"].mean() >= best[0]:
             best = float(measured[-1]["loss"].mean()), learners
             chosen = len(measured) - 1
-    curve = [
-        decayed(own, best[1], pieces, rates[chosen], balance)["loss"] for pieces in range(2, settings.pieces)
-    ]
+    curve = [decayed(own, best[1], pieces, rates[chosen], balance)["loss"] for pieces in range(2, settings.pieces)]
     found = {name: np.stack([one[name] for one in measured]) for name in measured[0]}
     return found | {"best": np.asarray(chosen), "curve": np.stack([*curve, measured[chosen]["loss"]])}
 

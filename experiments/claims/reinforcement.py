@@ -221,8 +221,8 @@ class Reinforcement:
         advantages = sequence_advantages(kind.recipe, answers.rewards, rollout.group_ids)
         replayed = rollout.selections if kind.replay else None
 
-        def loss(state: PyTree) -> tuple[Array, tuple[Array, Array]]:
-            logits, own = self._logits(state, rollout.tokens, rollout.token_mask, replayed)
+        def loss(state: PyTree) -> tuple[Array, Array]:
+            logits, _ = self._logits(state, rollout.tokens, rollout.token_mask, replayed)
             log_prob = categorical.log_prob(logits / temperature, answers.tokens)
             terms = policy_loss(
                 kind.recipe,
@@ -231,9 +231,9 @@ class Reinforcement:
                 response_mask=answers.mask,
                 log_prob_old=jax.lax.stop_gradient(log_prob),
             )
-            return safe_divide(*terms.loss), (logits / temperature, own)
+            return safe_divide(*terms.loss), logits / temperature
 
-        gradient, (logits, own) = jax.grad(loss, has_aux=True)(learner.state)
+        gradient, logits = jax.grad(loss, has_aux=True)(learner.state)
         metrics = {
             "reward": jnp.mean(answers.rewards),
             "length": jnp.mean(jnp.sum(answers.mask, axis=1).astype(jnp.float32)),

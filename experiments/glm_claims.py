@@ -1,0 +1,112 @@
+"""Claims of GLM-4.5, one by one, on a mixture of experts of under 0.1 million parameters: which of them hold there?
+
+Claim      At least half of ten published claims hold in a mixture of experts of under 0.1 million parameters.
+Command    python -m experiments run glm_claims
+Cost       not measured yet
+Expected   reproduced >= 5 in summary.json, of 10 rows; the number was written down before anything was run
+
+Each row is a difference of two arms, paired by seed, with a 95 % interval over seeds (Student's t). "Reproduced" if
+the interval lies on the side that was published, "reversed" if on the other, "not at this size" if 0 is inside. The
+model is GLM's in small: a dense layer, a layer of eight experts behind a sigmoid router of which each token takes two,
+a shared expert, and a layer for the token after the next one. All seeds are trained in one program.
+
+    1   Muon against AdamW, each at the best of three rates: share of the tokens saved to the same loss after the decay
+    2a  correction bias against no balance: largest violation
+    2b  correction bias against an auxiliary loss: held-out loss
+    3   acceptance of drafts, sum_v min(p_v, q_v) = 1 - TV, against the entropy of the model: minus the slope
+    4a  router replay with a sampler of 8 bits: KL of sampler and trainer
+    4b  the same: reward at the end
+    5   answers of full length from the start against half of it first
+    6   hard problems (no answer of 4 is right, one of 64 is) in the second half against moderate ones all along
+    7   token-mean against sequence-mean loss
+    8   temperature chosen anew at plateaus against 1
+
+1 to 3 read half sums modulo 16 with their steps and half letters of a random language of order two; 4 to 8 start from
+policies that have imitated right answers for some steps, and earn 1 where the last number of an answer is the sum.
+"""
+
+import dataclasses
+import functools
+
+from experiments.claims.balance import balance_part
+from experiments.claims.courses import curriculum_part
+from experiments.claims.courses import plain_part
+from experiments.claims.courses import staged_part
+from experiments.claims.courses import start_part
+from experiments.claims.courses import temperature_part
+from experiments.claims.numbers import summarise
+from experiments.claims.optimisers import optimiser_part
+from experiments.claims.page import claims_page
+from experiments.claims.reinforcement import SEQUENCE_MEAN
+from experiments.claims.reinforcement import Kind
+from experiments.claims.settings import RANGES
+from experiments.claims.settings import ClaimsSettings
+from experiments.claims.settings import check
+from experiments.registry import Expectation
+from experiments.study import Parts
+from experiments.study import Study
+
+
+def parts(settings: ClaimsSettings) -> Parts:
+    """One part for each arm, or for each pair that shares its first half.
+
+    Raises:
+        ValueError: a setting that cannot be.
+    """
+    check(settings)
+    kinds = {
+        "token_mean": Kind(),
+        "sequence_mean": Kind(SEQUENCE_MEAN),
+        "rounded": Kind(rounded=True),
+        "replay": Kind(rounded=True, replay=True),
+    }
+    return {
+        **{name: functools.partial(optimiser_part, name, settings) for name in ("adamw", "muon")},
+        **{name: functools.partial(balance_part, name, settings) for name in ("none", "loss")},
+        "start": functools.partial(start_part, settings),
+        **{name: functools.partial(plain_part, kind, settings) for name, kind in kinds.items()},
+        "staged": functools.partial(staged_part, settings),
+        "curriculum": functools.partial(curriculum_part, settings),
+        "dynamic": functools.partial(temperature_part, settings),
+    }
+
+
+SETTINGS = ClaimsSettings()
+
+TINY = dataclasses.replace(
+    SETTINGS,
+    seeds=2,
+    width=16,
+    experts=4,
+    widest=3,
+    length=12,
+    rows=2,
+    held_out_rows=4,
+    warmup=2,
+    piece=4,
+    pieces=3,
+    adamw_rates=(1e-2,),
+    muon_rates=(1e-2,),
+    pool=8,
+    imitation_steps=8,
+    rl_rows=8,
+    group_size=4,
+    chunk=2,
+    chunks=3,
+    many=2,
+    temperatures=(1.0, 1.5),
+    window=1,
+)
+
+EXPERIMENT = Study(
+    name="glm_claims",
+    claim="At least half of ten published claims hold in a mixture of experts of under 0.1 million parameters.",
+    cost="not measured yet",
+    settings=SETTINGS,
+    tiny=TINY,
+    expectation=Expectation("reproduced", at_least=5),
+    parts=parts,
+    summarise=summarise,
+    page=claims_page,
+    ranges=RANGES,
+)
