@@ -14,6 +14,7 @@ from experiments.claims.model import glm_config
 from experiments.claims.model import graph_of
 from experiments.claims.model import pass_text
 from experiments.claims.settings import ClaimsSettings
+from experiments.claims.text import NUMBERS
 from experiments.claims.text import draw_language
 from experiments.claims.text import letters_text
 from experiments.claims.text import sums_text
@@ -132,30 +133,42 @@ class Pretraining:
         count = self.settings.experts
         loads = [expert_loads(to.selection, mask, num_experts=count) for _, to, mask in passed.sent if to is not None]
         found = [balance_metrics(one) for one in loads]
-        # Both predict token t + 2 from tokens up to t + 1.
-        model, draft = categorical.probs(passed.logits[:, 1:]), categorical.probs(passed.further)
-        accepted = jnp.sum(jnp.minimum(model, draft), axis=-1)
-        entropy = categorical.entropy(passed.logits[:, 1:])
-        edges = jnp.log(16.0) * jnp.arange(1, BINS) / BINS
-        inside = jnp.searchsorted(edges, entropy)[..., None] == jnp.arange(BINS)
-        counts = jnp.sum(inside, axis=(0, 1)).astype(jnp.float32)
         return {
             "loss": _cross_entropy(passed.logits, tokens[:, 1:]),
             "loss_further": _cross_entropy(passed.further, tokens[:, 2:]),
             "violation": jnp.mean(jnp.stack([one.violation for one in found])),
             "load_entropy": jnp.mean(jnp.stack([one.entropy for one in found])),
             "dead": jnp.sum(jnp.stack([one.dead for one in found])),
-            "accepted": jnp.mean(accepted),
-            "slope": _slope(entropy, accepted),
-            "bin_tokens": counts,
-            "bin_accepted": safe_divide(jnp.sum(inside * accepted[..., None], axis=(0, 1)), counts),
+            # Both predict token t + 2 from tokens up to t + 1.
+            **draft_statistics(passed.logits[:, 1:], passed.further),
         }
 
 
-def _slope(x: Array, y: Array) -> Array:
-    """Of the line of least squares."""
-    away = x - jnp.mean(x)
-    return jnp.sum(away * y) / jnp.sum(away**2)
+def draft_statistics(logits: Float[Array, "B T V"], drafts: Float[Array, "B T V"]) -> dict[str, Array]:
+    """How often a draft of q would be accepted by p, sum_v min(p_v, q_v) = 1 - TV, and how that depends on H(p).
+
+    Leviathan et al. 2023 (arXiv:2211.17192), theorem 3.5.
+
+    Args:
+        logits: of p, the model.
+        drafts: of q, its further layer.
+
+    Returns:
+        `accepted`, the mean over tokens [prob]; `slope` of the line of least squares of acceptance on entropy [prob
+        per nat]; tokens and mean acceptance by bins of entropy, `bin_tokens` and `bin_accepted`.
+    """
+    accepted = 1 - categorical.total_variation(logits, drafts)
+    entropy = categorical.entropy(logits)
+    away = entropy - jnp.mean(entropy)
+    edges = jnp.log(NUMBERS) * jnp.arange(1, BINS) / BINS
+    inside = jnp.searchsorted(edges, entropy)[..., None] == jnp.arange(BINS)
+    counts = jnp.sum(inside, axis=(0, 1)).astype(jnp.float32)
+    return {
+        "accepted": jnp.mean(accepted),
+        "slope": jnp.sum(away * accepted) / jnp.sum(away**2),
+        "bin_tokens": counts,
+        "bin_accepted": safe_divide(jnp.sum(inside * accepted[..., None], axis=(0, 1)), counts),
+    }
 
 
 @functools.lru_cache(maxsize=4)
