@@ -55,10 +55,10 @@ class ClaimsSettings:
     rows: int = 8
     held_out_rows: int = 32
     warmup: int = 10
-    piece: int = 50
-    pieces: int = 5
+    piece: int = 40
+    pieces: int = 4
     adamw_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
-    muon_rates: tuple[float, ...] = (1e-2, 3e-2, 1e-1)
+    muon_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
     bias_rate: float = 1e-3
     balance_weight: float = 1e-2
     pool: int = 128
@@ -68,7 +68,7 @@ class ClaimsSettings:
     group_size: int = 8
     rl_rate: float = 1e-3
     chunk: int = 10
-    chunks: int = 8
+    chunks: int = 6
     many: int = 16
     temperatures: tuple[float, ...] = (1.0, 1.2, 1.4, 1.6)
     window: int = 10
