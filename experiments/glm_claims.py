@@ -21,8 +21,9 @@ a shared expert, and a layer for the token after the next one. All seeds are tra
     7   token-mean against sequence-mean loss
     8   temperature chosen anew at plateaus against 1
 
-1 to 3 read half sums modulo 16 with their steps and half letters of a random language of order two; 4 to 8 start from
-policies that have imitated right answers for some steps, and earn 1 where the last number of an answer is the sum.
+1 to 3 read half problems of counting modulo 16 ("9 +3 twice = 12 15") and half letters of a random language of order
+two; 4 to 8 start from policies that have imitated right answers to such problems for some steps, and earn 1 where the
+last number of an answer is the right one.
 """
 
 import dataclasses
@@ -78,7 +79,7 @@ TINY = dataclasses.replace(
     seeds=2,
     width=16,
     experts=4,
-    widest=3,
+    longest=3,
     length=12,
     rows=2,
     held_out_rows=4,

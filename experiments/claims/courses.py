@@ -33,7 +33,7 @@ def held_out(own: Reinforcement, learner: Learner) -> Arrays:
     by_problem = np.mean([one["right"].mean(2) for one in found], axis=0)
     return {
         "solved": by_problem.mean(1),
-        "solved_long": by_problem[:, np.asarray(own.held_out.terms) == own.settings.widest].mean(1),
+        "solved_long": by_problem[:, np.asarray(own.held_out.times) == own.settings.longest - 1].mean(1),
         "answer_length": np.mean([one["length"] for one in found], axis=0),
     }
 
@@ -63,7 +63,7 @@ def staged_part(settings: ClaimsSettings) -> Arrays:
     """Answers of half the length at most in the first half of the steps, all of it after that."""
     own = reinforcement(Kind(), settings)
     full, half = own.plain(), settings.chunks // 2
-    short = full._replace(longest=-(-settings.widest // 2))
+    short = full._replace(longest=-(-settings.longest // 2))
     learner, metrics = followed(own, started(settings), [short] * half + [full] * (settings.chunks - half))
     return metrics | held_out(own, learner)
 

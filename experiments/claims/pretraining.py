@@ -15,9 +15,9 @@ from experiments.claims.model import graph_of
 from experiments.claims.model import pass_text
 from experiments.claims.settings import ClaimsSettings
 from experiments.claims.text import NUMBERS
+from experiments.claims.text import counting_text
 from experiments.claims.text import draw_language
 from experiments.claims.text import letters_text
-from experiments.claims.text import sums_text
 from jaxrl_llm import categorical
 from jaxrl_llm.masked import safe_divide
 from jaxrl_llm.models import Transformer
@@ -101,8 +101,8 @@ class Pretraining:
 
     def _text(self, key: PRNGKey, rows: int) -> Int[Array, "B T"]:
         keys, length = jax.random.split(key), self.settings.length
-        sums = sums_text(keys[0], rows // 2, length, widest=self.settings.widest)
-        return jnp.concatenate([sums, letters_text(keys[1], self._language, rows - rows // 2, length)])
+        counting = counting_text(keys[0], rows // 2, length, longest=self.settings.longest)
+        return jnp.concatenate([counting, letters_text(keys[1], self._language, rows - rows // 2, length)])
 
     def _passed(self, state: PyTree, tokens: Int[Array, "B T"]) -> Passed:
         return pass_text(nnx.merge(self._graphdef, state), tokens)

@@ -1,4 +1,4 @@
-"""Reinforcement learning on sums, all seeds at once, a chunk of steps at a time: one program for each kind of arm."""
+"""Learning to count from rewards, all seeds at once, a chunk of steps at a time: one program for each kind of arm."""
 
 import dataclasses
 import functools
@@ -16,6 +16,7 @@ from experiments.claims.pretraining import Learner
 from experiments.claims.settings import ClaimsSettings
 from experiments.claims.text import END
 from experiments.claims.text import PAD
+from experiments.claims.text import PROMPT
 from experiments.claims.text import Problems
 from experiments.claims.text import draw_problems
 from jaxrl_llm import categorical
@@ -106,15 +107,15 @@ class Reinforcement:
     def __init__(self, kind: Kind, settings: ClaimsSettings) -> None:
         """Problems and keys are those of the settings, the same for every kind."""
         self.kind, self.settings = kind, settings
-        width = settings.widest
+        width = settings.longest
         self._config = glm_config(
-            width=settings.width, layers=settings.layers, experts=settings.experts, positions=2 * width + 1
+            width=settings.width, layers=settings.layers, experts=settings.experts, positions=PROMPT + width
         )
         self._graphdef = graph_of(self._config)
         key = jax.random.fold_in(jax.random.key(settings.seed), 2)
         self._start_key, self._key, pool_key, held_key = jax.random.split(key, 4)
-        self.pool = draw_problems(pool_key, settings.pool, widest=width)
-        self.held_out = draw_problems(held_key, settings.pool, widest=width)
+        self.pool = draw_problems(pool_key, settings.pool, longest=width)
+        self.held_out = draw_problems(held_key, settings.pool, longest=width)
         self._optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(settings.rl_rate))
         self._start = jax.jit(jax.vmap(self._imitated))
         self._chunk = jax.jit(jax.vmap(self._trained, in_axes=(0, 0, None, Course(0, None, 0))))
@@ -139,7 +140,7 @@ class Reinforcement:
     def plain(self) -> Course:
         """Temperature 1, full length, every problem as often as any other."""
         seeds = self.settings.seeds
-        return Course(jnp.ones(seeds), self.settings.widest, jnp.zeros((seeds, self.settings.pool)))
+        return Course(jnp.ones(seeds), self.settings.longest, jnp.zeros((seeds, self.settings.pool)))
 
     # One seed
 
@@ -155,7 +156,7 @@ class Reinforcement:
             if routes is not None:
                 router = block.mlp.router
                 chosen.append(choose_experts(routes.scores, router.bias[...], router.settings))
-        hidden = predicting(model.final_norm(passed.x), self.settings.widest)
+        hidden = predicting(model.final_norm(passed.x), self.settings.longest)
         return model.logits(hidden), jnp.stack(chosen, axis=2)
 
     def _imitated(self, key: PRNGKey) -> Learner:
@@ -164,14 +165,14 @@ class Reinforcement:
 
         def loss(state: PyTree, drawn: Problems) -> Array:
             tokens = jnp.concatenate([drawn.prompt, drawn.answer], axis=1)
-            mask = jnp.concatenate([drawn.prompt_mask, drawn.answer_mask], axis=1)
+            mask = jnp.concatenate([drawn.prompt > PAD, drawn.answer_mask], axis=1)
             return -masked_mean(
                 categorical.log_prob(self._logits(state, tokens, mask, None)[0], drawn.answer), drawn.answer_mask
             )
 
         def imitate(carry: tuple[PyTree, PyTree], number: Array) -> tuple[tuple[PyTree, PyTree], None]:
             state, opt_state = carry
-            drawn = draw_problems(jax.random.fold_in(key, number), self.settings.rl_rows, widest=self.settings.widest)
+            drawn = draw_problems(jax.random.fold_in(key, number), self.settings.rl_rows, longest=self.settings.longest)
             changes, opt_state = optimizer.update(jax.grad(loss)(state, drawn), opt_state, state)
             return (optax.apply_updates(state, changes), opt_state), None
 
@@ -182,7 +183,7 @@ class Reinforcement:
     def _sampled(
         self, state: PyTree, asked: Problems, key: PRNGKey, temperature: Array, group: int, longest: Array | int
     ) -> tuple[Rollout, Answers]:
-        width = self.settings.widest
+        width = self.settings.longest
         generate = make_generate(
             self._graphdef,
             max_new_tokens=width,
@@ -194,11 +195,11 @@ class Reinforcement:
             perturb_logits=lambda logits, keys: logits / temperature,
             record_selections=self.kind.rounded,
         )
-        rollout = generate(state, asked.prompt, asked.prompt_mask, key, 0, jnp.arange(len(asked.prompt)))
+        rollout = generate(state, asked.prompt, asked.prompt > PAD, key, 0, jnp.arange(len(asked.prompt)))
         return rollout, judged(rollout, jnp.repeat(asked.result, group), width, longest)
 
     def _answered(self, state: PyTree, key: PRNGKey, temperature: Array, problems: Problems) -> dict[str, Array]:
-        _, answers = self._sampled(state, problems, key, temperature, FEW, self.settings.widest)
+        _, answers = self._sampled(state, problems, key, temperature, FEW, self.settings.longest)
         lengths = jnp.sum(answers.mask, axis=1).astype(jnp.float32)
         return {"right": answers.rewards.reshape(-1, FEW), "length": jnp.mean(lengths)}
 

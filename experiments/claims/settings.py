@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from experiments.claims.text import MOST_TIMES
 from experiments.ranges import PLURAL
 from experiments.ranges import RATE
 from experiments.ranges import SEED
@@ -21,7 +22,7 @@ class ClaimsSettings:
         width: of the model, a multiple of 16; experts are as wide.
         layers: of the model, the dense one and those with experts.
         experts: of a layer, two of which each token goes to.
-        widest: terms of the longest sum, and tokens of the longest answer.
+        longest: tokens of the longest answer, its end included.
         length: of a row of pre-training. [tokens]
         rows: of a batch of pre-training.
         held_out_rows: rows that nobody learns from.
@@ -50,7 +51,7 @@ class ClaimsSettings:
     width: int = 32
     layers: int = 2
     experts: int = 8
-    widest: int = 6
+    longest: int = 7
     length: int = 48
     rows: int = 8
     held_out_rows: int = 32
@@ -62,8 +63,8 @@ class ClaimsSettings:
     bias_rate: float = 1e-3
     balance_weight: float = 1e-2
     pool: int = 128
-    imitation_steps: int = 300
-    imitation_rate: float = 1e-2
+    imitation_steps: int = 150
+    imitation_rate: float = 3e-3
     rl_rows: int = 64
     group_size: int = 8
     rl_rate: float = 1e-3
@@ -80,7 +81,7 @@ RANGES: Ranges = {
     "width": Range(16, 4096),
     "layers": Range(2, 64),
     "experts": Range(2, 256),
-    "widest": Range(3, 100),
+    "longest": Range(3, MOST_TIMES + 1),
     "length": Range(8, 100_000),
     "rows": PLURAL,
     "held_out_rows": PLURAL,

@@ -1,4 +1,4 @@
-"""What the small GLM reads: sums modulo 16 whose steps are written down, and letters of a random language."""
+"""What the small GLM reads: counting modulo 16 with its steps written down, and letters of a random language."""
 
 from typing import NamedTuple
 
@@ -13,65 +13,68 @@ from jaxrl_llm.typing import PRNGKey
 
 PAD, END, EQUALS, FIRST_NUMBER = 0, 1, 2, 3
 NUMBERS = 16
-"""Sums are modulo this; every number is one token."""
+"""Counting is modulo this; every number is one token."""
+STRIDES = 4
+"""What is added is 1 to this."""
 LETTERS = 12
+PROMPT = 4
+"""Tokens of a problem."""
+MOST_TIMES = LETTERS - STRIDES
+"""How often a stride can be added: every number of times is a letter."""
 FIRST_LETTER = FIRST_NUMBER + NUMBERS
 VOCABULARY = FIRST_LETTER + LETTERS
 
 
 class Problems(NamedTuple):
-    """Sums: "3 9 7 =" and the running sums "12 3" with their end, for prompts of two to `widest` terms.
+    """Counting: "9 +3 twice =" and the steps "12 15" with their end; what they lead to is the result.
 
     Attributes:
-        prompt: left-padded terms and the sign of equality.
-        prompt_mask: which of them are real.
-        answer: right-padded running sums, the last one the result, and the end.
-        answer_mask: which of them are real.
-        terms: of each sum.
+        prompt: a number, a stride, how often it is added, and the sign of equality.
+        answer: right-padded steps, the last one the result, and the end.
+        answer_mask: which tokens of the answer are real.
+        times: how often the stride is added.
     """
 
-    prompt: Int[Array, "B P"]
-    prompt_mask: Bool[Array, "B P"]
+    prompt: Int[Array, "B 4"]
     answer: Int[Array, "B R"]
     answer_mask: Bool[Array, "B R"]
-    terms: Int[Array, " B"]
+    times: Int[Array, " B"]
 
     @property
     def result(self) -> Int[Array, " B"]:
         """The token of the result."""
-        return jnp.take_along_axis(self.answer, self.terms[:, None] - 2, axis=1)[:, 0]
+        return jnp.take_along_axis(self.answer, self.times[:, None] - 1, axis=1)[:, 0]
 
 
-def draw_problems(key: PRNGKey, count: int, *, widest: int) -> Problems:
-    """Sums of uniform numbers, with 2 to `widest` terms in equal shares."""
-    number_key, length_key = jax.random.split(key)
-    numbers = jax.random.randint(number_key, (count, widest), 0, NUMBERS)
-    terms = jax.random.randint(length_key, (count,), 2, widest + 1)
-    real = jnp.arange(widest) >= widest - terms[:, None]
-    running = jnp.cumsum(jnp.where(real, numbers, 0), axis=1) % NUMBERS
-    column = jnp.arange(widest)
-    # The running sum after the second term comes first.
-    source = jnp.minimum(widest - terms[:, None] + 1 + column, widest - 1)
-    steps = jnp.take_along_axis(running, source, axis=1) + FIRST_NUMBER
-    last = terms[:, None] - 1
-    answer = jnp.where(column < last, steps, jnp.where(column == last, END, PAD))
-    equals = jnp.full((count, 1), EQUALS)
+def draw_problems(key: PRNGKey, count: int, *, longest: int) -> Problems:
+    """Uniform numbers and strides, added once to `longest` - 1 times in equal shares."""
+    keys = jax.random.split(key, 3)
+    start = jax.random.randint(keys[0], (count, 1), 0, NUMBERS)
+    stride = jax.random.randint(keys[1], (count, 1), 0, STRIDES)
+    times = jax.random.randint(keys[2], (count, 1), 1, longest)
+    column = jnp.arange(longest)
+    steps = (start + (stride + 1) * (column + 1)) % NUMBERS + FIRST_NUMBER
+    # Strides and repetitions are letters: what a token means is to be seen from the token.
+    prompt = [
+        start + FIRST_NUMBER,
+        stride + FIRST_LETTER,
+        times - 1 + FIRST_LETTER + STRIDES,
+        jnp.full_like(start, EQUALS),
+    ]
     return Problems(
-        prompt=jnp.concatenate([jnp.where(real, numbers + FIRST_NUMBER, PAD), equals], axis=1),
-        prompt_mask=jnp.concatenate([real, equals == EQUALS], axis=1),
-        answer=answer,
-        answer_mask=column <= last,
-        terms=terms,
+        prompt=jnp.concatenate(prompt, axis=1),
+        answer=jnp.where(column < times, steps, jnp.where(column == times, END, PAD)),
+        answer_mask=column <= times,
+        times=times[:, 0],
     )
 
 
-def sums_text(key: PRNGKey, rows: int, length: int, *, widest: int) -> Int[Array, "B T"]:
-    """Rows of sums with their answers, one behind the other; the last one may be cut."""
-    shortest = 5  # two terms, the sign, the result and the end
-    each = -(-length // shortest)
-    drawn = draw_problems(key, rows * each, widest=widest)
+def counting_text(key: PRNGKey, rows: int, length: int, *, longest: int) -> Int[Array, "B T"]:
+    """Rows of problems with their answers, one behind the other; the last one may be cut."""
+    shortest = PROMPT + 2  # one step and the end
+    drawn = draw_problems(key, rows * -(-length // shortest), longest=longest)
     tokens = jnp.concatenate([drawn.prompt, drawn.answer], axis=1).reshape(rows, -1)
-    mask = jnp.concatenate([drawn.prompt_mask, drawn.answer_mask], axis=1).reshape(rows, -1)
+    mask = jnp.concatenate([drawn.prompt > PAD, drawn.answer_mask], axis=1).reshape(rows, -1)
     order = jnp.argsort(~mask, axis=1, stable=True)[:, :length]
     return jnp.take_along_axis(tokens, order, axis=1)
 

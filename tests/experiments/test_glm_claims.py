@@ -24,46 +24,46 @@ from experiments.claims.text import FIRST_NUMBER
 from experiments.claims.text import NUMBERS
 from experiments.claims.text import PAD
 from experiments.claims.text import VOCABULARY
+from experiments.claims.text import counting_text
 from experiments.claims.text import draw_language
 from experiments.claims.text import draw_problems
 from experiments.claims.text import letters_text
-from experiments.claims.text import sums_text
 from experiments.cli import main
 from experiments.lab.numbers import Interval
 from experiments.run_folder import RunFolder
 from experiments.study import read_results
 from jaxrl_llm.rollouts.generate import Rollout
 
-WIDEST = 5
+LONGEST = 5
 
 
-def answer_of(terms):
-    """The running sums and the end, as tokens."""
-    return [(sum(terms[: count + 2]) % NUMBERS) + FIRST_NUMBER for count in range(len(terms) - 1)] + [END]
+def answer_of(prompt):
+    """The steps and the end, as tokens."""
+    start, stride, times = prompt[0] - FIRST_NUMBER, prompt[1] - FIRST_LETTER + 1, prompt[2] - FIRST_LETTER - 3
+    return [(start + stride * (count + 1)) % NUMBERS + FIRST_NUMBER for count in range(times)] + [END]
 
 
-def test_problems_are_sums_with_their_steps(key):
-    drawn = jax.device_get(draw_problems(key, 40, widest=WIDEST))
-    assert set(drawn.terms) == {2, 3, 4, 5}
-    for prompt, real, answer, answered, result in zip(*drawn[:4], drawn.result, strict=True):
-        assert (prompt[~real] == PAD).all()
-        *terms, sign = prompt[real]
-        wanted = answer_of([term - FIRST_NUMBER for term in terms])
-        assert sign == EQUALS
+def test_problems_are_answered_step_by_step(key):
+    drawn = jax.device_get(draw_problems(key, 60, longest=LONGEST))
+    assert set(drawn.times) == {1, 2, 3, 4}
+    assert len(set(drawn.prompt[:, 1])) == 4
+    for prompt, answer, answered, times, result in zip(*drawn, drawn.result, strict=True):
+        wanted = answer_of(prompt)
+        assert prompt[3] == EQUALS
         assert answer[answered].tolist() == wanted
         assert (answer[~answered] == PAD).all()
-        assert result == wanted[-2]
+        assert (len(wanted), wanted[-2]) == (times + 1, result)
 
 
 def test_texts_have_no_holes_and_read_as_problems(key):
-    text = jax.device_get(sums_text(key, 3, 33, widest=WIDEST))
+    text = jax.device_get(counting_text(key, 3, 33, longest=LONGEST))
     assert text.shape == (3, 33)
     for row in text.tolist():
         assert PAD not in row
+        assert END in row
         while END in row:
             one, row = row[: row.index(END) + 1], row[row.index(END) + 1 :]
-            at = one.index(EQUALS)
-            assert one[at + 1 :] == answer_of([term - FIRST_NUMBER for term in one[:at]])
+            assert one[4:] == answer_of(one)
 
 
 def test_letters_follow_the_two_before_them(key):
@@ -183,7 +183,7 @@ class Fake:
 
     def __init__(self, settings):
         self.settings, self.asked = settings, []
-        self.pool = self.held_out = draw_problems(jax.random.key(0), settings.pool, widest=settings.widest)
+        self.pool = self.held_out = draw_problems(jax.random.key(0), settings.pool, longest=settings.longest)
 
     def plain(self):
         seeds = self.settings.seeds
@@ -231,6 +231,7 @@ def test_the_temperature_rises_to_the_largest_that_costs_nothing(fake):
     [
         ({"seeds": 1}, "--seeds is 1; it must be at least 2"),
         ({"width": 24}, "--width is 24; it must be a multiple of 16"),
+        ({"longest": 10}, "--longest is 10; it must be at least 3 and at most 9"),
         ({"rl_rows": 12}, "--rl-rows is 12; it must be a multiple of --group-size 8"),
         ({"muon_rates": (0.1, 0.1)}, r"--muon-rates is \(0.1, 0.1\); it must be rising numbers"),
     ],
