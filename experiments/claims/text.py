@@ -55,14 +55,9 @@ def draw_problems(key: PRNGKey, count: int, *, longest: int) -> Problems:
     column = jnp.arange(longest)
     steps = (start + (stride + 1) * (column + 1)) % NUMBERS + FIRST_NUMBER
     # Strides and repetitions are letters: what a token means is to be seen from the token.
-    prompt = [
-        start + FIRST_NUMBER,
-        stride + FIRST_LETTER,
-        times - 1 + FIRST_LETTER + STRIDES,
-        jnp.full_like(start, EQUALS),
-    ]
+    letters = [stride + FIRST_LETTER, times - 1 + FIRST_LETTER + STRIDES]
     return Problems(
-        prompt=jnp.concatenate(prompt, axis=1),
+        prompt=jnp.concatenate([start + FIRST_NUMBER, *letters, jnp.full_like(start, EQUALS)], axis=1),
         answer=jnp.where(column < times, steps, jnp.where(column == times, END, PAD)),
         answer_mask=column <= times,
         times=times[:, 0],

@@ -187,7 +187,7 @@ class Fake:
 
     def plain(self):
         seeds = self.settings.seeds
-        return courses.Course(jnp.ones(seeds), self.settings.widest, jnp.zeros((seeds, self.settings.pool)))
+        return courses.Course(jnp.ones(seeds), self.settings.longest, jnp.zeros((seeds, self.settings.pool)))
 
     def train(self, learner, course, first):
         self.asked.append((first, course))
