@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 from typing import NamedTuple
 
 import jax
@@ -20,11 +21,11 @@ from experiments.claims.text import PROMPT
 from experiments.claims.text import Problems
 from experiments.claims.text import draw_problems
 from jaxrl_llm import categorical
+from jaxrl_llm.checks import present
 from jaxrl_llm.masked import masked_mean
 from jaxrl_llm.masked import safe_divide
 from jaxrl_llm.models import Transformer
 from jaxrl_llm.models.attention import Visibility
-from jaxrl_llm.models.experts import choose_experts
 from jaxrl_llm.models.experts import given_selections
 from jaxrl_llm.models.transformer import positions_of
 from jaxrl_llm.objectives import Recipe
@@ -37,6 +38,7 @@ from jaxrl_llm.rollouts import predicting
 from jaxrl_llm.rollouts import response_columns
 from jaxrl_llm.rollouts.generate import Rollout
 from jaxrl_llm.rollouts.perturb import fp8_weights
+from jaxrl_llm.training.text.routers import own_choices
 from jaxrl_llm.typing import Array
 from jaxrl_llm.typing import Bool
 from jaxrl_llm.typing import Float
@@ -117,13 +119,15 @@ class Reinforcement:
         self.pool = draw_problems(pool_key, settings.pool, longest=width)
         self.held_out = draw_problems(held_key, settings.pool, longest=width)
         self._optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(settings.rl_rate))
-        self._start = jax.jit(jax.vmap(self._imitated))
-        self._chunk = jax.jit(jax.vmap(self._trained, in_axes=(0, 0, None, Course(0, None, 0))))
+        self._start = jax.jit(jax.vmap(self._imitated, in_axes=(0, None)))
+        course_axes: Any = Course(0, None, 0)  # pyright: ignore[reportArgumentType]
+        self._chunk = jax.jit(jax.vmap(self._trained, in_axes=(0, 0, None, course_axes)))
         self._answers = jax.jit(jax.vmap(self._answered, in_axes=(0, 0, 0, None)))
 
     def start(self) -> Learner:
         """Policies that have imitated right answers for some steps, one per seed."""
-        return self._start(jax.random.split(self._start_key, self.settings.seeds))
+        keys = jax.random.split(self._start_key, self.settings.seeds)
+        return self._start(keys, self.settings.imitation_steps)
 
     def train(self, learner: Learner, course: Course, first: int) -> tuple[Learner, dict[str, np.ndarray]]:
         """All seeds after a chunk of steps, the first of which is number `first`; metrics are [seeds, steps]."""
@@ -151,15 +155,11 @@ class Reinforcement:
         model = nnx.merge(self._graphdef, state)
         given = given_selections(self._config, selections)
         passed = model.rows(model.embed(tokens), positions_of(mask), Visibility(mask), selections=given)
-        chosen = []
-        for block, routes in zip(model.layers, passed.routes, strict=True):
-            if routes is not None:
-                router = block.mlp.router
-                chosen.append(choose_experts(routes.scores, router.bias[...], router.settings))
+        chosen = present(own_choices(list(model.layers), passed.routes))
         hidden = predicting(model.final_norm(passed.x), self.settings.longest)
-        return model.logits(hidden), jnp.stack(chosen, axis=2)
+        return model.logits(hidden), chosen
 
-    def _imitated(self, key: PRNGKey) -> Learner:
+    def _imitated(self, key: PRNGKey, steps: Array) -> Learner:
         state = nnx.state(Transformer(self._config, rngs=nnx.Rngs(key)))
         optimizer = optax.adam(self.settings.imitation_rate)
 
@@ -170,14 +170,13 @@ class Reinforcement:
                 categorical.log_prob(self._logits(state, tokens, mask, None)[0], drawn.answer), drawn.answer_mask
             )
 
-        def imitate(carry: tuple[PyTree, PyTree], number: Array) -> tuple[tuple[PyTree, PyTree], None]:
+        def imitate(number: Array, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
             state, opt_state = carry
             drawn = draw_problems(jax.random.fold_in(key, number), self.settings.rl_rows, longest=self.settings.longest)
             changes, opt_state = optimizer.update(jax.grad(loss)(state, drawn), opt_state, state)
-            return (optax.apply_updates(state, changes), opt_state), None
+            return optax.apply_updates(state, changes), opt_state
 
-        carry = (state, optimizer.init(state))
-        (state, _), _ = jax.lax.scan(imitate, carry, jnp.arange(self.settings.imitation_steps))
+        state, _ = jax.lax.fori_loop(0, steps, imitate, (state, optimizer.init(state)))
         return Learner(state, self._optimizer.init(state))
 
     def _sampled(

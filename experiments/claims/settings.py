@@ -63,7 +63,7 @@ class ClaimsSettings:
     bias_rate: float = 1e-3
     balance_weight: float = 1e-2
     pool: int = 128
-    imitation_steps: int = 150
+    imitation_steps: int = 60
     imitation_rate: float = 3e-3
     rl_rows: int = 64
     group_size: int = 8

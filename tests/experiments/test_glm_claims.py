@@ -172,6 +172,7 @@ def test_every_row_counts_on_the_side_of_its_claim():
         page = study.EXPERIMENT.page(settings, results, summary)
         assert page.value == f"{10 * (shift > 0)} of 10"
         (section,) = page.sections
+        assert section.table is not None
         assert all(len(row) == len(section.table.head) for row in section.table.rows)
         assert all(picture.svg.startswith("<?xml") for picture in section.pictures)
     none = synthetic(settings, 0.0)
@@ -249,12 +250,12 @@ def test_the_tiny_twin_from_end_to_end(tmp_path):
     # Arms ask the same problems of the same policies, with the same random numbers.
     for name in ("sequence_mean", "dynamic"):
         for quantity in ("reward", "length"):
-            first = [results[arm][quantity][:, 0] for arm in ("token_mean", name)]
-            np.testing.assert_array_equal(*first)
+            plain, other = (results[arm][quantity][:, 0] for arm in ("token_mean", name))
+            np.testing.assert_array_equal(plain, other)
     # Same sampler, same experts: what is compared differs in the experts alone.
     for quantity in ("kl_own", "kl_replayed", "flips"):
-        first = [results[arm][quantity][:, 0] for arm in ("rounded", "replay")]
-        np.testing.assert_allclose(*first, rtol=1e-4)
+        plain, other = (results[arm][quantity][:, 0] for arm in ("rounded", "replay"))
+        np.testing.assert_allclose(plain, other, rtol=1e-4)
     assert results["staged"]["length"][:, 0].max() <= 2
     assert results["adamw"]["loss"].shape == (1, 2)
     assert "Claims" in folder.report.read_text()
