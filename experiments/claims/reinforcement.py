@@ -20,6 +20,7 @@ from experiments.claims.text import PAD
 from experiments.claims.text import PROMPT
 from experiments.claims.text import Problems
 from experiments.claims.text import draw_problems
+from experiments.claims.text import split_problems
 from jaxrl_llm import categorical
 from jaxrl_llm.checks import present
 from jaxrl_llm.masked import masked_mean
@@ -115,9 +116,8 @@ class Reinforcement:
         )
         self._graphdef = graph_of(self._config)
         key = jax.random.fold_in(jax.random.key(settings.seed), 2)
-        self._start_key, self._key, pool_key, held_key = jax.random.split(key, 4)
-        self.pool = draw_problems(pool_key, settings.pool, longest=width)
-        self.held_out = draw_problems(held_key, settings.pool, longest=width)
+        self._start_key, self._key, split_key = jax.random.split(key, 3)
+        self.pool, self.held_out = split_problems(split_key, settings.pool, longest=width)
         self._optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(settings.rl_rate))
         self._start = jax.jit(jax.vmap(self._imitated, in_axes=(0, None)))
         course_axes: Any = Course(0, None, 0)  # pyright: ignore[reportArgumentType]

@@ -33,7 +33,7 @@ class ClaimsSettings:
         muon_rates: step sizes of Muon among which the best one is chosen.
         bias_rate: of the correction bias of routers.
         balance_weight: of the auxiliary loss, per layer.
-        pool: problems to learn from, and as many to measure on.
+        pool: problems to learn from; the others are measured on.
         imitation_steps: updates on right answers before reinforcement learning.
         imitation_rate: step size of Adam for them.
         rl_rows: answers per batch.
@@ -62,12 +62,12 @@ class ClaimsSettings:
     muon_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
     bias_rate: float = 1e-3
     balance_weight: float = 1e-2
-    pool: int = 128
-    imitation_steps: int = 60
+    pool: int = 256
+    imitation_steps: int = 75
     imitation_rate: float = 3e-3
-    rl_rows: int = 64
+    rl_rows: int = 128
     group_size: int = 8
-    rl_rate: float = 1e-3
+    rl_rate: float = 3e-4
     chunk: int = 10
     chunks: int = 6
     many: int = 16

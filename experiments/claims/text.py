@@ -52,6 +52,24 @@ def draw_problems(key: PRNGKey, count: int, *, longest: int) -> Problems:
     start = jax.random.randint(keys[0], (count, 1), 0, NUMBERS)
     stride = jax.random.randint(keys[1], (count, 1), 0, STRIDES)
     times = jax.random.randint(keys[2], (count, 1), 1, longest)
+    return _problems(start, stride, times, longest)
+
+
+def split_problems(key: PRNGKey, count: int, *, longest: int) -> tuple[Problems, Problems]:
+    """So many problems to learn from, in no order, and all others that there are.
+
+    Raises:
+        ValueError: no others would be left.
+    """
+    every = jnp.indices((NUMBERS, STRIDES, longest - 1)).reshape(3, -1, 1)
+    if count >= every.shape[1]:
+        raise ValueError(f"Field --pool is {count}; it must be below {every.shape[1]}, the problems that there are.")
+    start, stride, times = every[:, jax.random.permutation(key, every.shape[1])]
+    whole = _problems(start, stride, times + 1, longest)
+    return jax.tree.map(lambda leaf: leaf[:count], whole), jax.tree.map(lambda leaf: leaf[count:], whole)
+
+
+def _problems(start: Int[Array, "B 1"], stride: Int[Array, "B 1"], times: Int[Array, "B 1"], longest: int) -> Problems:
     column = jnp.arange(longest)
     steps = (start + (stride + 1) * (column + 1)) % NUMBERS + FIRST_NUMBER
     # Strides and repetitions are letters: what a token means is to be seen from the token.

@@ -28,6 +28,7 @@ from experiments.claims.text import counting_text
 from experiments.claims.text import draw_language
 from experiments.claims.text import draw_problems
 from experiments.claims.text import letters_text
+from experiments.claims.text import split_problems
 from experiments.cli import main
 from experiments.lab.numbers import Interval
 from experiments.run_folder import RunFolder
@@ -53,6 +54,16 @@ def test_problems_are_answered_step_by_step(key):
         assert answer[answered].tolist() == wanted
         assert (answer[~answered] == PAD).all()
         assert (len(wanted), wanted[-2]) == (times + 1, result)
+
+
+def test_no_problem_is_learned_from_and_measured_on(key):
+    pool, others = jax.device_get(split_problems(key, 100, longest=LONGEST))
+    seen = [[tuple(prompt) for prompt in part.prompt.tolist()] for part in (pool, others)]
+    assert len(seen[0]) == 100
+    assert len({*seen[0], *seen[1]}) == len(seen[0]) + len(seen[1]) == 16 * 4 * (LONGEST - 1)
+    assert abs(pool.times.mean() - 2.5) < 0.5
+    with pytest.raises(ValueError, match="--pool is 256; it must be below 256"):
+        split_problems(key, 256, longest=LONGEST)
 
 
 def test_texts_have_no_holes_and_read_as_problems(key):
