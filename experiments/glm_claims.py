@@ -62,13 +62,13 @@ def parts(settings: ClaimsSettings) -> Parts:
         "replay": Kind(rounded=True, replay=True),
     }
     return {
-        **{name: functools.partial(optimiser_part, name, settings) for name in ("adamw", "muon")},
-        **{name: functools.partial(balance_part, name, settings) for name in ("none", "loss")},
         "start": functools.partial(start_part, settings),
         **{name: functools.partial(plain_part, kind, settings) for name, kind in kinds.items()},
         "staged": functools.partial(staged_part, settings),
         "curriculum": functools.partial(curriculum_part, settings),
         "dynamic": functools.partial(temperature_part, settings),
+        **{name: functools.partial(optimiser_part, name, settings) for name in ("adamw", "muon")},
+        **{name: functools.partial(balance_part, name, settings) for name in ("none", "loss")},
     }
 
 

@@ -63,7 +63,7 @@ class ClaimsSettings:
     bias_rate: float = 1e-3
     balance_weight: float = 1e-2
     pool: int = 256
-    imitation_steps: int = 75
+    imitation_steps: int = 55
     imitation_rate: float = 3e-3
     rl_rows: int = 128
     group_size: int = 8
@@ -71,7 +71,7 @@ class ClaimsSettings:
     chunk: int = 10
     chunks: int = 6
     many: int = 16
-    temperatures: tuple[float, ...] = (1.0, 1.2, 1.4, 1.6)
+    temperatures: tuple[float, ...] = (1.0, 1.1, 1.2, 1.4)
     window: int = 10
 
 
