@@ -31,15 +31,13 @@ import functools
 
 from experiments.claims.balance import balance_part
 from experiments.claims.courses import curriculum_part
-from experiments.claims.courses import plain_part
 from experiments.claims.courses import staged_part
 from experiments.claims.courses import start_part
+from experiments.claims.courses import steady_part
 from experiments.claims.courses import temperature_part
 from experiments.claims.numbers import summarise
 from experiments.claims.optimisers import optimiser_part
 from experiments.claims.page import claims_page
-from experiments.claims.reinforcement import SEQUENCE_MEAN
-from experiments.claims.reinforcement import Kind
 from experiments.claims.settings import RANGES
 from experiments.claims.settings import ClaimsSettings
 from experiments.claims.settings import check
@@ -55,15 +53,15 @@ def parts(settings: ClaimsSettings) -> Parts:
         ValueError: a setting that cannot be.
     """
     check(settings)
-    kinds = {
-        "token_mean": Kind(),
-        "sequence_mean": Kind(SEQUENCE_MEAN),
-        "rounded": Kind(rounded=True),
-        "replay": Kind(rounded=True, replay=True),
+    steady = {
+        "token_mean": {},
+        "sequence_mean": {"sequence_mean": True},
+        "rounded": {"rounded": True},
+        "replay": {"rounded": True, "replay": True},
     }
     return {
         "start": functools.partial(start_part, settings),
-        **{name: functools.partial(plain_part, kind, settings) for name, kind in kinds.items()},
+        **{name: functools.partial(steady_part, settings, **changes) for name, changes in steady.items()},
         "staged": functools.partial(staged_part, settings),
         "curriculum": functools.partial(curriculum_part, settings),
         "dynamic": functools.partial(temperature_part, settings),
@@ -88,7 +86,7 @@ TINY = dataclasses.replace(
     pieces=3,
     adamw_rates=(1e-2,),
     muon_rates=(1e-2,),
-    pool=8,
+    pool=64,
     imitation_steps=8,
     rl_rows=8,
     group_size=4,

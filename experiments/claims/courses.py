@@ -9,7 +9,6 @@ import numpy as np
 from experiments.claims.pretraining import Learner
 from experiments.claims.reinforcement import FEW
 from experiments.claims.reinforcement import Course
-from experiments.claims.reinforcement import Kind
 from experiments.claims.reinforcement import Reinforcement
 from experiments.claims.reinforcement import reinforcement
 from experiments.claims.reinforcement import started
@@ -47,21 +46,21 @@ def followed(own: Reinforcement, learner: Learner, courses: Iterable[Course], fi
     return learner, {name: np.concatenate([one[name] for one in metrics], axis=1) for name in metrics[0]}
 
 
-def plain_part(kind: Kind, settings: ClaimsSettings) -> Arrays:
-    """An arm without a change of course."""
-    own = reinforcement(kind, settings)
-    learner, metrics = followed(own, started(settings), [own.plain()] * settings.chunks)
+def steady_part(settings: ClaimsSettings, **changes: bool) -> Arrays:
+    """An arm without a change of course; `changes` are fields of `Course` that differ from the plain one."""
+    own = reinforcement(settings)
+    learner, metrics = followed(own, started(settings), [own.plain()._replace(**changes)] * settings.chunks)
     return metrics | held_out(own, learner)
 
 
 def start_part(settings: ClaimsSettings) -> Arrays:
     """The policies before reinforcement learning."""
-    return held_out(reinforcement(Kind(), settings), started(settings))
+    return held_out(reinforcement(settings), started(settings))
 
 
 def staged_part(settings: ClaimsSettings) -> Arrays:
     """Answers of half the length at most in the first half of the steps, all of it after that."""
-    own = reinforcement(Kind(), settings)
+    own = reinforcement(settings)
     full, half = own.plain(), settings.chunks // 2
     short = full._replace(longest=-(-settings.longest // 2))
     learner, metrics = followed(own, started(settings), [short] * half + [full] * (settings.chunks - half))
@@ -91,7 +90,7 @@ def _counted(own: Reinforcement, learner: Learner, times: int, number: int) -> n
 
 def curriculum_part(settings: ClaimsSettings) -> Arrays:
     """Moderate problems for half of the steps; then those just out of reach (`switch_`), or moderate ones (`stay_`)."""
-    own, half = reinforcement(Kind(), settings), settings.chunks // 2
+    own, half = reinforcement(settings), settings.chunks // 2
     few = _counted(own, started(settings), 1, 100)
     stay, asked = _asked(lambda seed: moderate(few[seed], FEW, low=0.25, high=0.75), own)
     learner, before = followed(own, started(settings), [stay] * half)
@@ -111,7 +110,7 @@ def curriculum_part(settings: ClaimsSettings) -> Arrays:
 
 def temperature_part(settings: ClaimsSettings) -> Arrays:
     """The temperature of each seed is chosen anew whenever its reward has a plateau; it starts at 1."""
-    own = reinforcement(Kind(), settings)
+    own = reinforcement(settings)
     control = TemperatureControl(settings.temperatures, Plateau(settings.window, MARGIN))
     states = [TemperatureState(1.0)] * settings.seeds
     learner, metrics, used = started(settings), [], []

@@ -12,6 +12,7 @@ from flax import nnx
 from experiments.claims.model import Passed
 from experiments.claims.model import glm_config
 from experiments.claims.model import graph_of
+from experiments.claims.model import initialised
 from experiments.claims.model import pass_text
 from experiments.claims.settings import ClaimsSettings
 from experiments.claims.text import NUMBERS
@@ -20,7 +21,6 @@ from experiments.claims.text import draw_language
 from experiments.claims.text import letters_text
 from jaxrl_llm import categorical
 from jaxrl_llm.masked import safe_divide
-from jaxrl_llm.models import Transformer
 from jaxrl_llm.objectives.balance import balance_metrics
 from jaxrl_llm.objectives.balance import expert_loads
 from jaxrl_llm.training.run.optimizer import OptimizerSettings
@@ -65,15 +65,13 @@ class Pretraining:
     def __init__(self, optimizer: str, settings: ClaimsSettings) -> None:
         """The optimiser is "adamw", or "muon" for matrices and AdamW for the rest."""
         self.settings = settings
-        self._config = glm_config(
-            width=settings.width, layers=settings.layers, experts=settings.experts, positions=settings.length
-        )
+        self._config = glm_config(settings)
         self._graphdef = graph_of(self._config)
         self._language = draw_language(jax.random.key(settings.seed))
         # At rate 1: an update is the rate times it, its decay included, so one program serves every rate and schedule.
         numbers = OptimizerSettings(learning_rate=1.0, beta2=0.95, weight_decay=WEIGHT_DECAY, optimizer=optimizer)  # pyright: ignore[reportArgumentType]
         self._inner = make_optimizer(numbers, 1)
-        self._start = jax.jit(jax.vmap(self._started))
+        self._remember = jax.jit(jax.vmap(self._optimizer(1.0, 0.0).init))
         self._chunk = jax.jit(jax.vmap(self._trained, in_axes=(0, 0, None, None, None)))
         self._measure = jax.jit(jax.vmap(self._measured))
 
@@ -82,7 +80,8 @@ class Pretraining:
 
     def start(self) -> Learner:
         """All seeds before training; the same for both optimisers but for what the optimiser remembers."""
-        return self._start(self._keys())
+        state = initialised(self._config, self._keys())
+        return Learner(state, self._remember(state))
 
     def train(self, learner: Learner, rates: np.ndarray, first: int, balance: Balance) -> Learner:
         """All seeds after a step for each rate, the first of which is number `first`: it names the texts."""
@@ -91,10 +90,6 @@ class Pretraining:
     def measure(self, learner: Learner) -> dict[str, Array]:
         """Of the same held-out text for every arm, per seed."""
         return self._measure(learner.state, self._keys())
-
-    def _started(self, key: PRNGKey) -> Learner:
-        state = nnx.state(Transformer(self._config, rngs=nnx.Rngs(key)))
-        return Learner(state, self._optimizer(1.0, 0.0).init(state))
 
     def _optimizer(self, rate: Array | float, bias_rate: Array | float) -> optax.GradientTransformation:
         return with_router_bias(optax.chain(self._inner, optax.scale(rate)), rate=bias_rate)  # pyright: ignore[reportArgumentType]

@@ -13,11 +13,11 @@ from flax import nnx
 
 from experiments.claims.model import glm_config
 from experiments.claims.model import graph_of
+from experiments.claims.model import initialised
 from experiments.claims.pretraining import Learner
 from experiments.claims.settings import ClaimsSettings
 from experiments.claims.text import END
 from experiments.claims.text import PAD
-from experiments.claims.text import PROMPT
 from experiments.claims.text import Problems
 from experiments.claims.text import draw_problems
 from experiments.claims.text import split_problems
@@ -25,11 +25,9 @@ from jaxrl_llm import categorical
 from jaxrl_llm.checks import present
 from jaxrl_llm.masked import masked_mean
 from jaxrl_llm.masked import safe_divide
-from jaxrl_llm.models import Transformer
 from jaxrl_llm.models.attention import Visibility
 from jaxrl_llm.models.experts import given_selections
 from jaxrl_llm.models.transformer import positions_of
-from jaxrl_llm.objectives import Recipe
 from jaxrl_llm.objectives import get_recipe
 from jaxrl_llm.objectives import policy_loss
 from jaxrl_llm.objectives.recipes import sequence_advantages
@@ -53,36 +51,30 @@ TOKEN_MEAN = dataclasses.replace(
 """GRPO without its KL term, as in section 3 of the report, every token with the same weight."""
 SEQUENCE_MEAN = dataclasses.replace(TOKEN_MEAN, name="sequence_mean", aggregation="seq-mean-token-mean")
 
+MISMATCH = ("kl_own", "kl_replayed", "flips")
+"""What is measured of a rounded sampler, and 0 of one that is not."""
 FEW = 4
 """Answers to each problem that say which are moderate, and which no answer solves."""
 
 
-class Kind(NamedTuple):
-    """What differs between arms in their programs.
-
-    Attributes:
-        recipe: of the loss.
-        rounded: whether the sampler's matrices are rounded to 8 bits (e4m3, in blocks).
-        replay: whether the trainer sends tokens to the experts that the sampler chose.
-    """
-
-    recipe: Recipe = TOKEN_MEAN
-    rounded: bool = False
-    replay: bool = False
-
-
 class Course(NamedTuple):
-    """What differs between arms in their numbers.
+    """What differs between arms: numbers to the one program that trains all of them.
 
     Attributes:
         temperature: of the sampler and of the policy that learns, per seed.
         longest: tokens after which an answer is cut and earns nothing.
         log_weights: of the problems, per seed: how often each is asked.
+        sequence_mean: whether the loss is the mean over answers of the mean over their tokens, or over all tokens.
+        rounded: whether the sampler's matrices are rounded to 8 bits (e4m3, in blocks).
+        replay: whether the trainer sends tokens to the experts that the sampler chose.
     """
 
     temperature: Float[Array, " S"]
     longest: int
     log_weights: Float[Array, "S P"]
+    sequence_mean: bool = False
+    rounded: bool = False
+    replay: bool = False
 
 
 class Answers(NamedTuple):
@@ -105,29 +97,27 @@ def judged(rollout: Rollout, result: Int[Array, " B"], width: int, longest: Arra
 
 
 class Reinforcement:
-    """The problems, the start and one kind of arm; nothing is compiled before it is used."""
+    """The problems, the start and the program of every arm; nothing is compiled before it is used."""
 
-    def __init__(self, kind: Kind, settings: ClaimsSettings) -> None:
-        """Problems and keys are those of the settings, the same for every kind."""
-        self.kind, self.settings = kind, settings
+    def __init__(self, settings: ClaimsSettings) -> None:
+        """Problems and keys are those of the settings, the same for every arm."""
+        self.settings = settings
         width = settings.longest
-        self._config = glm_config(
-            width=settings.width, layers=settings.layers, experts=settings.experts, positions=PROMPT + width
-        )
+        self._config = glm_config(settings)
         self._graphdef = graph_of(self._config)
         key = jax.random.fold_in(jax.random.key(settings.seed), 2)
         self._start_key, self._key, split_key = jax.random.split(key, 3)
         self.pool, self.held_out = split_problems(split_key, settings.pool, longest=width)
         self._optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(settings.rl_rate))
-        self._start = jax.jit(jax.vmap(self._imitated, in_axes=(0, None)))
-        course_axes: Any = Course(0, None, 0)  # pyright: ignore[reportArgumentType]
+        self._start = jax.jit(jax.vmap(self._imitated, in_axes=(0, 0, None)))
+        course_axes: Any = Course(0, None, 0, None, None, None)  # pyright: ignore[reportArgumentType]
         self._chunk = jax.jit(jax.vmap(self._trained, in_axes=(0, 0, None, course_axes)))
         self._answers = jax.jit(jax.vmap(self._answered, in_axes=(0, 0, 0, None)))
 
     def start(self) -> Learner:
         """Policies that have imitated right answers for some steps, one per seed."""
         keys = jax.random.split(self._start_key, self.settings.seeds)
-        return self._start(keys, self.settings.imitation_steps)
+        return self._start(initialised(self._config, keys), keys, self.settings.imitation_steps)
 
     def train(self, learner: Learner, course: Course, first: int) -> tuple[Learner, dict[str, np.ndarray]]:
         """All seeds after a chunk of steps, the first of which is number `first`; metrics are [seeds, steps]."""
@@ -159,8 +149,7 @@ class Reinforcement:
         hidden = predicting(model.final_norm(passed.x), self.settings.longest)
         return model.logits(hidden), chosen
 
-    def _imitated(self, key: PRNGKey, steps: Array) -> Learner:
-        state = nnx.state(Transformer(self._config, rngs=nnx.Rngs(key)))
+    def _imitated(self, state: PyTree, key: PRNGKey, steps: Array) -> Learner:
         optimizer = optax.adam(self.settings.imitation_rate)
 
         def loss(state: PyTree, drawn: Problems) -> Array:
@@ -192,7 +181,7 @@ class Reinforcement:
             pad_id=PAD,
             # A setting of the sampler is fixed when it is compiled; here it differs from seed to seed.
             perturb_logits=lambda logits, keys: logits / temperature,
-            record_selections=self.kind.rounded,
+            record_selections=True,
         )
         rollout = generate(state, asked.prompt, asked.prompt > PAD, key, 0, jnp.arange(len(asked.prompt)))
         return rollout, judged(rollout, jnp.repeat(asked.result, group), width, longest)
@@ -211,36 +200,47 @@ class Reinforcement:
         return jax.lax.scan(step, learner, first + jnp.arange(self.settings.chunk))
 
     def _step(self, learner: Learner, key: PRNGKey, course: Course) -> tuple[Learner, dict[str, Array]]:
-        settings, kind, temperature = self.settings, self.kind, course.temperature
+        settings, temperature = self.settings, course.temperature
         prompt_key, sample_key = jax.random.split(key)
         group = settings.group_size
         chosen = jax.random.categorical(prompt_key, course.log_weights, shape=(settings.rl_rows // group,))
         asked = jax.tree.map(lambda leaf: leaf[chosen], self.pool)
-        sampler = fp8_weights(learner.state) if kind.rounded else learner.state
+        rounded = fp8_weights(learner.state)
+        sampler = jax.tree.map(lambda *leaf: jnp.where(course.rounded, *leaf), rounded, learner.state)
         rollout, answers = self._sampled(sampler, asked, sample_key, temperature, group, course.longest)
-        advantages = sequence_advantages(kind.recipe, answers.rewards, rollout.group_ids)
-        replayed = rollout.selections if kind.replay else None
+        advantages = sequence_advantages(TOKEN_MEAN, answers.rewards, rollout.group_ids)
+        texts, recorded = (rollout.tokens, rollout.token_mask), present(rollout.selections).astype(jnp.int32)
+        # Where routers choose for themselves, what they choose is given to them: one program for both.
+        selections = jax.lax.cond(
+            course.replay, lambda: recorded, lambda: self._logits(learner.state, *texts, None)[1].astype(jnp.int32)
+        )
 
         def loss(state: PyTree) -> tuple[Array, Array]:
-            logits, _ = self._logits(state, rollout.tokens, rollout.token_mask, replayed)
-            log_prob = categorical.log_prob(logits / temperature, answers.tokens)
-            terms = policy_loss(
-                kind.recipe,
-                log_prob=log_prob,
-                advantages=advantages,
-                response_mask=answers.mask,
-                log_prob_old=jax.lax.stop_gradient(log_prob),
-            )
-            return safe_divide(*terms.loss), logits / temperature
+            logits = self._logits(state, *texts, selections)[0] / temperature
+            log_prob = categorical.log_prob(logits, answers.tokens)
+            both = [
+                policy_loss(
+                    recipe,
+                    log_prob=log_prob,
+                    advantages=advantages,
+                    response_mask=answers.mask,
+                    log_prob_old=jax.lax.stop_gradient(log_prob),
+                )
+                for recipe in (SEQUENCE_MEAN, TOKEN_MEAN)
+            ]
+            return jnp.where(course.sequence_mean, *(safe_divide(*terms.loss) for terms in both)), logits
 
         gradient, logits = jax.grad(loss, has_aux=True)(learner.state)
+
+        def mismatch() -> dict[str, Array]:
+            return self._mismatch(learner.state, sampler, rollout, answers, temperature)
+
         metrics = {
             "reward": jnp.mean(answers.rewards),
             "length": jnp.mean(jnp.sum(answers.mask, axis=1).astype(jnp.float32)),
             "entropy": masked_mean(categorical.entropy(logits), answers.mask),
+            **jax.lax.cond(course.rounded, mismatch, lambda: dict.fromkeys(MISMATCH, jnp.zeros(()))),
         }
-        if kind.rounded:
-            metrics |= self._mismatch(learner.state, sampler, rollout, answers, temperature)
         changes, opt_state = self._optimizer.update(gradient, learner.opt_state, learner.state)
         return Learner(optax.apply_updates(learner.state, changes), opt_state), metrics
 
@@ -248,8 +248,7 @@ class Reinforcement:
         self, state: PyTree, sampler: PyTree, rollout: Rollout, answers: Answers, temperature: Array
     ) -> dict[str, Array]:
         """KL(sampler || trainer) of the sampled contexts, with its own experts and with replayed ones, and flips."""
-        texts, recorded = (rollout.tokens, rollout.token_mask), rollout.selections
-        assert recorded is not None
+        texts, recorded = (rollout.tokens, rollout.token_mask), present(rollout.selections)
         of_sampler, _ = self._logits(sampler, *texts, recorded)
         without, own = self._logits(state, *texts, None)
         replayed, _ = self._logits(state, *texts, recorded)
@@ -263,13 +262,13 @@ class Reinforcement:
         return found | {"flips": masked_mean(jnp.mean(flipped[:, :-1].astype(jnp.float32), axis=-1), read)}
 
 
-@functools.lru_cache(maxsize=8)
-def reinforcement(kind: Kind, settings: ClaimsSettings) -> Reinforcement:
-    """Kept, because it is compiled once for all arms of a kind."""
-    return Reinforcement(kind, settings)
+@functools.lru_cache(maxsize=1)
+def reinforcement(settings: ClaimsSettings) -> Reinforcement:
+    """Kept, because it is compiled once for all arms."""
+    return Reinforcement(settings)
 
 
 @functools.lru_cache(maxsize=1)
 def started(settings: ClaimsSettings) -> Learner:
     """The policies that every arm starts from."""
-    return reinforcement(Kind(), settings).start()
+    return reinforcement(settings).start()

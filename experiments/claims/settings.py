@@ -62,7 +62,7 @@ class ClaimsSettings:
     muon_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
     bias_rate: float = 1e-3
     balance_weight: float = 1e-2
-    pool: int = 256
+    pool: int = 192
     imitation_steps: int = 55
     imitation_rate: float = 3e-3
     rl_rows: int = 128

@@ -217,7 +217,7 @@ class Fake:
 @pytest.fixture
 def fake(monkeypatch):
     made = Fake(dataclasses.replace(study.TINY, chunks=4, temperatures=(1.0, 1.2, 1.5)))
-    monkeypatch.setattr(courses, "reinforcement", lambda kind, settings: made)
+    monkeypatch.setattr(courses, "reinforcement", lambda settings: made)
     monkeypatch.setattr(courses, "started", lambda settings: 0)
     return made
 
