@@ -23,7 +23,9 @@ a shared expert, and a layer for the token after the next one. All seeds are tra
 
 1 to 3 read half problems of counting modulo 16 ("9 +3 twice = 12 15") and half letters of a random language of order
 two; 4 to 8 start from policies that have imitated right answers to such problems for some steps, and earn 1 where the
-last number of an answer is the right one.
+last number of an answer is the right one. All problems there are can be asked, and all are measured on: what is
+compared is learning, not what is made of problems never seen. (With half of them held out, 60 steps moved the held-out
+half by 0.02 where the other one rose by 0.15; changed after looking at that, before any two arms were compared.)
 """
 
 import dataclasses
@@ -86,7 +88,6 @@ TINY = dataclasses.replace(
     pieces=3,
     adamw_rates=(1e-2,),
     muon_rates=(1e-2,),
-    pool=64,
     imitation_steps=8,
     rl_rows=8,
     group_size=4,

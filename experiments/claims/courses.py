@@ -21,18 +21,18 @@ from jaxrl_llm.training.phases.temperature import TemperatureControl
 from jaxrl_llm.training.phases.temperature import TemperatureState
 
 MEASUREMENTS = 4
-"""Times `FEW` answers to each held-out problem when an arm has ended."""
+"""Times `FEW` answers to each problem when an arm has ended."""
 MARGIN = 0.01
 """Gain of reward between two windows that still counts as a plateau."""
 
 
-def held_out(own: Reinforcement, learner: Learner) -> Arrays:
-    """Share of right answers at temperature 1 to problems that nobody learned from, and their length, per seed."""
-    found = [own.solve(learner, own.held_out, 1.0, number) for number in range(MEASUREMENTS)]
+def measured(own: Reinforcement, learner: Learner) -> Arrays:
+    """Share of right answers at temperature 1 to all problems and to the longest ones, and their length, per seed."""
+    found = [own.solve(learner, 1.0, number) for number in range(MEASUREMENTS)]
     by_problem = np.mean([one["right"].mean(2) for one in found], axis=0)
     return {
         "solved": by_problem.mean(1),
-        "solved_long": by_problem[:, np.asarray(own.held_out.times) == own.settings.longest - 1].mean(1),
+        "solved_long": by_problem[:, np.asarray(own.problems.times) == own.settings.longest - 1].mean(1),
         "answer_length": np.mean([one["length"] for one in found], axis=0),
     }
 
@@ -50,12 +50,12 @@ def steady_part(settings: ClaimsSettings, **changes: bool) -> Arrays:
     """An arm without a change of course; `changes` are fields of `Course` that differ from the plain one."""
     own = reinforcement(settings)
     learner, metrics = followed(own, started(settings), [own.plain()._replace(**changes)] * settings.chunks)
-    return metrics | held_out(own, learner)
+    return metrics | measured(own, learner)
 
 
 def start_part(settings: ClaimsSettings) -> Arrays:
     """The policies before reinforcement learning."""
-    return held_out(reinforcement(settings), started(settings))
+    return measured(reinforcement(settings), started(settings))
 
 
 def staged_part(settings: ClaimsSettings) -> Arrays:
@@ -64,7 +64,7 @@ def staged_part(settings: ClaimsSettings) -> Arrays:
     full, half = own.plain(), settings.chunks // 2
     short = full._replace(longest=-(-settings.longest // 2))
     learner, metrics = followed(own, started(settings), [short] * half + [full] * (settings.chunks - half))
-    return metrics | held_out(own, learner)
+    return metrics | measured(own, learner)
 
 
 def _asked(choose: Callable[[int], np.ndarray], own: Reinforcement) -> tuple[Course, np.ndarray]:
@@ -77,14 +77,14 @@ def _asked(choose: Callable[[int], np.ndarray], own: Reinforcement) -> tuple[Cou
         try:
             rows.append(choose(seed))
         except ValueError:
-            rows.append(np.ones(own.settings.pool, bool))
+            rows.append(np.ones(len(own.problems.times), bool))
     chosen = np.stack(rows)
     return own.plain()._replace(log_weights=jnp.where(chosen, 0.0, -jnp.inf)), chosen.sum(1)
 
 
 def _counted(own: Reinforcement, learner: Learner, times: int, number: int) -> np.ndarray:
-    """Right ones among `times` times `FEW` answers to each problem of the pool, [seeds, problems]."""
-    found = [own.solve(learner, own.pool, 1.0, number + time)["right"].sum(2) for time in range(times)]
+    """Right ones among `times` times `FEW` answers to each problem, [seeds, problems]."""
+    found = [own.solve(learner, 1.0, number + time)["right"].sum(2) for time in range(times)]
     return np.sum(found, axis=0).astype(int)
 
 
@@ -95,7 +95,7 @@ def curriculum_part(settings: ClaimsSettings) -> Arrays:
     stay, asked = _asked(lambda seed: moderate(few[seed], FEW, low=0.25, high=0.75), own)
     learner, before = followed(own, started(settings), [stay] * half)
     few, many = _counted(own, learner, 1, 200), _counted(own, learner, settings.many, 300)
-    verified = np.ones(settings.pool, bool)
+    verified = np.ones(len(own.problems.times), bool)
 
     def hard(seed: int) -> np.ndarray:
         return just_out_of_reach(few[seed], many[seed], verified, few=FEW, many=FEW * settings.many)
@@ -104,7 +104,7 @@ def curriculum_part(settings: ClaimsSettings) -> Arrays:
     arrays: Arrays = {"moderate": asked, "hard": found} | {f"before_{name}": x for name, x in before.items()}
     for name, course in (("stay", stay), ("switch", switch)):
         ended, metrics = followed(own, learner, [course] * (settings.chunks - half), first=half)
-        arrays |= {f"{name}_{quantity}": x for quantity, x in (metrics | held_out(own, ended)).items()}
+        arrays |= {f"{name}_{quantity}": x for quantity, x in (metrics | measured(own, ended)).items()}
     return arrays
 
 
@@ -125,9 +125,8 @@ def temperature_part(settings: ClaimsSettings) -> Arrays:
                 states[seed] = control.observe(states[seed], float(reward))
         due = [seed for seed, state in enumerate(states) if control.due(state)]
         if due and number < settings.chunks - 1:
-            # The problems of the grid are those of the pool: held-out ones are for the end alone.
-            scores = {t: own.solve(learner, own.pool, t, 400 + number)["right"].mean((1, 2)) for t in control.grid}
+            scores = {t: own.solve(learner, t, 400 + number)["right"].mean((1, 2)) for t in control.grid}
             for seed in due:
                 states[seed] = control.choose(states[seed], {t: float(score[seed]) for t, score in scores.items()})
     joined = {name: np.concatenate([one[name] for one in metrics], axis=1) for name in metrics[0]}
-    return joined | held_out(own, learner) | {"temperature": np.stack(used, axis=1)}
+    return joined | measured(own, learner) | {"temperature": np.stack(used, axis=1)}

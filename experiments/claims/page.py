@@ -99,7 +99,7 @@ def claims_page(settings: ClaimsSettings, results: Results, summary: Mapping[str
                     f"Chosen rates: AdamW {summary['adamw_rate']:g}, Muon {summary['muon_rate']:g}. Held-out loss "
                     f"without balance {summary['loss_without_balance']:.4f}; largest violation with the auxiliary loss "
                     f"{summary['violation_with_loss']:.2f}, with the bias {summary['violation_with_bias']:.2f}.",
-                    f"Before reinforcement learning {summary['solved_at_the_start']:.3f} of the held-out problems are "
+                    f"Before reinforcement learning {summary['solved_at_the_start']:.3f} of the problems are "
                     f"solved, after it (token-mean, temperature 1) {summary['solved_with_token_mean']:.3f}. Rounded "
                     f"routers choose other experts for {100 * summary['flips']:.1f} % of the tokens. Temperatures end "
                     f"at {summary['temperature_at_the_end']:.2f}. Problems of the curriculum, per seed: "

@@ -19,8 +19,8 @@ from experiments.claims.settings import ClaimsSettings
 from experiments.claims.text import END
 from experiments.claims.text import PAD
 from experiments.claims.text import Problems
+from experiments.claims.text import all_problems
 from experiments.claims.text import draw_problems
-from experiments.claims.text import split_problems
 from jaxrl_llm import categorical
 from jaxrl_llm.checks import present
 from jaxrl_llm.masked import masked_mean
@@ -102,17 +102,16 @@ class Reinforcement:
     def __init__(self, settings: ClaimsSettings) -> None:
         """Problems and keys are those of the settings, the same for every arm."""
         self.settings = settings
-        width = settings.longest
         self._config = glm_config(settings)
         self._graphdef = graph_of(self._config)
         key = jax.random.fold_in(jax.random.key(settings.seed), 2)
-        self._start_key, self._key, split_key = jax.random.split(key, 3)
-        self.pool, self.held_out = split_problems(split_key, settings.pool, longest=width)
+        self._start_key, self._key = jax.random.split(key)
+        self.problems = all_problems(longest=settings.longest)
         self._optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(settings.rl_rate))
         self._start = jax.jit(jax.vmap(self._imitated, in_axes=(0, 0, None)))
         course_axes: Any = Course(0, None, 0, None, None, None)  # pyright: ignore[reportArgumentType]
         self._chunk = jax.jit(jax.vmap(self._trained, in_axes=(0, 0, None, course_axes)))
-        self._answers = jax.jit(jax.vmap(self._answered, in_axes=(0, 0, 0, None)))
+        self._answers = jax.jit(jax.vmap(self._answered))
 
     def start(self) -> Learner:
         """Policies that have imitated right answers for some steps, one per seed."""
@@ -125,16 +124,19 @@ class Reinforcement:
         learner, metrics = self._chunk(learner, keys, first, course)
         return learner, jax.device_get(metrics)
 
-    def solve(self, learner: Learner, problems: Problems, temperature: float, number: int = 0) -> dict[str, np.ndarray]:
-        """Of `FEW` answers to each problem: which are right [seeds, problems, FEW], and their mean length."""
+    def solve(self, learner: Learner, temperature: float, number: int) -> dict[str, np.ndarray]:
+        """Of `FEW` answers to each problem: which are right [seeds, problems, FEW], and their mean length.
+
+        Another `number` names other random numbers.
+        """
         keys = jax.random.split(jax.random.fold_in(self._key, number), self.settings.seeds)
         temperatures = jnp.full(self.settings.seeds, temperature)
-        return jax.device_get(self._answers(learner.state, keys, temperatures, problems))
+        return jax.device_get(self._answers(learner.state, keys, temperatures))
 
     def plain(self) -> Course:
         """Temperature 1, full length, every problem as often as any other."""
         seeds = self.settings.seeds
-        return Course(jnp.ones(seeds), self.settings.longest, jnp.zeros((seeds, self.settings.pool)))
+        return Course(jnp.ones(seeds), self.settings.longest, jnp.zeros((seeds, len(self.problems.times))))
 
     # One seed
 
@@ -186,8 +188,8 @@ class Reinforcement:
         rollout = generate(state, asked.prompt, asked.prompt > PAD, key, 0, jnp.arange(len(asked.prompt)))
         return rollout, judged(rollout, jnp.repeat(asked.result, group), width, longest)
 
-    def _answered(self, state: PyTree, key: PRNGKey, temperature: Array, problems: Problems) -> dict[str, Array]:
-        _, answers = self._sampled(state, problems, key, temperature, FEW, self.settings.longest)
+    def _answered(self, state: PyTree, key: PRNGKey, temperature: Array) -> dict[str, Array]:
+        _, answers = self._sampled(state, self.problems, key, temperature, FEW, self.settings.longest)
         lengths = jnp.sum(answers.mask, axis=1).astype(jnp.float32)
         return {"right": answers.rewards.reshape(-1, FEW), "length": jnp.mean(lengths)}
 
@@ -204,7 +206,7 @@ class Reinforcement:
         prompt_key, sample_key = jax.random.split(key)
         group = settings.group_size
         chosen = jax.random.categorical(prompt_key, course.log_weights, shape=(settings.rl_rows // group,))
-        asked = jax.tree.map(lambda leaf: leaf[chosen], self.pool)
+        asked = jax.tree.map(lambda leaf: leaf[chosen], self.problems)
         rounded = fp8_weights(learner.state)
         sampler = jax.tree.map(lambda *leaf: jnp.where(course.rounded, *leaf), rounded, learner.state)
         rollout, answers = self._sampled(sampler, asked, sample_key, temperature, group, course.longest)

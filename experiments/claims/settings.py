@@ -33,7 +33,6 @@ class ClaimsSettings:
         muon_rates: step sizes of Muon among which the best one is chosen.
         bias_rate: of the correction bias of routers.
         balance_weight: of the auxiliary loss, per layer.
-        pool: problems to learn from; the others are measured on.
         imitation_steps: updates on right answers before reinforcement learning.
         imitation_rate: step size of Adam for them.
         rl_rows: answers per batch.
@@ -62,7 +61,6 @@ class ClaimsSettings:
     muon_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
     bias_rate: float = 1e-3
     balance_weight: float = 1e-2
-    pool: int = 192
     imitation_steps: int = 55
     imitation_rate: float = 3e-3
     rl_rows: int = 128
@@ -92,7 +90,6 @@ RANGES: Ranges = {
     "muon_rates": RATE,
     "bias_rate": Range(0, 1),
     "balance_weight": Range(0, 1000),
-    "pool": SIZE,
     "imitation_steps": Range(0, 1_000_000),
     "imitation_rate": RATE,
     "rl_rows": PLURAL,

@@ -55,18 +55,10 @@ def draw_problems(key: PRNGKey, count: int, *, longest: int) -> Problems:
     return _problems(start, stride, times, longest)
 
 
-def split_problems(key: PRNGKey, count: int, *, longest: int) -> tuple[Problems, Problems]:
-    """So many problems to learn from, in no order, and all others that there are.
-
-    Raises:
-        ValueError: no others would be left.
-    """
-    every = jnp.indices((NUMBERS, STRIDES, longest - 1)).reshape(3, -1, 1)
-    if count >= every.shape[1]:
-        raise ValueError(f"Field --pool is {count}; it must be below {every.shape[1]}, the problems that there are.")
-    start, stride, times = every[:, jax.random.permutation(key, every.shape[1])]
-    whole = _problems(start, stride, times + 1, longest)
-    return jax.tree.map(lambda leaf: leaf[:count], whole), jax.tree.map(lambda leaf: leaf[count:], whole)
+def all_problems(*, longest: int) -> Problems:
+    """Every problem there is, once."""
+    start, stride, times = jnp.indices((NUMBERS, STRIDES, longest - 1)).reshape(3, -1, 1)
+    return _problems(start, stride, times + 1, longest)
 
 
 def _problems(start: Int[Array, "B 1"], stride: Int[Array, "B 1"], times: Int[Array, "B 1"], longest: int) -> Problems:

@@ -24,11 +24,11 @@ from experiments.claims.text import FIRST_NUMBER
 from experiments.claims.text import NUMBERS
 from experiments.claims.text import PAD
 from experiments.claims.text import VOCABULARY
+from experiments.claims.text import all_problems
 from experiments.claims.text import counting_text
 from experiments.claims.text import draw_language
 from experiments.claims.text import draw_problems
 from experiments.claims.text import letters_text
-from experiments.claims.text import split_problems
 from experiments.cli import main
 from experiments.lab.numbers import Interval
 from experiments.run_folder import RunFolder
@@ -56,14 +56,11 @@ def test_problems_are_answered_step_by_step(key):
         assert (len(wanted), wanted[-2]) == (times + 1, result)
 
 
-def test_no_problem_is_learned_from_and_measured_on(key):
-    pool, others = jax.device_get(split_problems(key, 100, longest=LONGEST))
-    seen = [[tuple(prompt) for prompt in part.prompt.tolist()] for part in (pool, others)]
-    assert len(seen[0]) == 100
-    assert len({*seen[0], *seen[1]}) == len(seen[0]) + len(seen[1]) == 16 * 4 * (LONGEST - 1)
-    assert abs(pool.times.mean() - 2.5) < 0.5
-    with pytest.raises(ValueError, match="--pool is 256; it must be below 256"):
-        split_problems(key, 256, longest=LONGEST)
+def test_every_problem_is_there_once():
+    drawn = jax.device_get(all_problems(longest=LONGEST))
+    assert len({tuple(prompt) for prompt in drawn.prompt.tolist()}) == len(drawn.prompt) == 16 * 4 * (LONGEST - 1)
+    for prompt, answer, answered in zip(*drawn[:3], strict=True):
+        assert answer[answered].tolist() == answer_of(prompt)
 
 
 def test_texts_have_no_holes_and_read_as_problems(key):
@@ -195,19 +192,19 @@ class Fake:
 
     def __init__(self, settings):
         self.settings, self.asked = settings, []
-        self.pool = self.held_out = draw_problems(jax.random.key(0), settings.pool, longest=settings.longest)
+        self.problems = all_problems(longest=settings.longest)
 
     def plain(self):
         seeds = self.settings.seeds
-        return courses.Course(jnp.ones(seeds), self.settings.longest, jnp.zeros((seeds, self.settings.pool)))
+        return courses.Course(jnp.ones(seeds), self.settings.longest, jnp.zeros((seeds, len(self.problems.times))))
 
     def train(self, learner, course, first):
         self.asked.append((first, course))
         return learner + 1, {"reward": np.full((self.settings.seeds, self.settings.chunk), 0.5)}
 
-    def solve(self, learner, problems, temperature, number=0):
+    def solve(self, learner, temperature, number):
         # Of four answers, problem 0 has two right, problem 1 none at first and some of many, the others none ever.
-        right = np.zeros((self.settings.seeds, self.settings.pool, 4))
+        right = np.zeros((self.settings.seeds, len(self.problems.times), 4))
         right[:, 0, :2] = 1.0
         right[:, 1, 0] = number > 300
         right *= 1.0 if temperature < 1.3 else 0.5
