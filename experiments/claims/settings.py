@@ -58,7 +58,7 @@ class ClaimsSettings:
     piece: int = 40
     pieces: int = 4
     adamw_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
-    muon_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
+    muon_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2, 1e-1)
     bias_rate: float = 1e-3
     balance_weight: float = 1e-2
     imitation_steps: int = 55
