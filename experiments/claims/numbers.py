@@ -74,10 +74,12 @@ def budgets(settings: ClaimsSettings) -> np.ndarray:
 
 def rows(settings: ClaimsSettings, results: Results) -> list[Row]:
     """Every claim, in the order of the report's sections."""
+    return [*_of_pretraining(settings, results), *_of_rewards(results)]
+
+
+def _of_pretraining(settings: ClaimsSettings, results: Results) -> list[Row]:
     muon, adamw = results["muon"]["curve"], results["adamw"]["curve"]
     bias, none, loss, draft = with_bias(settings, results), results["none"], results["loss"], drafts(results)
-    rounded, replay, plain = results["rounded"], results["replay"], results["token_mean"]
-    curriculum = results["curriculum"]
     share = saved(muon, adamw, budgets(settings))
     return [
         Row(
@@ -110,6 +112,13 @@ def rows(settings: ClaimsSettings, results: Results) -> list[Row]:
             over_seeds(-draft["slope"]),
             (float(draft["accepted"].mean()),),
         ),
+    ]
+
+
+def _of_rewards(results: Results) -> list[Row]:
+    rounded, replay, plain = results["rounded"], results["replay"], results["token_mean"]
+    curriculum = results["curriculum"]
+    return [
         Row(
             "replay_kl",
             "4a Router replay brings the trainer nearer to a rounded sampler",
