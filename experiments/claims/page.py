@@ -95,9 +95,9 @@ def claims_page(settings: ClaimsSettings, results: Results, summary: Mapping[str
                 "Claims",
                 [
                     "The rule, stated beforehand: reproduced if the interval lies above 0, reversed if below, not at "
-                    f"this size if it contains 0. Of {len(found)} intervals, one in twenty leaves out 0 by chance. With and "
-                    "without are means of what is compared; of claim 1 they are held-out losses after all tokens [nats], of "
-                    "claim 3 the share of drafts that is accepted.",
+                    f"this size if it contains 0. Of {len(found)} intervals, one in twenty leaves out 0 by chance.",
+                    "With and without are means of what is compared; of claim 1 they are losses after all tokens "
+                    "[nats], of claim 3 the share of drafts that is accepted.",
                     f"Chosen rates: AdamW {summary['adamw_rate']:g}, Muon {summary['muon_rate']:g}. Held-out loss "
                     f"without balance {summary['loss_without_balance']:.4f}; largest violation with the auxiliary loss "
                     f"{summary['violation_with_loss']:.2f}, with the bias {summary['violation_with_bias']:.2f}.",
