@@ -2,7 +2,7 @@
 
 Claim      At least half of ten published claims hold in a mixture of experts of under 0.1 million parameters.
 Command    python -m experiments run glm_claims
-Cost       not measured yet
+Cost       32 minutes beside much other work on a 2-core machine, 12 minutes of processor time
 Expected   reproduced >= 5 in summary.json, of 10 rows; the number was written down before anything was run
 
 Each row is a difference of two arms, paired by seed, with a 95 % interval over seeds (Student's t). "Reproduced" if
@@ -24,8 +24,25 @@ a shared expert, and a layer for the token after the next one. All seeds are tra
 1 to 3 read half problems of counting modulo 16 ("9 +3 twice = 12 15") and half letters of a random language of order
 two; 4 to 8 start from policies that have imitated right answers to such problems for some steps, and earn 1 where the
 last number of an answer is the right one. All problems there are can be asked, and all are measured on: what is
-compared is learning, not what is made of problems never seen. (With half of them held out, 60 steps moved the held-out
-half by 0.02 where the other one rose by 0.15; changed after looking at that, before any two arms were compared.)
+compared is learning, not what is made of problems never seen.
+
+What came out: six of ten. Muon saves 35 % of the tokens (half-interval 8 points), at 0.03, inside its grid. The bias
+lowers the largest violation from 1.33 to 0.96 in 160 steps; the auxiliary loss lowers it further (0.33), and what
+either costs is not resolved. Replay takes the KL of sampler and trainer from 0.0106 to 0.0058 nats, about half as
+published, where 8.7 % of the choices flip (published: about 10 %). One stage ends 0.039 (0.007) above two. Replay's
+gain in reward, 0.0059 (0.0050), and that of the token mean, 0.0134 (0.0125), are reproduced by the rule and would not
+survive a correction for ten intervals (p = 0.03 and 0.04, one by one).
+
+Acceptance of drafts does not fall on a line: 0.98 where the model is sure, 0.68 at one nat, and 0.88 again near the
+uniform choice, which is as easy for the draft as for the model; the slope is not resolved. The switch to hard problems
+is reversed, by 0.085 (0.015): of 384 problems 64 are just out of reach, 30 steps on them alone lose more on the others
+than they win. The dynamic temperature never left 1: every seed met a plateau, and no higher temperature of the grid
+scored within 1 %, so its two arms are one.
+
+Chosen after looking, but before any two arms of that kind were compared: counting in place of sums of up to six terms,
+which no start learned; imitation until about half is right; problems that are all measured on (with half of them held
+out, 60 steps moved the held-out half by 0.02 where the other one rose by 0.15). After Muon's best rate was found at the
+upper edge of (0.003, 0.01, 0.03) its grid went on to 0.1; 0.03 stayed the best.
 """
 
 import dataclasses
@@ -101,7 +118,7 @@ TINY = dataclasses.replace(
 EXPERIMENT = Study(
     name="glm_claims",
     claim="At least half of ten published claims hold in a mixture of experts of under 0.1 million parameters.",
-    cost="not measured yet",
+    cost="32 minutes beside much other work on a 2-core machine, 12 minutes of processor time",
     settings=SETTINGS,
     tiny=TINY,
     expectation=Expectation("reproduced", at_least=5),

@@ -35,7 +35,7 @@ def _effects(found: list[Row]) -> Picture:
         colour = COLOURS.get(row.verdict, style.MUTED)
         # What is far from 0 is drawn at the edge: that it is resolved can be seen there too.
         place = float(np.clip(row.effect.mean / row.effect.half if row.effect.half else 0.0, -9, 9))
-        axes.errorbar(place, -number, xerr=1, fmt="o", color=colour, capsize=3, markersize=5)
+        axes.errorbar(place, -number, xerr=float(row.effect.half > 0), fmt="o", color=colour, capsize=3, markersize=5)
     axes.axvline(0, color=style.INK, linewidth=0.8)
     axes.set_yticks([-number for number in range(len(found))], [row.claim for row in found], fontsize=8)
     axes.set_xlim(-10.5, 10.5)
