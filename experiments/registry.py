@@ -37,6 +37,7 @@ NAMES = (
     "divergence_minatar",
     "divergence_atari",
     "glm_hybrid_reasoner",
+    "glm_claims",
 )
 
 
