@@ -250,6 +250,7 @@ def test_settings_that_cannot_be(changed, sentence):
         study.parts(dataclasses.replace(study.SETTINGS, **changed))
 
 
+@pytest.mark.timeout(900)
 def test_the_tiny_twin_from_end_to_end(tmp_path):
     assert main(["run", "glm_claims", "--tiny", "--id", "one", "--runs-folder", str(tmp_path)]) == 0
     folder = RunFolder(tmp_path / "glm_claims" / "one")

@@ -152,6 +152,7 @@ def test_every_stage_begins_where_it_should() -> None:
     assert list(parts) == [f"{stage}_{seed}" for seed in (0, 1) for stage in STAGES]
 
 
+@pytest.mark.timeout(900)
 def test_the_tiny_chain_whole(tmp_path) -> None:
     assert main(["run", "glm_hybrid_reasoner", "--tiny", "--id", "one", "--runs-folder", str(tmp_path)]) == 0
     run = tmp_path / "glm_hybrid_reasoner" / "one"
@@ -170,6 +171,7 @@ def test_the_tiny_chain_whole(tmp_path) -> None:
     assert (weights["reasoner"] == weights["tooler"]).all()
 
 
+@pytest.mark.timeout(900)
 def test_reinforcement_learns_from_chains_and_from_tools(tmp_path, monkeypatch) -> None:
     """With a reward that random weights earn now and then: by the number of letters of what was said."""
     step = PricesEpisode.step
