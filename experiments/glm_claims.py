@@ -1,14 +1,15 @@
-"""Claims of GLM-4.5, one by one, on a mixture of experts of under 0.1 million parameters: which of them hold there?
+"""At least half of ten published claims hold in a mixture of experts of under 0.1 million parameters.
 
 Claim      At least half of ten published claims hold in a mixture of experts of under 0.1 million parameters.
 Command    python -m experiments run glm_claims
 Cost       32 minutes beside much other work on a 2-core machine, 12 minutes of processor time
 Expected   reproduced >= 5 in summary.json, of 10 rows; the number was written down before anything was run
 
-Each row is a difference of two arms, paired by seed, with a 95 % interval over seeds (Student's t). "Reproduced" if
-the interval lies on the side that was published, "reversed" if on the other, "not at this size" if 0 is inside. The
-model is GLM's in small: a dense layer, a layer of eight experts behind a sigmoid router of which each token takes two,
-a shared expert, and a layer for the token after the next one. All seeds are trained in one program.
+Claims of GLM-4.5, one by one: which of them hold in a model this small? Each row is a difference of two arms, paired
+by seed, with a 95 % interval over seeds (Student's t). "Reproduced" if the interval lies on the side that was
+published, "reversed" if on the other, "not at this size" if 0 is inside. The model is GLM's in small: a dense layer,
+a layer of eight experts behind a sigmoid router of which each token takes two, a shared expert, and a layer for the
+token after the next one. All seeds are trained in one program.
 
     1   Muon against AdamW, each at the best of three rates: share of the tokens saved to the same loss after the decay
     2a  correction bias against no balance: largest violation
