@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Literal
 from typing import NamedTuple
 
@@ -90,6 +91,11 @@ def given_selections(
         return selections[:, :, sparse.index(layer)].astype(jnp.int32)
 
     return [of(layer) if layer in sparse else None for layer in range(config.num_layers)]
+
+
+def stacked_selections(routes: Sequence[Routes | None]) -> Int[Array, "B T L k"]:
+    """The selections of the layers that have experts, which `given_selections` takes apart again."""
+    return jnp.stack([layer.selection for layer in routes if layer is not None], axis=2)
 
 
 def as_small(selections: Int[Array, "*batch k"], experts: int) -> Int[Array, "*batch k"]:

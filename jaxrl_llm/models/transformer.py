@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any
 from typing import Self
-from typing import overload
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -119,7 +119,6 @@ class Transformer(nnx.Module):
             routes.append(sent)
         return Passed(x, tuple(after), tuple(routes))
 
-    @overload
     def blocks(
         self,
         x: Float[Array, "B T D"],
@@ -130,25 +129,8 @@ class Transformer(nnx.Module):
         stop: int | None = None,
         remat: bool = False,
         visibility: Visibility | None = None,
-        cache: None = None,
-    ) -> Float[Array, "B T D"]: ...
-
-    @overload
-    def blocks(
-        self,
-        x: Float[Array, "B T D"],
-        positions: Int[Array, "B T"],
-        token_mask: Bool[Array, "B T"],
-        *,
-        start: Literal[0] = 0,
-        stop: None = None,
-        remat: Literal[False] = False,
-        visibility: None = None,
-        cache: KVCache,
-    ) -> tuple[Float[Array, "B T D"], KVCache]: ...
-
-    def blocks(self, x, positions, token_mask, *, start=0, stop=None, remat=False, visibility=None, cache=None):
-        """Apply layers start .. stop.
+    ) -> Float[Array, "B T D"]:
+        """x after layers start .. stop.
 
         Args:
             x: embeddings, or what the layers before `start` returned (a frozen trunk is computed once and kept).
@@ -158,28 +140,14 @@ class Transformer(nnx.Module):
             stop: one past the last layer; None for all.
             remat: recompute each layer in the backward pass instead of keeping its activations.
             visibility: who sees whom, for packed rows; None: every token the real ones up to itself.
-            cache: append these tokens to the cache and attend to all of it; all layers at once only.
-
-        Returns:
-            x after the layers; with a cache, the pair (x, cache).
 
         Raises:
-            ValueError: for an impossible range of layers, or a part of the layers or a visibility with a cache.
+            ValueError: for an impossible range of layers.
         """
         count = len(self.layers)
         stop = count if stop is None else stop
         if not 0 <= start <= stop <= count:
             raise ValueError(f"start and stop must satisfy 0 <= start <= stop <= {count}, got {start} and {stop}")
-        if cache is not None:
-            if (start, stop) != (0, count):
-                raise ValueError(f"a cache covers all {count} layers; start and stop were {start} and {stop}")
-            if remat:
-                raise ValueError("remat must be False with a cache, which nobody learns through")
-            if visibility is not None:
-                raise ValueError("visibility must be None with a cache, whose slot_mask says what may be attended to")
-            cache = cache.advance(token_mask)
-            passed = self.through(x, positions, cache.contexts(x.shape[1]))
-            return passed.x, cache.written(passed.contexts)
         sight = Visibility(token_mask) if visibility is None else visibility
         return self.rows(x, positions, sight, start=start, stop=stop, remat=remat).x
 
@@ -305,11 +273,18 @@ class Transformer(nnx.Module):
         self, tokens: Int[Array, "B T"], cache: KVCache, token_mask: Bool[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Hidden states of the next T tokens of every row, and the cache with them in it."""
+        return self._extended(tokens, cache, token_mask)[:2]
+
+    def _extended(
+        self, tokens: Int[Array, "B T"], cache: KVCache, token_mask: Bool[Array, "B T"] | None
+    ) -> tuple[Float[Array, "B T D"], KVCache, tuple[Routes | None, ...]]:
         token_mask = self._checked_mask(tokens, token_mask)
         if tokens.shape[0] != cache.batch:
             raise ValueError(f"tokens has {tokens.shape[0]} rows, the cache has {cache.batch}; they must be equal")
-        x, cache = self.blocks(self.embed(tokens), cache.next_positions(token_mask), token_mask, cache=cache)
-        return self.final_norm(x), cache
+        positions = cache.next_positions(token_mask)
+        cache = cache.advance(token_mask)
+        passed = self.through(self.embed(tokens), positions, cache.contexts(tokens.shape[1]))
+        return self.final_norm(passed.x), cache.written(cast(Any, passed.contexts)), passed.routes
 
     def prefill(
         self,
@@ -323,10 +298,20 @@ class Transformer(nnx.Module):
 
         `cache_rounding` acts on keys and values before anything attends to them, here and in what is appended later.
         """
+        hidden, cache, _ = self.prefill_routed(tokens, token_mask, cache_rounding=cache_rounding)
+        return hidden, cache if capacity is None else cache.grow(capacity)
+
+    def prefill_routed(
+        self,
+        tokens: Int[Array, "B P"],
+        token_mask: Bool[Array, "B P"] | None = None,
+        *,
+        cache_rounding: Callable[[Array], Array] | None = None,
+    ) -> tuple[Float[Array, "B P D"], KVCache, tuple[Routes | None, ...]]:
+        """`prefill`, and where the router of each layer sent the tokens; None of a dense layer."""
         batch, length = tokens.shape
         cache = KVCache.empty(self.config, batch, length, self.numerics.compute_dtype, cache_rounding)
-        hidden, cache = self.extend(tokens, cache, token_mask)
-        return hidden, cache if capacity is None else cache.grow(capacity)
+        return self._extended(tokens, cache, token_mask)
 
     def head(self) -> tuple[Array, int]:
         """The matrix that makes logits, in the compute dtype, and which of its axes is the vocabulary.

@@ -4,18 +4,16 @@ import operator
 from collections.abc import Iterable
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 from typing import NamedTuple
 from typing import Self
-from typing import cast
 
 import jax
 import jax.numpy as jnp
 
-from jaxrl_llm.models.cache import KVCache
 from jaxrl_llm.models.config import TransformerConfig
 from jaxrl_llm.models.experts import Routes
 from jaxrl_llm.models.experts import as_small
+from jaxrl_llm.models.experts import stacked_selections
 from jaxrl_llm.models.transformer import Transformer
 from jaxrl_llm.rollouts.decode import DecodeWeights
 from jaxrl_llm.rollouts.decode import PromptCache
@@ -190,7 +188,7 @@ def read_prompts(
 ) -> tuple[Begun, Float[Array, "V B"], Progress]:
     """Read the prompts: what the steps need, the logits of each row's first token, and no token yet."""
     read = jnp.where(prompt_mask, prompt_tokens, 0)  # what stands at padding may be no token
-    hidden, cache, routes = _prefill(model, read, prompt_mask, plan.cache_rounding)
+    hidden, cache, routes = model.prefill_routed(read, prompt_mask, cache_rounding=plan.cache_rounding)
     logits = jnp.repeat(model.logits(hidden[:, -1]).T, plan.group_size, axis=1)
     weights = DecodeWeights.of(model, plan.decode_dtype)
     rows, slots = keys.shape[0], plan.max_new_tokens
@@ -217,7 +215,7 @@ def read_last(plan: DecodePlan, begun: Begun, progress: Progress) -> tuple[Float
     selections = progress.selections
     if selections is not None:
         place = selections.shape[1] - plan.max_new_tokens + last
-        sent = _stacked(routes).astype(selections.dtype)
+        sent = stacked_selections(routes).astype(selections.dtype)
         selections = jax.lax.dynamic_update_slice_in_dim(selections, sent, place, axis=1)
     return decode_logits(begun.weights, hidden), progress._replace(cache=cache, selections=selections)
 
@@ -238,29 +236,12 @@ def as_rollout(
     )
 
 
-def _prefill(
-    model: Transformer, tokens: Int[Array, "N P"], token_mask: Bool[Array, "N P"], rounding: Rounding | None
-) -> tuple[Float[Array, "N P D"], KVCache, tuple[Routes | None, ...]]:
-    """`Transformer.prefill`, and where the routers sent the tokens."""
-    rows, length = tokens.shape
-    cache = KVCache.empty(model.config, rows, length, model.numerics.compute_dtype, rounding)
-    positions = cache.next_positions(token_mask)
-    cache = cache.advance(token_mask)
-    passed = model.through(model.embed(tokens), positions, cache.contexts(length))
-    return model.final_norm(passed.x), cache.written(cast(Any, passed.contexts)), passed.routes
-
-
-def _stacked(routes: Sequence[Routes | None]) -> Int[Array, "B T L k"]:
-    """The selections of the layers that have experts."""
-    return jnp.stack([layer.selection for layer in routes if layer is not None], axis=2)
-
-
 def _room_for_selections(
     plan: DecodePlan, config: TransformerConfig, routes: Sequence[Routes | None]
 ) -> Int[Array, "B T L k"]:
     """Those of the prompts, and room for those of the responses, in as few bytes as hold them."""
     assert config.experts is not None
-    chosen = jnp.repeat(_stacked(routes), plan.group_size, axis=0)
+    chosen = jnp.repeat(stacked_selections(routes), plan.group_size, axis=0)
     # Of a token that no layer reads, the first experts: no expert twice.
     first = jnp.arange(chosen.shape[-1], dtype=chosen.dtype)
     empty = jnp.broadcast_to(first, (len(chosen), plan.max_new_tokens, *chosen.shape[2:]))

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxrl_llm.models.attention import Visibility
 from jaxrl_llm.models.cache import KVCache
 from jaxrl_llm.models.config import tiny
 from jaxrl_llm.models.transformer import Transformer
@@ -130,8 +129,3 @@ def test_impossible_uses_are_refused(model, tokens, token_mask):
         model.extend(tokens[:2, :1], cache)
     with pytest.raises(ValueError, match="batch and capacity must be at least 1, got 1 and 0"):
         KVCache.empty(model.config, 1, 0)
-    x, positions, mask = model.embed(tokens), jnp.zeros(tokens.shape, jnp.int32), token_mask
-    with pytest.raises(ValueError, match="a cache covers all 2 layers; start and stop were 1 and 2"):
-        model.blocks(x, positions, mask, start=1, cache=cache)
-    with pytest.raises(ValueError, match="visibility must be None with a cache"):
-        model.blocks(x, positions, mask, visibility=Visibility(mask), cache=cache)

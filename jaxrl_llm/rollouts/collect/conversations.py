@@ -10,33 +10,18 @@ stretch of chosen tokens and a step of its own, with the token that ends it. Nob
 is given.
 """
 
-from collections.abc import Mapping
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from jaxrl_llm.models.chat import Chat
 from jaxrl_llm.models.chat_pieces import written_pieces
 from jaxrl_llm.models.tokenizers import Tokenizer
+from jaxrl_llm.rollouts.collect.demonstrations import WrittenTexts
 from jaxrl_llm.rollouts.collect.dialogs import Row
 from jaxrl_llm.rollouts.collect.dialogs import TooLong
-from jaxrl_llm.rollouts.collect.dialogs import chosen_texts
 from jaxrl_llm.rollouts.collect.dialogs import encode_pieces
-from jaxrl_llm.rollouts.collect.dialogs import fitted
-from jaxrl_llm.rollouts.collect.dialogs import require_settings
-from jaxrl_llm.rollouts.collect.dialogs import room
-from jaxrl_llm.rollouts.collect.dialogs import rows_to_trajectories
-from jaxrl_llm.rollouts.collect.epochs import Walk
-from jaxrl_llm.rollouts.collect.epochs import take
 from jaxrl_llm.rollouts.collect.protocol import BatchShape
-from jaxrl_llm.rollouts.collect.protocol import Brings
-from jaxrl_llm.rollouts.collect.protocol import Experience
-from jaxrl_llm.rollouts.collect.protocol import PolicySnapshot
 from jaxrl_llm.rollouts.collect.records import Record
-from jaxrl_llm.rollouts.collect.records import open_records
-from jaxrl_llm.typing import PRNGKey
 
 KEYS: dict[str, tuple[type, str]] = {
     "messages": (list, "a list of messages"),
@@ -47,10 +32,8 @@ KEYS: dict[str, tuple[type, str]] = {
 """What a line may have; messages it must."""
 
 
-class ConversationCollector:
-    """Batches of conversations, each epoch in an order of its own; the cursor is that of `DemonstrationCollector`."""
-
-    brings = Brings(rewards=False, log_probs=False)
+class ConversationCollector(WrittenTexts):
+    """Batches of conversations, each epoch in an order of its own."""
 
     def __init__(
         self,
@@ -84,61 +67,9 @@ class ConversationCollector:
             FileNotFoundError, ModuleNotFoundError: no such file, or no pyarrow.
             ValueError: a setting that cannot be; a line that cannot be used, by its number.
         """
-        self._shape = BatchShape(rows, 1, width, width - 1)
-        require_settings(width=width, too_long=too_long)
-        self._tokenizer, self._chat, self._starts = tokenizer, chat, starts
-        self._too_long: TooLong = too_long
-        self._seed, self._samples, self._ignored = seed, samples, frozenset(ignored)
-        self._records = open_records(path, self._check)
-
-    @property
-    def shape(self) -> BatchShape:
-        """See `Collector.shape`."""
-        return self._shape
-
-    def __len__(self) -> int:
-        """Conversations in the file."""
-        return len(self._records)
-
-    def collect(
-        self, policy: PolicySnapshot | None, key: PRNGKey | None, step: int, cursor: Mapping[str, Any]
-    ) -> Experience:
-        """See `Collector.collect`; only the cursor is looked at.
-
-        Raises:
-            ValueError: no conversation fits, or the cursor belongs to another file.
-        """
-        walk = Walk.of(cursor, self._records)
-        why = f"none fits into {room(self._shape)}"
-        taken = take(len(self._records), self._shape.rows, walk, self._seed, self._row, why=why)
-        rows = [row for _, row in taken.items]
-        trajectories = rows_to_trajectories(
-            rows,
-            width=self._shape.width,
-            pad_id=self._tokenizer.pad_id,
-            group_ids=range(len(rows)),
-            outcomes=[0.0] * len(rows),
-        )
-        texts = tuple("\n".join(chosen_texts(row, self._tokenizer)) for row in rows)
-        return Experience(
-            trajectories=trajectories,
-            per_row={"demonstrations/tokens": trajectories.action_mask.sum(axis=1).astype(np.float32)},
-            metrics={
-                "demonstrations/epochs": taken.walk.epochs(len(self._records)),
-                "demonstrations/cut": float(sum(not row.ended for row in rows)),
-                "demonstrations/dropped": float(taken.unusable),
-            },
-            samples=tuple(
-                {"place": self._records.place(index), "text": text}
-                for (index, _), text in zip(taken.items[: self._samples], texts, strict=False)
-            ),
-            texts=texts,
-            cursor=taken.walk.cursor(self._records),
-        )
-
-    def _row(self, index: int) -> Row | None:
-        row = self._encoded(self._records[index], self._records.place(index))
-        return fitted(row, self._shape.width, self._shape.actions, self._too_long)
+        self._chat, self._starts, self._ignored = chat, starts, frozenset(ignored)
+        shape = BatchShape(rows, 1, width, width - 1)
+        super().__init__(path, tokenizer, shape=shape, too_long=too_long, seed=seed, samples=samples)
 
     def _check(self, record: Record, place: str) -> None:
         self._encoded(record, place)

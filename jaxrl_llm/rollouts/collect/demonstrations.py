@@ -10,6 +10,7 @@ and all lines of a file are alike. Every turn of the assistant is a stretch of c
 end token is chosen too. Nobody's log-probs are known, and no reward is given.
 """
 
+import abc
 from collections.abc import Mapping
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,13 +53,91 @@ FORMS: dict[frozenset[str], tuple[str, str]] = {
 OPTIONAL_INPUT = "input"
 
 
-class DemonstrationCollector:
-    """Batches of demonstrations, each epoch in an order of its own.
+class WrittenTexts(abc.ABC):
+    """Batches of what somebody else wrote, each epoch in an order of its own: what its two kinds share.
 
     The cursor is {"epoch", "position", "file"}: records done in this epoch, and the SHA-256 of the file.
     """
 
     brings = Brings(rewards=False, log_probs=False)
+
+    def __init__(
+        self,
+        path: str | Path,
+        tokenizer: Tokenizer,
+        *,
+        shape: BatchShape,
+        too_long: TooLong,
+        seed: int,
+        samples: int,
+    ) -> None:
+        """Read and check the file; what `_row` and `_check` need must be there already."""
+        require_settings(width=shape.width, too_long=too_long)
+        self._tokenizer, self._shape = tokenizer, shape
+        self._too_long: TooLong = too_long
+        self._seed, self._samples = seed, samples
+        self._records = open_records(path, self._check)
+
+    @abc.abstractmethod
+    def _encoded(self, record: Record, place: str) -> Row:
+        """The row of a line."""
+
+    @abc.abstractmethod
+    def _check(self, record: Record, place: str) -> None:
+        """Refuse a line that cannot be used."""
+
+    @property
+    def shape(self) -> BatchShape:
+        """See `Collector.shape`."""
+        return self._shape
+
+    def __len__(self) -> int:
+        """Texts in the file."""
+        return len(self._records)
+
+    def collect(
+        self, policy: PolicySnapshot | None, key: PRNGKey | None, step: int, cursor: Mapping[str, Any]
+    ) -> Experience:
+        """See `Collector.collect`; only the cursor is looked at.
+
+        Raises:
+            ValueError: no text fits, or the cursor belongs to another file.
+        """
+        walk = Walk.of(cursor, self._records)
+        why = f"none fits into {room(self._shape)}"
+        taken = take(len(self._records), self._shape.rows, walk, self._seed, self._row, why=why)
+        rows = [row for _, row in taken.items]
+        trajectories = rows_to_trajectories(
+            rows,
+            width=self._shape.width,
+            pad_id=self._tokenizer.pad_id,
+            group_ids=range(len(rows)),
+            outcomes=[0.0] * len(rows),
+        )
+        texts = tuple("\n".join(chosen_texts(row, self._tokenizer)) for row in rows)
+        return Experience(
+            trajectories=trajectories,
+            per_row={"demonstrations/tokens": trajectories.action_mask.sum(axis=1).astype(np.float32)},
+            metrics={
+                "demonstrations/epochs": taken.walk.epochs(len(self._records)),
+                "demonstrations/cut": float(sum(not row.ended for row in rows)),
+                "demonstrations/dropped": float(taken.unusable),
+            },
+            samples=tuple(
+                {"place": self._records.place(index), "text": text}
+                for (index, _), text in zip(taken.items[: self._samples], texts, strict=False)
+            ),
+            texts=texts,
+            cursor=taken.walk.cursor(self._records),
+        )
+
+    def _row(self, index: int) -> Row | None:
+        row = self._encoded(self._records[index], self._records.place(index))
+        return fitted(row, self._shape.width, self._shape.actions, self._too_long)
+
+
+class DemonstrationCollector(WrittenTexts):
+    """Batches of demonstrations, each epoch in an order of its own."""
 
     def __init__(
         self,
@@ -93,63 +172,12 @@ class DemonstrationCollector:
             FileNotFoundError, ModuleNotFoundError: no such file, or no pyarrow.
             ValueError: a setting that cannot be; a line that cannot be used, by its number.
         """
-        self._shape = BatchShape(rows, 1, width, width - 1 if actions is None else actions)
-        require_settings(width=width, too_long=too_long)
-        self._tokenizer, self._encoder = tokenizer, DialogEncoder(tokenizer, chat_format)
-        self._too_long: TooLong = too_long
-        self._seed, self._samples = seed, samples
-        self._lines = _Lines(ignored)
-        self._records = open_records(path, self._check)
+        shape = BatchShape(rows, 1, width, width - 1 if actions is None else actions)
+        self._encoder, self._lines = DialogEncoder(tokenizer, chat_format), _Lines(ignored)
+        super().__init__(path, tokenizer, shape=shape, too_long=too_long, seed=seed, samples=samples)
 
-    @property
-    def shape(self) -> BatchShape:
-        """See `Collector.shape`."""
-        return self._shape
-
-    def __len__(self) -> int:
-        """Demonstrations in the file."""
-        return len(self._records)
-
-    def collect(
-        self, policy: PolicySnapshot | None, key: PRNGKey | None, step: int, cursor: Mapping[str, Any]
-    ) -> Experience:
-        """See `Collector.collect`; only the cursor is looked at.
-
-        Raises:
-            ValueError: no demonstration fits, or the cursor belongs to another file.
-        """
-        walk = Walk.of(cursor, self._records)
-        why = f"none fits into {room(self._shape)}"
-        taken = take(len(self._records), self._shape.rows, walk, self._seed, self._row, why=why)
-        rows = [row for _, row in taken.items]
-        trajectories = rows_to_trajectories(
-            rows,
-            width=self._shape.width,
-            pad_id=self._tokenizer.pad_id,
-            group_ids=range(len(rows)),
-            outcomes=[0.0] * len(rows),
-        )
-        texts = tuple("\n".join(chosen_texts(row, self._tokenizer)) for row in rows)
-        return Experience(
-            trajectories=trajectories,
-            per_row={"demonstrations/tokens": trajectories.action_mask.sum(axis=1).astype(np.float32)},
-            metrics={
-                "demonstrations/epochs": taken.walk.epochs(len(self._records)),
-                "demonstrations/cut": float(sum(not row.ended for row in rows)),
-                "demonstrations/dropped": float(taken.unusable),
-            },
-            samples=tuple(
-                {"place": self._records.place(index), "text": text}
-                for (index, _), text in zip(taken.items[: self._samples], texts, strict=False)
-            ),
-            texts=texts,
-            cursor=taken.walk.cursor(self._records),
-        )
-
-    def _row(self, index: int) -> Row | None:
-        record, place = self._records[index], self._records.place(index)
-        row = self._encoder.encode(self._lines.dialog(record, place))
-        return fitted(row, self._shape.width, self._shape.actions, self._too_long)
+    def _encoded(self, record: Record, place: str) -> Row:
+        return self._encoder.encode(self._lines.dialog(record, place))
 
     def _check(self, record: Record, place: str) -> None:
         self._encoder.check(self._lines.dialog(record, place), place)

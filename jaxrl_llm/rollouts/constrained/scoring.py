@@ -93,7 +93,9 @@ def allowed_log_probs(
         inside = allowed[target[0]]
         # Where the target is outside everything counts: a finite number that is thrown away has no NaN as its gradient.
         total = jax.nn.logsumexp(jnp.where(allowed | ~inside, logits, -jnp.inf))
-        return jnp.where(inside, logits[target[0]] - total, -jnp.inf)
+        # A token that alone is allowed has exactly 0, however a compiler rounds log 1.
+        forced = jnp.sum(allowed) == 1
+        return jnp.where(inside, jnp.where(forced, 0.0, logits[target[0]] - total), -jnp.inf)
 
     return jax.lax.map(one, (hidden, targets, mask), batch_size=min(ROWS_AT_ONCE, max(len(targets), 1)))
 

@@ -5,13 +5,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from jaxrl_llm.checks import require_choice
-from jaxrl_llm.models.cache import KVCache
+from jaxrl_llm.models.experts import stacked_selections
 from jaxrl_llm.models.transformer import Transformer
-from jaxrl_llm.models.transformer import positions_of
 from jaxrl_llm.rollouts.perturb import logits as on_logits
 from jaxrl_llm.rollouts.perturb.logits import LogitPerturbation
 from jaxrl_llm.rollouts.perturb.logits import chain_logits
@@ -168,11 +166,9 @@ def perturbed_selections(
     """
     if model.config.experts is None:
         raise ValueError("the model has no experts, so no router chooses any; it must be a mixture of experts.")
-    engine, (rows, length) = perturbed_model(model, perturbation), tokens.shape
-    dtype = model.numerics.compute_dtype
-    cache = KVCache.empty(model.config, rows, length, dtype, perturbation.cache).advance(token_mask)
-    passed = engine.through(engine.embed(tokens), positions_of(token_mask), cache.contexts(length))
-    return jnp.stack([routes.selection for routes in passed.routes if routes is not None], axis=2)
+    engine = perturbed_model(model, perturbation)
+    _, _, routes = engine.prefill_routed(tokens, token_mask, cache_rounding=perturbation.cache)
+    return stacked_selections(routes)
 
 
 def perturbed_logits(
