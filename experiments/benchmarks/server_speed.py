@@ -4,8 +4,8 @@ Command: python -m experiments.benchmarks.server_speed [--clients 1 8 32] [--rou
          It needs the extras `serving` and `engines`.
 Cost:    2 min 35 s for one round on two cores of an Intel Xeon 2.8 GHz, nothing else at work.
 Found:   there, one round, bfloat16: 7.0 and 44.3 tokens per second with 1 client (0.16 of llama-server), 45.9 and 89.1
-         with 8 (0.51), 112.3 and 129.1 with 32 (0.87: met). First token after 0.28, 0.83 and 4.26 s, llama-server's 0.13,
-         1.12 and 3.75 s. All slots, here 32, are decoded whoever is there, so few clients pay for many.
+         with 8 (0.51), 112.3 and 129.1 with 32 (0.87: met). First token after 0.28, 0.83 and 4.26 s, llama-server's
+         0.13, 1.12 and 3.75 s. All slots, here 32, are decoded whoever is there, so few clients pay for many.
 
 Both servers run on the same machine on the same weights, each in a process of its own, and are asked in turns by the
 same client over HTTP: streams of completions at temperature 1, with prompts of random tokens that no two requests share
